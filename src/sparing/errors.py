@@ -1,0 +1,17 @@
+"""The errors sparing raises for what a caller can mend."""
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used.
+
+    The message names the value, the place and the choices. The command line
+    prints it as one sentence and exits with status 2.
+    """
+
+
+class CheckpointError(InputError):
+    """A checkpoint file is missing, truncated, or not one of ours."""
+
+
+class SparsityWarning(UserWarning):
+    """A layer holds no weight at all, so nothing can pass through it or train it."""

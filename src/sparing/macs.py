@@ -1,0 +1,131 @@
+"""Multiply-accumulates (MACs), dense and sparse; what the papers' tables call FLOPs.
+
+    dense MACs of a layer  = uses · weights
+    sparse MACs of a layer = uses · nonzero weights
+
+where *uses* is how often one forward pass multiplies by each weight: the output positions of a
+convolution, the input positions of a transposed one, the rows of a Linear's input, the time steps
+of a recurrent layer, each times the batch. Only weights are counted: no bias, no normalization,
+no pooling. Taps that fall into the padding count, as they do in the papers' tables.
+
+The model runs once on the meta device, on shapes alone: no data, no arithmetic, no GPU.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparing.errors import InputError
+from sparing.select import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, Layer, find_layers
+
+Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+
+
+def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
+    """How often one forward pass multiplies by each weight of each layer.
+
+    Args:
+        model: any module, on any device, the meta device too.
+        example: the shape of one float input, batch first, as `(1, 3, 224, 224)`; or the input
+            itself, where it has another dtype or there are several: a tensor, a tuple of tensors
+            or a mapping of keyword arguments. Only shapes and dtypes matter.
+
+    Returns:
+        Layer name → uses; 0 for a layer that the pass does not reach.
+
+    Raises:
+        InputError: the model cannot run on this input, or not on the meta device.
+
+    Example:
+        >>> count_uses(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
+        {'weight': 1024}
+    """
+    layers = find_layers(model)
+    by_place = {
+        (id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places
+    }
+    uses = dict.fromkeys(layers, 0)
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        times = _uses(module, args[0] if args else next(iter(kwargs.values())), output)
+        for (identity, _), name in by_place.items():
+            if identity == id(module):
+                uses[name] += times
+
+    modules = {id(place.module): place.module for layer in layers.values() for place in layer.places}
+    handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules.values()]
+    try:
+        _run_on_meta(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return uses
+
+
+def dense_macs(layer: Layer, uses: int) -> int:
+    """uses · weights, an exact count."""
+    return uses * layer.weight.numel()
+
+
+def sparse_macs(layer: Layer, uses: int) -> int:
+    """uses · nonzero weights, an exact count."""
+    return uses * layer.nonzero()
+
+
+def _uses(module: nn.Module, given: Any, output: Any) -> int:
+    if isinstance(module, CONVOLUTIONS):
+        return prod(output.shape) // module.out_channels
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        return prod(given.shape) // module.in_channels
+    if isinstance(module, nn.Embedding):
+        return 0  # a row is read, nothing is multiplied
+    if isinstance(given, nn.utils.rnn.PackedSequence):
+        given = given.data
+    if isinstance(module, (*RECURRENT, nn.Linear, nn.MultiheadAttention)):
+        return prod(given.shape[:-1])
+    raise InputError(f"the MACs of a {type(module).__name__} are not known; leave input_size out to report without MACs")
+
+
+def _run_on_meta(model: nn.Module, example: Example) -> None:
+    def meta(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta")
+
+    state = {name: meta(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Tensor):
+        args = (meta(example),)
+    elif isinstance(example, Mapping):
+        kwargs = {key: meta(tensor) for key, tensor in example.items()}
+    elif all(isinstance(part, Tensor) for part in example):
+        args = tuple(meta(part) for part in example)  # type: ignore[arg-type]
+    elif all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in example):
+        args = (torch.empty(tuple(example), device="meta"),)  # type: ignore[arg-type]
+    else:
+        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
+    try:
+        with torch.no_grad(), torch.device("meta"), _evaluating(model):
+            functional_call(model, state, args, kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values())]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model does not run on an input of shape {shapes} on the meta device: {reason}") from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Batch normalization in training mode refuses a batch of one."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

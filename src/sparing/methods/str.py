@@ -1,0 +1,116 @@
+"""STR: soft threshold weight reparameterization for learnable sparsity.
+
+    S(W, s) = sign(W) · relu(|W| − k · g(s))           g = sigmoid, k = 1 in the paper
+
+    W ← (1 − ηλ) W − η · dL/dS ⊙ 1{S ≠ 0}
+    s ← (1 − ηλ) s + η · k g'(s) · Σ dL/dS ⊙ sign(S)   η learning rate, λ weight decay
+
+s starts far below zero, where the threshold is nearly nothing. Weight decay pulls s up toward
+zero; the loss holds it back where weights matter. Each layer settles on a sparsity of its own.
+
+Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
+ICML 2020, section 3 and Algorithm 1.
+Deviations: s has shape (1,) where the paper's code has (1, 1); it is kept in float32.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparing.errors import InputError
+from sparing.parametrizations import SoftThreshold, Sparse
+from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer, nearest
+from sparing.sparsify import Method
+from sparing.threshold import MAPS
+
+GRANULARITIES = ("layer", "filter", "weight", "global")
+
+
+@dataclass(frozen=True)
+class STR(Method):
+    """Learn a threshold for each layer, together with the weights.
+
+    S(W, s) = sign(W) · relu(|W| − scale · g(s))
+
+    Args:
+        init: the value s starts from. Lower starts pruning later and ends less sparse.
+        g: "sigmoid", "exp", or a callable from a tensor s to a tensor of the same shape, ≥ 0.
+        scale: a constant factor of the threshold, the k of k · sigmoid.
+        granularity: "layer", one s a layer; "filter", one an output channel or row; "weight", one
+            a weight; "global", one for all layers.
+
+    How sparse the network becomes is decided by `init` and by the weight decay on s (see
+    `param_groups`): with weight decay 0 on s nothing pulls the thresholds up.
+
+    Raises:
+        InputError: a value is of the wrong type or out of range; "filter" on a grouped transposed
+            convolution, whose filters are no slices of its weight.
+
+    Example:
+        >>> STR(init=-5.0)
+        STR(init=-5.0, g='sigmoid', scale=1.0, granularity='layer')
+    """
+
+    name: ClassVar[str] = "str"
+
+    init: float = -5.0
+    g: str | Callable[[Tensor], Tensor] = "sigmoid"
+    scale: float = 1.0
+    granularity: str = "layer"
+
+    def __post_init__(self) -> None:
+        for field in ("init", "scale"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise InputError(f"STR: {field} must be a finite number, got {value!r}")
+        if self.scale <= 0:
+            raise InputError(f"STR: scale must be above 0, got {self.scale!r}")
+        if self.granularity not in GRANULARITIES:
+            raise InputError(
+                f"STR: unknown granularity {self.granularity!r}; {nearest(str(self.granularity), GRANULARITIES)}"
+            )
+        if not callable(self.g) and self.g not in MAPS:
+            raise InputError(f"STR: unknown g {self.g!r}; {nearest(str(self.g), MAPS)} A callable will do too")
+        at_start = self._map()(torch.full((1,), float(self.init)))
+        if not isinstance(at_start, Tensor) or at_start.shape != (1,):
+            raise InputError(f"STR: g must return a tensor of the shape of s; for shape (1,) it returned {at_start!r}")
+        if not float(at_start) >= 0 or not math.isfinite(float(at_start)):
+            raise InputError(f"STR: g(init) must be a finite threshold ≥ 0; g({self.init}) is {float(at_start)}")
+
+    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+        g = self._map()
+        if self.granularity == "global":
+            weights = [layer.weight for layer in layers.values()]
+            shared = self._number((1,), weights[0])
+            return {name: SoftThreshold(shared, g, self.scale) for name in layers}
+        return {
+            name: SoftThreshold(self._number(self._shape(layer), layer.weight), g, self.scale)
+            for name, layer in layers.items()
+        }
+
+    def _map(self) -> Callable[[Tensor], Tensor]:
+        return MAPS[self.g] if isinstance(self.g, str) else self.g
+
+    def _number(self, shape: tuple[int, ...], weight: Tensor) -> nn.Parameter:
+        # float32 whatever the weight's dtype: see SoftThreshold.
+        return nn.Parameter(torch.full(shape, float(self.init), dtype=torch.float32, device=weight.device))
+
+    def _shape(self, layer: Layer) -> tuple[int, ...]:
+        shape = tuple(layer.weight.shape)
+        if self.granularity == "layer":
+            return (1,)
+        if self.granularity == "weight":
+            return shape
+        ones = (1,) * len(shape)
+        if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
+            return shape[:1] + ones[1:]
+        if layer.module.groups != 1:
+            raise InputError(
+                f"STR: granularity='filter' on layer {layer.name!r}, a transposed convolution of "
+                f"{layer.module.groups} groups: its filters are no slices of its weight; use 'layer' or 'weight'"
+            )
+        return (1, shape[1], *ones[2:])

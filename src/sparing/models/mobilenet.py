@@ -1,0 +1,57 @@
+"""MobileNetV1 at width 1: 4,209,088 weights and 568,740,352 MACs at 224².
+
+Module names are those of the 2020 release of STR (`model.<i>.<j>`, `fc`).
+
+Source: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
+Applications", 2017.
+"""
+
+from torch import Tensor, nn
+
+# (output channels, stride) of the thirteen depthwise-separable blocks.
+BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+
+
+def mobilenet_v1(num_classes: int = 1000, width: float = 1.0) -> nn.Module:
+    """MobileNetV1: a 3×3 convolution, thirteen depthwise-separable blocks, a classifier.
+
+    Args:
+        num_classes: outputs of the classifier.
+        width: factor on every number of channels.
+
+    Returns:
+        A module from images (N, 3, H, W) to logits (N, num_classes).
+
+    Example:
+        >>> mobilenet_v1(num_classes=10).fc
+        Linear(in_features=1024, out_features=10, bias=False)
+    """
+    return MobileNetV1(num_classes, width)
+
+
+class MobileNetV1(nn.Module):
+    """See `mobilenet_v1`."""
+
+    def __init__(self, num_classes: int, width: float) -> None:
+        super().__init__()
+        inputs = int(32 * width)
+        layers = [_convolution(3, inputs, 3, stride=2)]
+        for channels, stride in BLOCKS:
+            outputs = int(channels * width)
+            depthwise = _convolution(inputs, inputs, 3, stride, groups=inputs)
+            layers.append(nn.Sequential(*depthwise, *_convolution(inputs, outputs, 1)))
+            inputs = outputs
+        self.model = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(self.model(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,64 @@
+"""Residual networks for small images: the 6n + 2 layer family of CIFAR-10.
+
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+Deviation: a changed shape is carried over by a 1×1 convolution, not by zero padding.
+"""
+
+from torch import Tensor, nn
+
+from sparing.models.resnet import BasicBlock, initialize_
+
+
+def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Module:
+    """Three stages of one block. 77,072 weights at width 16, one input channel and ten classes.
+
+    Args:
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images, 1 for gray, 3 for color.
+        width: channels of the first stage; the others have twice and four times as many.
+
+    Returns:
+        A module from images (N, in_channels, H, W) to logits (N, num_classes).
+
+    Example:
+        >>> resnet8().fc
+        Linear(in_features=64, out_features=10, bias=False)
+    """
+    return SmallResNet(1, num_classes, in_channels, width)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> nn.Module:
+    """Three stages of three blocks; arguments as `resnet8`.
+
+    Example:
+        >>> len(resnet20().layer1)
+        3
+    """
+    return SmallResNet(3, num_classes, in_channels, width)
+
+
+class SmallResNet(nn.Module):
+    """A 3×3 stem, three stages of basic blocks, average pooling and a classifier without bias."""
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        stages, inputs = [], width
+        for stage in range(3):
+            outputs = width * 2**stage
+            blocks = []
+            for index in range(depth):
+                blocks.append(BasicBlock(inputs, outputs, stride=2 if stage > 0 and index == 0 else 1))
+                inputs = outputs
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, num_classes, bias=False)
+        initialize_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]

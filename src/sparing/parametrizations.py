@@ -1,0 +1,69 @@
+"""How an effective weight is made from a dense one: modules for `torch.nn.utils.parametrize`.
+
+What a checkpoint needs is a parameter or a buffer of these modules, so it is
+saved, moved and copied with the model it belongs to.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.threshold import soft_threshold
+
+
+class Sparse(nn.Module):
+    """Abstract: makes the effective weight, most of it exactly zero, from the dense weight.
+
+    Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and
+    dtype. `sparsify_`, `densify_` and `report` know a sparsified layer by this class.
+    """
+
+    def threshold(self) -> Tensor | None:
+        """The threshold in force, ≥ 0, in units of the weight; None where there is none."""
+        return None
+
+
+class SoftThreshold(Sparse):
+    """S(W, t) = sign(W) · relu(|W| − t), with the threshold t = scale · g(s) learned through s.
+
+    Args:
+        s: the learned number, of a shape that broadcasts to the weight. The same Parameter in
+            several modules makes them share one threshold.
+        g: the map from s to numbers ≥ 0.
+        scale: a constant factor, the k of k · sigmoid.
+
+    s keeps its dtype when the model is moved to a narrower one. In bf16 or fp16 a step of weight
+    decay, s ← (1 − 5e-5) s, is lost to rounding and s would never move.
+
+    Example:
+        >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
+        >>> soft(torch.tensor([-0.5, 0.1, 0.3]))
+        tensor([-0.3808,  0.0000,  0.1808], grad_fn=<_SoftThresholdBackward>)
+    """
+
+    def __init__(self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        self.s = s
+        self.g = g
+        self.scale = scale
+
+    def threshold(self) -> Tensor:
+        t = self.g(self.s)
+        return t if self.scale == 1.0 else self.scale * t
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return soft_threshold(weight, self.threshold())
+
+    def extra_repr(self) -> str:
+        return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
+            # From the tensor itself, not from its rounded copy; to_empty() has nothing to keep.
+            return tensor.to(moved.device) if narrower else moved
+
+        return super()._apply(keep_dtype, recurse)

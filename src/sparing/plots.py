@@ -1,0 +1,59 @@
+"""Figures from reports and histories. matplotlib is imported only when one is drawn."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparing.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AXIS = {"sparsity": "sparsity", "threshold": "threshold (units of the weight)"}
+
+
+def layers_over_time(history: Sequence[Mapping[str, Any]], quantity: str) -> "Figure":
+    """One line a layer over the epochs, dark for the first layer and light for the last.
+
+    Args:
+        history: the lines of `history.jsonl`.
+        quantity: "sparsity" or "threshold".
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    layers = [name for name, values in history[-1]["layers"].items() if values[quantity] is not None]
+    epochs = [line["epoch"] for line in history]
+    for index, name in enumerate(layers):
+        values = [line["layers"][name][quantity] for line in history]
+        axes.plot(epochs, values, color=_shade(index, len(layers)), label=name)
+    axes.set(xlabel="epoch", ylabel=AXIS[quantity])
+    axes.set_ylim(bottom=0)
+    # A deep network's legend would be larger than its lines.
+    if len(layers) <= 24:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
+    return figure
+
+
+def budget_by_depth(report: Report) -> "Figure":
+    """A bar a layer in the order of the network: how sparse each is, and the total as a line."""
+    figure = _figure()
+    axes = figure.subplots()
+    rows = report.layers
+    axes.bar(range(len(rows)), [row.sparsity for row in rows], color=[_shade(i, len(rows)) for i in range(len(rows))])
+    axes.axhline(report.total.sparsity, color="black", linewidth=1, linestyle="--", label="total")
+    axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=90, fontsize="small")
+    axes.set(ylabel="sparsity", ylim=(0, 1))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _figure() -> "Figure":
+    # Not through pyplot, which keeps every figure in a global list.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 4.5), layout="constrained")
+
+
+def _shade(index: int, count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * index / max(count - 1, 1))

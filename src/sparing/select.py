@@ -1,0 +1,245 @@
+"""Which tensors of a model are weights, and which of them to sparsify.
+
+A *layer* is one weight tensor under one name: `conv1` for the `weight` of module `conv1`,
+`lstm.weight_hh_l0` for a tensor of another name. A tensor that stands in several places (tied
+weights, a module used twice) is one layer, named after the first of them.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparing.errors import InputError
+from sparing.parametrizations import Sparse
+
+Predicate = Callable[[str, nn.Module], bool]
+Select = Predicate | Sequence[str]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalization, lazy and synchronized ones too
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is used: `module.tensor`, with the module's name in the model."""
+
+    module_name: str
+    module: nn.Module
+    tensor_name: str
+
+    @property
+    def name(self) -> str:
+        if self.tensor_name == "weight":
+            return self.module_name or "weight"
+        return f"{self.module_name}.{self.tensor_name}".lstrip(".")
+
+    @property
+    def key(self) -> str:
+        """The key of the plain tensor in a state_dict."""
+        return f"{self.module_name}.{self.tensor_name}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of a model: the dense parameter, what it becomes, and where it is used."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def name(self) -> str:
+        return self.places[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.places[0].module
+
+    @property
+    def kind(self) -> str:
+        """The class of the module, such as "Conv2d"."""
+        return parametrize.type_before_parametrizations(self.module).__name__
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense parameter, the one the optimizer moves."""
+        module, tensor_name = self.module, self.places[0].tensor_name
+        if parametrize.is_parametrized(module, tensor_name):
+            return module.parametrizations[tensor_name].original  # type: ignore[index, union-attr, return-value]
+        return getattr(module, tensor_name)  # type: ignore[no-any-return]
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """What the layer multiplies by."""
+        return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
+
+    @property
+    def parametrization(self) -> Sparse | None:
+        """What makes the effective weight, or None for a layer that is not sparsified."""
+        module, tensor_name = self.module, self.places[0].tensor_name
+        if not parametrize.is_parametrized(module, tensor_name):
+            return None
+        first = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
+        return first if isinstance(first, Sparse) else None
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """The threshold in force, or None."""
+        return None if self.parametrization is None else self.parametrization.threshold()
+
+    @torch.no_grad()
+    def nonzero(self) -> int:
+        """How many effective weights are not zero, counted."""
+        return int(torch.count_nonzero(self.effective_weight))
+
+    def sparsity(self) -> float:
+        """The fraction of effective weights that is zero, in [0, 1]."""
+        weights = self.weight.numel()
+        return (weights - self.nonzero()) / weights if weights else 0.0
+
+
+def default(name: str, module: nn.Module) -> bool:
+    """Every convolution, transposed convolution, Linear, and recurrent layer or cell.
+
+    Example:
+        >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
+        (True, False)
+    """
+    return isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + RECURRENT + (nn.Linear,))
+
+
+def of_type(*types: type[nn.Module]) -> Predicate:
+    """A predicate that takes the modules of these classes, `nn.Embedding` for example.
+
+    Example:
+        >>> of_type(nn.Embedding)("tokens", nn.Embedding(2, 2))
+        True
+    """
+    return lambda name, module: isinstance(module, types)
+
+
+def excluding(*patterns: str) -> Predicate:
+    """The default selection but for modules whose name matches one of these shell patterns.
+
+    Example:
+        >>> excluding("conv1", "head.*")("conv1", nn.Conv2d(3, 8, 3))
+        False
+    """
+    return lambda name, module: default(name, module) and not any(fnmatchcase(name, p) for p in patterns)
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's weight matrices or kernels; biases are none."""
+    if isinstance(module, nn.RNNBase):
+        return tuple(n for n in module._flat_weights_names if n.startswith("weight"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return tuple(n for n in names if getattr(module, n, None) is not None)
+    if isinstance(module, NORMALIZATIONS):
+        return ()
+    if parametrize.is_parametrized(module, "weight"):
+        return ("weight",)
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return ("weight",)
+    return ("weight",) if weight is not None and weight.dim() >= 2 else ()
+
+
+def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
+    """The layers of a model by name, in module order, dense and sparsified alike.
+
+    A tied weight is found if `predicate` takes any of its places: it is one tensor, so it cannot
+    be sparse in one of them and dense in another.
+
+    Args:
+        model: the model to walk.
+        predicate: which modules to take; None takes `default` and whatever is sparsified.
+
+    Example:
+        >>> list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LSTM(2, 2))))
+        ['0', '2.weight_ih_l0', '2.weight_hh_l0']
+    """
+    places: dict[int, list[Place]] = {}
+    chosen: set[int] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for tensor_name in weight_names(module):
+            place = Place(module_name, module, tensor_name)
+            layer = Layer((place,))
+            identity = id(layer.weight)
+            places.setdefault(identity, []).append(place)
+            if predicate is None:
+                taken = default(module_name, module) or layer.parametrization is not None
+            else:
+                taken = predicate(module_name, module)
+            if taken:
+                chosen.add(identity)
+    layers = (Layer(tuple(where)) for identity, where in places.items() if identity in chosen)
+    return {layer.name: layer for layer in layers}
+
+
+def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
+    """The layers that `select` chooses.
+
+    Args:
+        model: the model.
+        select: a predicate `(module name, module) -> bool`, or a list of layer names or shell
+            patterns, or None for `default`.
+
+    Raises:
+        InputError: nothing is chosen; a name of the list matches no layer; two entries of the list
+            choose the same layer; a weight is not initialized yet.
+    """
+    if isinstance(select, str):
+        raise InputError(f"select={select!r} is a string; give a list of layer names, such as select=[{select!r}]")
+    if select is None or callable(select):
+        predicate = default if select is None else select
+        layers = find_layers(model, predicate)
+    else:
+        layers = _by_pattern(find_layers(model, lambda name, module: True), select)
+    if not layers:
+        raise InputError(f"select chose no layer; {_inventory(model)}")
+    for layer in layers.values():
+        if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+            raise InputError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
+    return layers
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The tail of an error message about an unknown name: the nearest one, or all there are."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices) or 'nothing'}"
+
+
+def _by_pattern(layers: dict[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        matches = [n for n, layer in layers.items() if any(fnmatchcase(p.name, pattern) for p in layer.places)]
+        if not matches:
+            raise InputError(f"select: no layer is named {pattern!r}; {nearest(pattern, layers)}")
+        for name in matches:
+            if name in chosen:
+                raise InputError(f"select: layer {name!r} is chosen twice, by {chosen[name]!r} and by {pattern!r}")
+            chosen[name] = pattern
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _inventory(model: nn.Module) -> str:
+    weights = [f"{layer.name} ({layer.kind})" for layer in find_layers(model, lambda name, module: True).values()]
+    if weights:
+        shown = ", ".join(weights[:12]) + (f" and {len(weights) - 12} more" if len(weights) > 12 else "")
+        return f"the model's weights are {shown}"
+    kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+    return f"the model has no weight matrix or kernel; its modules are {', '.join(kinds)}"

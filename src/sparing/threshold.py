@@ -1,0 +1,101 @@
+"""The soft threshold, the operator everything here rests on.
+
+    S(W, t) = sign(W) · relu(|W| − t)          t ≥ 0 broadcasts over W
+
+    dL/dW = dL/dS ⊙ 1{S ≠ 0}
+    dL/dt = −Σ dL/dS ⊙ sign(S)                 summed over what t was broadcast to
+
+A weight at or under its threshold is exactly zero and gets no gradient; the
+others move toward zero by t. In STR the threshold is t = scale · g(s), with s
+learned and g one of `MAPS` or any callable from s to numbers ≥ 0.
+
+Source: Kusupati et al., "Soft Threshold Weight Reparameterization for
+Learnable Sparsity", ICML 2020, section 3.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparing.errors import InputError
+
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
+"""The maps g from the learned number s to a threshold, by the name a recipe uses."""
+
+
+def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
+    """Shrink every weight toward zero by the threshold, and to exactly zero within it.
+
+    S(W, t) = sign(W) · relu(|W| − t)
+
+    Args:
+        weight: W, any shape, floating point.
+        threshold: t ≥ 0, of any shape that broadcasts to the shape of `weight`: `(1,)` for one
+            threshold a layer, `(out, 1, 1, 1)` for one a filter, `weight.shape` for one a weight.
+
+    Returns:
+        The effective weight, with the shape, dtype and memory format of `weight`.
+
+    Raises:
+        InputError: the shape of `threshold` does not broadcast to the shape of `weight`.
+
+    Example:
+        >>> soft_threshold(torch.tensor([-0.5, 0.1, 0.3]), 0.2)
+        tensor([-0.3000,  0.0000,  0.1000])
+    """
+    threshold = torch.as_tensor(threshold, device=weight.device)
+    if not _broadcasts_to(threshold.shape, weight.shape):
+        raise InputError(
+            f"a threshold of shape {tuple(threshold.shape)} does not broadcast to a weight of shape "
+            f"{tuple(weight.shape)}: give (1,) for one a layer, "
+            f"{(weight.shape[:1] + (1,) * (weight.dim() - 1)) or (1,)} for one a filter, "
+            f"or {tuple(weight.shape)} for one a weight"
+        )
+    result: Tensor = _SoftThreshold.apply(weight, threshold)
+    return result
+
+
+class _SoftThreshold(torch.autograd.Function):
+    """Saves only S, which the layer that uses it keeps for its own backward anyway."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, threshold: Tensor) -> Tensor:
+        t = threshold.to(weight.dtype)
+        # W − clamp(W, −t, t) is the formula above to the last bit, in a third of the memory traffic
+        # and without negative zeros.
+        return torch.clamp(weight, -t, t).neg_().add_(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(output)
+        ctx.threshold_shape = inputs[1].shape
+        ctx.threshold_dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def, override]
+        (effective,) = ctx.saved_tensors
+        # At λ = 0 the hardshrink backward is grad ⊙ 1{S ≠ 0}: one kernel, no mask in memory.
+        grad_weight = torch.ops.aten.hardshrink_backward(grad_output, effective, 0.0)
+        if not ctx.needs_input_grad[1]:
+            return grad_weight, None
+        signed = effective.sign() * grad_weight
+        return grad_weight, -_sum_to(signed, ctx.threshold_shape, ctx.threshold_dtype)
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    if len(shape) > len(target):
+        return False
+    aligned = target[len(target) - len(shape) :]
+    return all(have in (1, want) for have, want in zip(shape, aligned, strict=True))
+
+
+def _sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Sum what broadcasting repeated, in `dtype`: a bf16 sum over a layer would lose the small terms."""
+    lead = tensor.dim() - len(shape)
+    repeated = [d for d in range(tensor.dim()) if d < lead or (shape[d - lead] == 1 and tensor.shape[d] != 1)]
+    if not repeated:
+        return tensor.to(dtype).reshape(shape)
+    return tensor.sum(repeated, keepdim=True, dtype=dtype).reshape(shape)

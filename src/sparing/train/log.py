@@ -1,0 +1,81 @@
+"""What a run leaves behind as it goes: a line of JSON an epoch, TensorBoard, and the screen."""
+
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from sparing.files import write_text
+
+Item = TypeVar("Item")
+
+
+class RunLog:
+    """Writes `history.jsonl` and, if wanted and installed, TensorBoard; prints a line an epoch.
+
+    Args:
+        out: the run directory.
+        epochs_done: epochs that the checkpoint holds; later lines, of epochs that will be
+            trained again, are dropped.
+        tensorboard: whether to log there as well.
+        console: where to print.
+    """
+
+    def __init__(self, out: Path, epochs_done: int, tensorboard: bool, console: Console) -> None:
+        self.console = console
+        self._path = out / "history.jsonl"
+        kept = [line for line in read_history(out) if line["epoch"] <= epochs_done]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = None
+        if tensorboard and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=epochs_done + 1)  # type: ignore[no-untyped-call]
+
+    def progress(self, batches: Iterable[Item], epoch: int, epochs: int) -> Iterator[Item]:
+        """The same batches, with a progress bar on a terminal."""
+        hide = not self.console.is_terminal
+        label = f"epoch {epoch}/{epochs}"
+        yield from track(batches, label, console=self.console, transient=True, disable=hide)
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        """Record one finished epoch."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            self._to_tensorboard(line)
+        self.console.print(
+            f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.4f}  "
+            f"validation accuracy {100 * line['validation_accuracy']:6.2f} %  sparsity {100 * line['sparsity']:6.2f} %  "
+            f"{line['seconds']:.0f} s",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        """Flush what TensorBoard holds back."""
+        if self._board is not None:
+            self._board.close()  # type: ignore[no-untyped-call]
+
+    def _to_tensorboard(self, line: dict[str, Any]) -> None:
+        assert self._board is not None
+        scalars = {key: value for key, value in line.items() if isinstance(value, float)}
+        for name, layer in line["layers"].items():
+            scalars |= {f"{key}/{name}": value for key, value in layer.items() if value is not None}
+        for key, value in scalars.items():
+            self._board.add_scalar(key, value, line["epoch"])  # type: ignore[no-untyped-call]
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's history; a last line that a crash cut short is left out."""
+    path = run / "history.jsonl"
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,247 @@
+"""A recipe: everything that decides a run, in one YAML file."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sparing.data import DATASETS
+from sparing.errors import InputError
+from sparing.methods import METHODS
+from sparing.models import MODELS
+from sparing.select import nearest
+from sparing.sparsify import Method
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: no unknown keys, and no change once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Part):
+    """`name` of `sparing.models`; the other keys are the arguments of that function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _one_of(name, MODELS)
+
+
+class Data(Part):
+    """What to train on."""
+
+    name: str
+    """`name` of `sparing.data`."""
+    batch_size: int = Field(64, ge=1)
+    """Images a step."""
+    shift: int = Field(0, ge=0)
+    """Augmentation: pixels by which a training image may move, in both directions."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _one_of(name, DATASETS)
+
+
+class Optimizer(Part):
+    """The optimizer, and the weight decays of `sparing.param_groups`."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    """Peak learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD; not used by adamw."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW; not used by sgd."""
+    weight_decay: NotNegative = 1e-4
+    """λ of weights and biases."""
+    threshold_weight_decay: NotNegative | None = None
+    """λ of the thresholds' s; the same λ where it is left out."""
+    norm_weight_decay: NotNegative | None = None
+    """λ of normalization layers; the same λ where it is left out."""
+
+
+class Schedule(Part):
+    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero."""
+
+    epochs: int = Field(20, ge=1)
+    warmup_epochs: NotNegative = 0
+    update: Literal["step", "epoch"] = "step"
+    """How often the learning rate moves; the paper moves it once an epoch."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Schedule":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
+        return self
+
+
+class Recipe(Part):
+    """Everything that decides a run. A recipe and a commit give the same weights on the same machine."""
+
+    model: Model
+    data: Data
+    method: dict[str, Any] | None = None
+    """`name` of `sparing.METHODS` and the method's arguments; left out for a dense run."""
+    select: list[str] | None = None
+    """Names or shell patterns of the layers to sparsify; all weight layers where it is left out."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    clip_grad_norm: Positive | None = None
+    """Scale gradients down to this total norm."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay a step of an exponential moving average of the weights, which is then what counts."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision; fp16 scales the loss."""
+    channels_last: bool = False
+    compile: bool = False
+    """Run the model through torch.compile."""
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    """"auto" takes the GPU if there is one; otherwise a torch device such as "cpu" or "cuda:1"."""
+    dense_baseline: bool = False
+    """Train the same recipe dense as well, first, into the folder `dense` of the run."""
+    tensorboard: bool = True
+    """Log to the folder `tensorboard` of the run, where the package is installed."""
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
+        if method is not None:
+            build_method(method)
+        return method
+
+    @model_validator(mode="after")
+    def _baseline_differs(self) -> "Recipe":
+        if self.dense_baseline and self.method is None:
+            raise ValueError("dense_baseline: true needs a method; without one the run is dense already")
+        return self
+
+    def dense(self) -> "Recipe":
+        """The same run without its method."""
+        return self.model_copy(update={"method": None, "select": None, "dense_baseline": False})
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, defaults filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def build_method(spec: Mapping[str, Any]) -> Method:
+    """The method that a recipe's `method:` describes.
+
+    Raises:
+        InputError: the name is missing or unknown, or the method refuses its arguments.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("name", None)
+    if name is None:
+        raise InputError(f"method needs a name; choose from {', '.join(METHODS)}")
+    method = METHODS[_one_of(name, METHODS)]
+    fields = [field.name for field in dataclasses.fields(method)]
+    for key in arguments:
+        if key not in fields:
+            raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
+    return method(**arguments)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `key=value`, applied in order; the key with dots, the value as YAML:
+            `optimizer.lr=0.05`.
+
+    Raises:
+        InputError: the file is missing or is no YAML; a key is unknown (the nearest known one is
+            named), a value of the wrong type or out of range; an override is not `key=value`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"recipe {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {path}: is not a text file") from error
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"recipe {path}: must be a mapping of keys, such as 'model:', not {type(raw).__name__}")
+    for override in overrides:
+        raw = _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"recipe {path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r}: write key=value, such as optimizer.lr=0.05")
+    raw = copy.deepcopy(raw)
+    *parents, last = key.split(".")
+    place = raw
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise InputError(f"--set {override!r}: {parent!r} holds no keys")
+    try:
+        place[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+    return raw
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, last = error["loc"]
+        return f"unknown key {where!r}; {nearest(str(last), _keys_at(parents))}"
+    if error["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {error['input']!r}"
+
+
+def _keys_at(location: list[Any]) -> list[str]:
+    part: Any = Recipe
+    for key in location:
+        part = part.model_fields[key].annotation
+    return list(part.model_fields)
+
+
+def _one_of(name: Any, table: Mapping[str, Any]) -> str:
+    if name not in table:
+        raise InputError(f"unknown name {name!r}; {nearest(str(name), table)}")
+    return str(name)

@@ -1,0 +1,243 @@
+"""The run directory: what `sparing train` makes, and what the other commands read."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+import sparing
+from sparing.data import DATASETS, ImageData
+from sparing.errors import CheckpointError, InputError
+from sparing.files import replacing, write_text
+from sparing.plots import budget_by_depth, layers_over_time
+from sparing.report import Report, report
+from sparing.sparsify import dense_state_dict
+from sparing.train.build import build_model, build_sparsifier, pick_device
+from sparing.train.checkpoint import load_checkpoint
+from sparing.train.evaluate import Evaluation, evaluate
+from sparing.train.log import read_history
+from sparing.train.loop import Batches, fit
+from sparing.train.recipe import Recipe, load_recipe
+
+Weights = Literal["last", "best", "dense"]
+
+
+def train_run(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, stop_after: int | None = None, console: Console | None = None
+) -> dict[str, Any] | None:
+    """Train a recipe into a run directory.
+
+    Args:
+        recipe: what to do.
+        out: the directory; made if it is not there.
+        resume: continue what the directory holds, or return its metrics if it is finished.
+        stop_after: stop after this many epochs, to be continued later.
+        console: where to print; None prints nothing.
+
+    Returns:
+        The content of `metrics.json`, or None if stopped early.
+
+    Raises:
+        InputError: the directory holds something and `resume` is not set, or holds another recipe.
+    """
+    out = Path(out)
+    console = console or Console(quiet=True)
+    # Built once before anything is written, so that what cannot work leaves no directory behind.
+    device = pick_device(recipe.device)
+    data = DATASETS[recipe.data.name]()
+    build_sparsifier(recipe, build_model(recipe.model, data.input_size[1], data.num_classes).to("meta"))
+    _open(out, recipe, resume)
+    finished = _read_metrics(out)
+    if finished is not None:
+        console.print(f"{out} is finished")
+        return finished
+
+    dense: dict[str, Any] | None = None
+    if recipe.dense_baseline:
+        console.print("dense:")
+        dense = train_run(recipe.dense(), out / "dense", resume=True, stop_after=stop_after, console=console)
+        if dense is None:
+            return None
+        console.print(f"{recipe.method['name'] if recipe.method else ''}:")
+    data = data.to(device)
+    fitted = fit(recipe, data, out, console, stop_after)
+    if fitted is None:
+        return None
+    account = report(fitted.model, data.input_size)
+    test = evaluate(fitted.model, _batches(data, "test"))
+    _write_model(out, fitted.model)
+    write_text(out / "report.json", account.to_json() + "\n")
+    _write_figures(out, account)
+    metrics = {
+        "accuracy": test.accuracy,
+        **({"dense_accuracy": dense["accuracy"]} if dense else {}),
+        "sparsity": account.total.sparsity,
+        "backbone_sparsity": account.backbone.sparsity,
+        "weights": account.total.weights,
+        "nonzero": account.total.nonzero,
+        "dense_macs": account.total.dense_macs,
+        "macs": account.total.macs,
+        "test_correct": test.correct,
+        "test_count": test.count,
+        "validation_accuracy": fitted.validation_accuracy,
+        "seconds": fitted.seconds,
+        **({"dense_seconds": dense["seconds"]} if dense else {}),
+        "method": recipe.method["name"] if recipe.method else "dense",
+        "seed": recipe.seed,
+        "epochs": recipe.schedule.epochs,
+        "commit": _commit(),
+        "sparing": sparing.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+    }
+    # Last: a run is finished when its metrics are there.
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Recipe, dict[str, Any]]:
+    """The model of a run directory, on the CPU, in evaluation mode.
+
+    Args:
+        run: the directory.
+        weights: "last", the last checkpoint; "best", the best epoch; "dense", plain modules with
+            the exported tensors of `model.safetensors`.
+
+    Returns:
+        The model, the recipe, and what the checkpoint says of the data: "input_size" and "num_classes".
+
+    Raises:
+        InputError: the directory is none of a run.
+        CheckpointError: the file cannot be read, or does not fit the recipe.
+    """
+    run = Path(run)
+    recipe = _read_recipe(run)
+    path = run / ("best.pt" if weights == "best" else "checkpoint.pt")
+    saved = load_checkpoint(path)
+    model = build_model(recipe.model, saved["data"]["input_size"][1], saved["data"]["num_classes"])
+    if weights == "dense":
+        path = run / "model.safetensors"
+        state = _read_model(path)
+    else:
+        # On the meta device while its weights are still the initial ones, for which a warning
+        # about their thresholds would be noise.
+        model = model.to("meta")
+        build_sparsifier(recipe, model)
+        model = model.to_empty(device="cpu")
+        state = saved["model"]
+        if weights == "last" and "average" in saved:
+            state = {k.removeprefix("module."): v for k, v in saved["average"].items() if k.startswith("module.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {path}: does not fit the recipe ({str(error).splitlines()[-1].strip()})") from error
+    return model.eval(), recipe, saved["data"]
+
+
+def evaluate_run(run: str | Path, part: str = "test", weights: Weights = "last") -> tuple[Evaluation, Report]:
+    """Evaluate the model of a run directory on one part of its data, "test" or "validation"."""
+    model, recipe, _ = load_run(run, weights)
+    device = pick_device(recipe.device)
+    data = DATASETS[recipe.data.name]().to(device)
+    return evaluate(model.to(device), _batches(data, part)), report(model, data.input_size)
+
+
+def report_run(run: str | Path, weights: Weights = "last") -> Report:
+    """The account of a run directory's model; needs none of its data."""
+    model, _, data = load_run(run, weights)
+    return report(model, data["input_size"])
+
+
+def _batches(data: ImageData, part: str) -> Batches:
+    if part not in ("test", "validation"):
+        raise InputError(f"unknown part {part!r}; choose from test, validation")
+    return Batches(getattr(data, part), data.mean, data.std, 1000)
+
+
+def _open(out: Path, recipe: Recipe, resume: bool) -> None:
+    written = out / "recipe.yaml"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another directory with --out")
+    if not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(written, recipe.to_yaml())
+        return
+    if not resume:
+        raise InputError(f"{out} exists already; continue it with --resume auto, or choose another directory with --out")
+    before, now = _read_recipe(out).model_dump(mode="json"), recipe.model_dump(mode="json")
+    different = [key for key in _flatten(now) | _flatten(before) if _flatten(before).get(key) != _flatten(now).get(key)]
+    if different:
+        raise InputError(f"{out} holds a run of another recipe (they differ in {', '.join(different)}); choose another directory with --out")
+
+
+def _read_recipe(run: Path) -> Recipe:
+    if not (run / "recipe.yaml").is_file():
+        found = "there is no such directory" if not run.is_dir() else "it has no recipe.yaml"
+        raise InputError(f"{run} is not a run directory: {found}")
+    return load_recipe(run / "recipe.yaml")
+
+
+def _read_metrics(out: Path) -> dict[str, Any] | None:
+    path = out / "metrics.json"
+    if not path.is_file():
+        return None
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _write_model(out: Path, model: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    # Cloned, since safetensors refuses tied tensors; contiguous, since it knows no memory formats.
+    plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in dense_state_dict(model).items()}
+    with replacing(out / "model.safetensors") as temporary:
+        save_file(plain, temporary)
+
+
+def _read_model(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({error})") from error
+
+
+def _write_figures(out: Path, account: Report) -> None:
+    history = read_history(out)
+    figures = {"budget": budget_by_depth(account), "sparsity": layers_over_time(history, "sparsity")}
+    if any(row.threshold is not None for row in account.layers):
+        figures["threshold"] = layers_over_time(history, "threshold")
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+
+
+def _commit() -> str | None:
+    """The commit of the source this runs from; None for an installed package."""
+    try:
+        source = Path(sparing.__file__).parent
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=source, capture_output=True)
+        if tracked.returncode != 0:
+            return None
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=source, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
