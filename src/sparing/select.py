@@ -50,6 +50,13 @@ class Place:
         """The key of the plain tensor in a state_dict."""
         return f"{self.module_name}.{self.tensor_name}".lstrip(".")
 
+    @property
+    def parametrizations(self) -> parametrize.ParametrizationList | None:
+        """What torch computes the tensor with; None for a plain parameter."""
+        if not parametrize.is_parametrized(self.module, self.tensor_name):
+            return None
+        return self.module.parametrizations[self.tensor_name]  # type: ignore[index, return-value]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -71,12 +78,11 @@ class Layer:
         return parametrize.type_before_parametrizations(self.module).__name__
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The dense parameter, the one the optimizer moves."""
-        module, tensor_name = self.module, self.places[0].tensor_name
-        if parametrize.is_parametrized(module, tensor_name):
-            return module.parametrizations[tensor_name].original  # type: ignore[index, union-attr, return-value]
-        return getattr(module, tensor_name)  # type: ignore[no-any-return]
+        made_by = self.places[0].parametrizations
+        # Weight normalization and its like have several originals; then the result stands for them.
+        return made_by.original if hasattr(made_by, "original") else self.effective_weight  # type: ignore[union-attr]
 
     @property
     def effective_weight(self) -> Tensor:
@@ -86,10 +92,8 @@ class Layer:
     @property
     def parametrization(self) -> Sparse | None:
         """What makes the effective weight, or None for a layer that is not sparsified."""
-        module, tensor_name = self.module, self.places[0].tensor_name
-        if not parametrize.is_parametrized(module, tensor_name):
-            return None
-        first = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
+        made_by = self.places[0].parametrizations
+        first = None if made_by is None else made_by[0]
         return first if isinstance(first, Sparse) else None
 
     @property
@@ -176,11 +180,10 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
     for module_name, module in model.named_modules(remove_duplicate=False):
         for tensor_name in weight_names(module):
             place = Place(module_name, module, tensor_name)
-            layer = Layer((place,))
-            identity = id(layer.weight)
+            identity = id(place.parametrizations or module._parameters[tensor_name])
             places.setdefault(identity, []).append(place)
             if predicate is None:
-                taken = default(module_name, module) or layer.parametrization is not None
+                taken = default(module_name, module) or Layer((place,)).parametrization is not None
             else:
                 taken = predicate(module_name, module)
             if taken:

@@ -260,10 +260,9 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
 
 def _check_weight(layer: Layer) -> None:
     for place in layer.places:
-        if parametrize.is_parametrized(place.module, place.tensor_name):
-            other = place.module.parametrizations[place.tensor_name][0]  # type: ignore[index, union-attr]
+        if place.parametrizations is not None:
             raise InputError(
-                f"layer {layer.name!r} already carries the parametrization {type(other).__name__}; remove it with "
+                f"layer {layer.name!r} already carries the parametrization {type(place.parametrizations[0]).__name__}; remove it with "
                 "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
             )
     weight = layer.weight
@@ -336,7 +335,7 @@ def _warn_if_empty(sparsifier: Sparsifier) -> None:
     for name in empty[:3]:
         largest = float(layers[name].weight.detach().abs().max())
         threshold = layers[name].threshold
-        over = "" if threshold is None else f" under a threshold of {float(threshold.min()):.3g}"
+        over = "" if threshold is None else f" under a threshold of {float(threshold.detach().min()):.3g}"
         details.append(f"{name}: largest |weight| {largest:.3g}{over}")
     warnings.warn(
         f"{len(empty)} of {len(layers)} layers are all zero before training ({'; '.join(details)}"

@@ -1,0 +1,407 @@
+"""sparsify_, densify_ and what must survive between them."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+
+import sparing
+from sparing import STR, InputError, SparsityWarning, select
+
+# sigmoid(-3) = 0.047: some weights of every model below are under it and some above.
+HALF = STR(init=-3.0)
+
+
+class Tied(nn.Module):
+    """An embedding whose table is also the weight of the decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.decoder = nn.Linear(8, 20, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.decoder(self.hidden(self.embedding(tokens)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer followed by a classifier on its mean output."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.rnn = kind(6, 9, num_layers=2, bidirectional=True, batch_first=True, **options)
+        self.fc = nn.Linear(self.rnn(torch.zeros(1, 1, 6))[0].shape[-1], 3)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0].mean(dim=1))
+
+
+class Cell(nn.Module):
+    """One step of a recurrent cell, from a state that is not zero."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(6, 5)
+
+    def forward(self, x):
+        state = torch.linspace(-1, 1, 5).expand(len(x), 5)
+        if isinstance(self.cell, nn.LSTMCell):
+            return self.cell(x, (state, state))[0]
+        return self.cell(x, state)
+
+
+MODELS = {
+    "linear": lambda: (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)),
+    "conv1d": lambda: (nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), torch.randn(4, 3, 9)),
+    "conv2d": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), torch.randn(4, 3, 9, 9)),
+    "conv3d": lambda: (nn.Conv3d(3, 8, 3), torch.randn(4, 3, 5, 5, 5)),
+    "grouped": lambda: (nn.Conv2d(4, 8, 3, groups=2), torch.randn(4, 4, 9, 9)),
+    "depthwise": lambda: (nn.Conv2d(4, 4, 3, groups=4), torch.randn(4, 4, 9, 9)),
+    "transposed1d": lambda: (nn.ConvTranspose1d(3, 8, 3), torch.randn(4, 3, 9)),
+    "transposed2d": lambda: (nn.ConvTranspose2d(3, 8, 3, stride=2), torch.randn(4, 3, 9, 9)),
+    "transposed3d": lambda: (nn.ConvTranspose3d(3, 8, 3), torch.randn(4, 3, 4, 4, 4)),
+    "channels_last": lambda: (
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last),
+        torch.randn(4, 8, 9, 9).to(memory_format=torch.channels_last),
+    ),
+    "rnn": lambda: (Recurrent(nn.RNN), torch.randn(4, 7, 6)),
+    "lstm": lambda: (Recurrent(nn.LSTM), torch.randn(4, 7, 6)),
+    "lstm_projected": lambda: (Recurrent(nn.LSTM, proj_size=3), torch.randn(4, 7, 6)),
+    "gru": lambda: (Recurrent(nn.GRU), torch.randn(4, 7, 6)),
+    "lstm_cell": lambda: (Cell(nn.LSTMCell), torch.randn(4, 6)),
+    "gru_cell": lambda: (Cell(nn.GRUCell), torch.randn(4, 6)),
+    "tied": lambda: (Tied(), torch.randint(0, 20, (4, 5))),
+}
+GRANULARITIES = ["layer", "filter", "weight", "global"]
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    return MODELS[request.param]()
+
+
+def small():
+    return MODELS["linear"]()
+
+
+def loss(out):
+    """A fixed projection: unlike in a plain sum, every output matters differently."""
+    return (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_outputs_and_gradients_are_those_of_the_thresholded_weights(case, granularity):
+    """An independent reading: the plain model with its weights replaced by the formula's."""
+    model, x = case
+    reference = copy.deepcopy(model)
+    sparsifier = sparing.sparsify_(model, STR(init=-3.0, granularity=granularity))
+    threshold = torch.sigmoid(torch.tensor(-3.0))
+    plain = {}
+    for layer in sparsifier.layers.values():
+        weight = layer.weight.detach()
+        plain[layer.places[0].key] = torch.sign(weight) * torch.relu(weight.abs() - threshold)
+        assert 0 < layer.nonzero() < weight.numel()
+    with torch.no_grad():
+        for key, tensor in plain.items():
+            reference.get_parameter(key).copy_(tensor)
+    model.eval(), reference.eval()
+    out, expected = model(x), reference(x)
+    assert torch.equal(out, expected)
+    loss(out).backward()
+    loss(expected).backward()
+    dense = dict(reference.named_parameters())
+    for layer in sparsifier.layers.values():
+        gradient = dense[layer.places[0].key].grad
+        live = layer.effective_weight.detach() != 0
+        torch.testing.assert_close(layer.weight.grad, gradient * live)
+        assert layer.weight.grad.abs().sum() > 0
+
+
+def test_densify_is_bit_equal_and_plain(case):
+    model, x = case
+    plain_keys = list(model.state_dict())
+    parameters = {id(p) for p in model.parameters()}
+    types = [type(m) for m in model.modules()]
+    sparing.sparsify_(model, HALF)
+    model.eval()
+    expected = model(x)
+    dense = sparing.dense_state_dict(model)
+    assert sparing.densify_(model) is model
+    assert torch.equal(model(x), expected)
+    assert [type(m) for m in model.modules()] == types
+    assert set(model.state_dict()) == set(plain_keys)
+    assert {id(p) for p in model.parameters()} == parameters
+    assert set(dense) == set(plain_keys)
+    assert all(torch.equal(dense[key], value) for key, value in model.state_dict().items())
+    assert sparing.sparse_layers(model) == {}
+
+
+def test_densify_of_a_dense_model_leaves_it_alone():
+    model, x = small()
+    expected = model(x)
+    assert torch.equal(sparing.densify_(model)(x), expected)
+
+
+def test_a_deepcopy_is_independent_and_either_can_be_densified(case):
+    model, x = case
+    sparing.sparsify_(model, HALF)
+    model.eval()
+    expected = model(x)  # also leaves a graph behind, which a copy must not stumble over
+    replica = copy.deepcopy(model)
+    assert torch.equal(replica(x), expected)
+    sparing.densify_(replica)
+    assert torch.equal(replica(x), expected)
+    with torch.no_grad():
+        for p in replica.parameters():
+            p.zero_()
+    assert torch.equal(model(x), expected)
+    assert sparing.sparse_layers(model)
+    sparing.densify_(model)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_state_dict_round_trip_is_strict_and_exact(case, granularity, tmp_path):
+    model, x = case
+    fresh = copy.deepcopy(model)
+    method = STR(init=-3.0, granularity=granularity)
+    sparing.sparsify_(model, method)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    sparing.sparsify_(fresh, method)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    model.eval(), fresh.eval()
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_dense_state_dict_loads_into_the_plain_model(case):
+    model, x = case
+    plain = copy.deepcopy(model)
+    sparing.sparsify_(model, HALF)
+    plain.load_state_dict(sparing.dense_state_dict(model))
+    model.eval(), plain.eval()
+    assert torch.equal(plain(x), model(x))
+
+
+def test_averaged_model_averages_weights_and_thresholds():
+    model, x = small()
+    sparing.sparsify_(model, HALF)
+    average = AveragedModel(model, avg_fn=lambda old, new, n: 0.5 * old + 0.5 * new)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    average.update_parameters(model)
+    layer = sparing.sparse_layers(average.module)["0"]
+    assert torch.equal(layer.parametrization.s, torch.tensor([-2.5]))
+    assert average(x).shape == (4, 3)
+    sparing.densify_(average.module)
+    assert sparing.sparse_layers(model), "densifying the average must leave the model as it is"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_s_stays_float32_in_a_half_precision_model(dtype):
+    model, x = small()
+    s_value = -5.4321
+    sparing.sparsify_(model, STR(init=s_value))
+    model.to(dtype)
+    layer = sparing.sparse_layers(model)["0"]
+    assert layer.weight.dtype == layer.effective_weight.dtype == dtype
+    assert layer.parametrization.s.dtype == torch.float32
+    assert torch.equal(layer.parametrization.s, torch.tensor([s_value]))
+    # The step that rounds away in bf16: s must move.
+    optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=5e-4), lr=0.1)
+    model(x.to(dtype)).float().sum().backward()
+    optimizer.step()
+    assert layer.parametrization.s != s_value
+
+    again, _ = small()
+    again.to(dtype)
+    sparing.sparsify_(again, STR())
+    assert sparing.sparse_layers(again)["0"].parametrization.s.dtype == torch.float32
+
+
+def test_double_moves_s_to_double_and_meta_model_can_be_materialized():
+    model, _ = small()
+    sparing.sparsify_(model, HALF)
+    assert sparing.sparse_layers(model.double())["0"].parametrization.s.dtype == torch.float64
+    meta, x = small()
+    meta.to("meta")
+    sparing.sparsify_(meta, HALF)
+    meta.to_empty(device="cpu").load_state_dict(model.float().state_dict())
+    assert torch.equal(meta(x), model(x))
+
+
+def test_moves_between_devices(device):
+    model, x = small()
+    sparing.sparsify_(model, STR(init=-3.0, granularity="global"))
+    expected = model(x)
+    model.to(device)
+    torch.testing.assert_close(model(x.to(device)).cpu(), expected)
+    shared = {id(layer.parametrization.s) for layer in sparing.sparse_layers(model).values()}
+    assert len(shared) == 1
+
+
+# torch.compile trips over what torch itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["linear", "conv2d", "channels_last"])
+def test_compiles_whole_and_exports(name):
+    model, x = MODELS[name]()
+    sparing.sparsify_(model, HALF)
+    model.eval()
+    expected = model(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_a_recurrent_layer_computes_each_weight_once_a_call():
+    model, x = MODELS["lstm"]()
+    sparsifier = sparing.sparsify_(model, HALF)
+    calls = []
+    for layer in sparsifier.layers.values():
+        layer.parametrization.register_forward_hook(lambda *_, name=layer.name: calls.append(name))
+    model(x)
+    assert sorted(calls) == sorted(sparsifier.layers)
+
+
+def test_tied_weights_are_one_layer_thresholded_once():
+    model, tokens = MODELS["tied"]()
+    sparsifier = sparing.sparsify_(model, HALF)
+    assert list(sparsifier.layers) == ["embedding", "hidden"]
+    layer = sparsifier.layers["embedding"]
+    assert model.decoder.weight is not layer.weight
+    assert torch.equal(model.decoder.weight, model.embedding.weight)
+    once = sparing.soft_threshold(layer.weight, torch.sigmoid(torch.tensor(-3.0)))
+    assert torch.equal(model.decoder.weight, once)
+    sparing.densify_(model)
+    assert model.decoder.weight is model.embedding.weight
+    assert torch.equal(model.decoder.weight, once)
+
+
+def test_a_module_used_under_two_names_is_one_layer():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    expected = copy.deepcopy(model).state_dict().keys()
+    sparsifier = sparing.sparsify_(model, HALF)
+    assert list(sparsifier.layers) == ["0"]
+    assert len([n for n, _ in model.named_parameters() if n.endswith(".s")]) == 1
+    assert sparing.dense_state_dict(model).keys() == expected
+    sparing.densify_(model)
+    assert model.state_dict().keys() == expected
+
+
+def test_default_selection_and_embedding_on_request():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    assert list(sparing.sparsify_(copy.deepcopy(model), HALF).layers) == ["1"]
+    on_request = sparing.sparsify_(copy.deepcopy(model), HALF, select=select.of_type(nn.Embedding, nn.Linear))
+    assert list(on_request.layers) == ["0", "1"]
+    mine = sparing.sparsify_(copy.deepcopy(model), HALF, select=lambda name, module: name == "0")
+    assert list(mine.layers) == ["0"]
+
+
+def test_selection_by_name_pattern_and_exclusion():
+    model = sparing.models.resnet8()
+    assert list(sparing.sparsify_(copy.deepcopy(model), HALF, select=["conv1", "layer3.*"]).layers) == [
+        "conv1",
+        "layer3.0.conv1",
+        "layer3.0.conv2",
+        "layer3.0.downsample.0",
+    ]
+    rest = sparing.sparsify_(copy.deepcopy(model), HALF, select=select.excluding("conv1", "layer[12].*", "*.conv?"))
+    assert list(rest.layers) == ["layer3.0.downsample.0", "fc"]
+
+
+def test_multihead_attention_on_request():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    sparing.sparsify_(model, HALF, select=select.of_type(nn.MultiheadAttention, nn.Linear))
+    assert list(sparing.sparse_layers(model)) == ["in_proj_weight", "out_proj"]
+    out = model(x, x, x)[0]
+    sparing.densify_(model)
+    assert torch.equal(model(x, x, x)[0], out)
+
+
+def test_filter_thresholds_have_one_number_an_output_channel():
+    shapes = {
+        nn.Conv2d(4, 8, 3): (8, 1, 1, 1),
+        nn.Conv2d(4, 8, 3, groups=4): (8, 1, 1, 1),
+        nn.ConvTranspose2d(4, 8, 3): (1, 8, 1, 1),
+        nn.Linear(4, 8): (8, 1),
+    }
+    for module, shape in shapes.items():
+        sparsifier = sparing.sparsify_(module, STR(granularity="filter"))
+        assert tuple(sparsifier.layers["weight"].parametrization.s.shape) == shape
+    with pytest.raises(InputError, match="transposed convolution of 2 groups"):
+        sparing.sparsify_(nn.ConvTranspose2d(4, 8, 3, groups=2), STR(granularity="filter"))
+
+
+# Bad input
+
+
+def test_nothing_to_select_says_what_was_there():
+    with pytest.raises(InputError, match="no weight matrix or kernel; its modules are ReLU"):
+        sparing.sparsify_(nn.Sequential(nn.ReLU()), HALF)
+    with pytest.raises(InputError, match=r"select chose no layer; the model's weights are 0 \(Linear\), 2 \(Linear\)"):
+        sparing.sparsify_(small()[0], HALF, select=lambda name, module: False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["0", "0"], "'0' is chosen twice, by '0' and by '0'"),
+        (["0", "*"], "'0' is chosen twice, by '0' and by"),
+        (["00"], "no layer is named '00'; did you mean '0'"),
+        ("0", "is a string; give a list"),
+        ([], "select chose no layer"),
+    ],
+)
+def test_a_bad_selection_is_refused(choice, message):
+    model, _ = small()
+    with pytest.raises(InputError, match=message):
+        sparing.sparsify_(model, HALF, select=choice)
+    assert not parametrize.is_parametrized(model[0])
+
+
+def test_an_already_sparsified_model_is_refused():
+    model, _ = small()
+    sparing.sparsify_(model, HALF, select=["0"])
+    with pytest.raises(InputError, match=r"sparsified already \('0'\); call sparing.densify_"):
+        sparing.sparsify_(model, HALF)
+
+
+def test_nan_weights_are_refused_by_name_and_nothing_is_changed():
+    model, _ = small()
+    with torch.no_grad():
+        model[2].weight[0, :2] = float("nan")
+    with pytest.raises(InputError, match="'2' holds 2 weights that are NaN or infinite, of 24"):
+        sparing.sparsify_(model, HALF)
+    assert not parametrize.is_parametrized(model[0])
+
+
+def test_other_parametrizations_lazy_modules_and_wrong_methods_are_refused():
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(InputError, match="'0' already carries the parametrization _WeightNorm"):
+        sparing.sparsify_(normed, HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(InputError, match="'0' is not initialized yet: run one batch"):
+        sparing.sparsify_(lazy, HALF)
+    with pytest.raises(InputError, match="give one such as sparing.STR"):
+        sparing.sparsify_(nn.Linear(2, 2), "str")
+
+
+def test_an_initial_threshold_over_every_weight_warns_with_the_numbers():
+    model, _ = small()
+    with pytest.warns(SparsityWarning, match=r"2 of 2 layers are all zero before training \(0: largest \|weight\| 0\.3.* under a threshold of 0\.88"):
+        sparing.sparsify_(model, STR(init=2.0))
