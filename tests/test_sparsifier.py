@@ -86,7 +86,7 @@ def test_two_optimizers_share_the_parameters_and_steps_are_counted_once():
 
 
 def test_state_dict_round_trip_and_a_foreign_state_is_refused():
-    model, sparsifier = sparse_model()
+    _, sparsifier = sparse_model()
     sparsifier.step = 17
     _, other = sparse_model()
     other.load_state_dict(sparsifier.state_dict())

@@ -275,7 +275,7 @@ def test_a_recurrent_layer_computes_each_weight_once_a_call():
 
 
 def test_tied_weights_are_one_layer_thresholded_once():
-    model, tokens = MODELS["tied"]()
+    model, _ = MODELS["tied"]()
     sparsifier = sparing.sparsify_(model, HALF)
     assert list(sparsifier.layers) == ["embedding", "hidden"]
     layer = sparsifier.layers["embedding"]
@@ -403,5 +403,8 @@ def test_other_parametrizations_lazy_modules_and_wrong_methods_are_refused():
 
 def test_an_initial_threshold_over_every_weight_warns_with_the_numbers():
     model, _ = small()
-    with pytest.warns(SparsityWarning, match=r"2 of 2 layers are all zero before training \(0: largest \|weight\| 0\.3.* under a threshold of 0\.88"):
+    with pytest.warns(
+        SparsityWarning,
+        match=r"2 of 2 layers are all zero before training \(0: largest \|weight\| 0\.3.* under a threshold of 0\.88",
+    ):
         sparing.sparsify_(model, STR(init=2.0))

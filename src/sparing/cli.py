@@ -1,6 +1,7 @@
 """The command line: `sparing train`, `sparing eval`, `sparing report`."""
 
 import json
+import shlex
 import sys
 import warnings
 from enum import Enum
@@ -54,24 +55,30 @@ WhichWeights = Annotated[Weights, typer.Option(help="last checkpoint, best epoch
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, as those under recipes/.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. optimizer.lr=0.05.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. optimizer.lr=0.05."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory. [default: runs/NAME-OF-RECIPE]")] = None,
     resume: Annotated[Resume, typer.Option(help="auto: continue what the directory holds.")] = Resume.never,
-    stop_after: Annotated[int | None, typer.Option(min=1, help="Stop after this many epochs; continue later with --resume auto.")] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many epochs; continue later with --resume auto.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a recipe into a run directory."""
     loaded = load_recipe(recipe, set_ or [])
     out = out or Path("runs") / recipe.stem
     console = Console(quiet=as_json)
-    again = f"sparing train {recipe} --out {out} --resume auto"
+    changes = [part for change in set_ or [] for part in ("--set", change)]
+    again = shlex.join(["sparing", "train", str(recipe), *changes, "--out", str(out), "--resume", "auto"])
     try:
         metrics = train_run(loaded, out, resume=resume is Resume.auto, stop_after=stop_after, console=console)
     except KeyboardInterrupt:
         print(f"sparing: interrupted; finished epochs are kept, continue with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     if metrics is None:
-        console.print(f"stopped early; continue with: {again}", highlight=False)
+        console.print(f"stopped early; continue with: {again}", highlight=False, soft_wrap=True)
         if as_json:
             print(json.dumps({"finished": False, "out": str(out)}))
         return
@@ -80,7 +87,7 @@ def train(
         return
     print(report_run(out))
     console.print(_comparison(metrics))
-    console.print(f"Written to {out}", highlight=False)
+    console.print(f"Written to {out}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -46,9 +46,7 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
         {'weight': 1024}
     """
     layers = find_layers(model)
-    by_place = {
-        (id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places
-    }
+    by_place = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
     uses = dict.fromkeys(layers, 0)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -79,23 +77,31 @@ def sparse_macs(layer: Layer, uses: int) -> int:
 
 def _uses(module: nn.Module, given: Any, output: Any) -> int:
     if isinstance(module, CONVOLUTIONS):
-        return prod(output.shape) // module.out_channels
+        return int(prod(output.shape)) // int(module.out_channels)
     if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        return prod(given.shape) // module.in_channels
+        return int(prod(given.shape)) // int(module.in_channels)
     if isinstance(module, nn.Embedding):
         return 0  # a row is read, nothing is multiplied
     if isinstance(given, nn.utils.rnn.PackedSequence):
         given = given.data
     if isinstance(module, (*RECURRENT, nn.Linear, nn.MultiheadAttention)):
-        return prod(given.shape[:-1])
-    raise InputError(f"the MACs of a {type(module).__name__} are not known; leave input_size out to report without MACs")
+        return int(prod(given.shape[:-1]))
+    raise InputError(
+        f"the MACs of a {type(module).__name__} are not known; leave input_size out to report without MACs"
+    )
 
 
 def _run_on_meta(model: nn.Module, example: Example) -> None:
     def meta(tensor: Tensor) -> Tensor:
         return tensor.detach().to("meta")
 
-    state = {name: meta(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    # Each module once, and ties left to themselves: functional_call, told of a module under both
+    # of its names, would put back the meta tensor of the first as if it were the original.
+    state = {
+        f"{prefix}.{name}".lstrip("."): meta(tensor)
+        for prefix, module in model.named_modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example, Tensor):
@@ -110,13 +116,15 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
         raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
     try:
         with torch.no_grad(), torch.device("meta"), _evaluating(model):
-            functional_call(model, state, args, kwargs)
+            functional_call(model, state, args, kwargs, tie_weights=False)
     except InputError:
         raise
     except Exception as error:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values())]
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model does not run on an input of shape {shapes} on the meta device: {reason}") from error
+        raise InputError(
+            f"the model does not run on an input of shape {shapes} on the meta device: {reason}"
+        ) from error
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def param_groups(
     members: dict[str, list[nn.Parameter]] = {name: [] for name in decays}
     seen: set[int] = set()
     for module in model.modules():
-        own = "thresholds" if isinstance(module, Sparse) else "norms" if isinstance(module, NORMALIZATIONS) else "weights"
+        own = (
+            "thresholds" if isinstance(module, Sparse) else "norms" if isinstance(module, NORMALIZATIONS) else "weights"
+        )
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -96,7 +96,10 @@ class Report:
     def __str__(self) -> str:
         cells = self._cells()
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        lines = ["  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
+        lines = [
+            "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in cells
+        ]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
@@ -173,8 +176,10 @@ def _shape(row: Row) -> str:
 
 
 def _percent(row: Row) -> str:
-    # Never rounded up to a full 100 while a weight is alive, nor down to 0 while one is dead.
-    return f"{100 * row.sparsity:.2f} %" if row.nonzero else "100 %"
+    if not row.weights:
+        return ""
+    # Never rounded up to 100 while a weight is alive.
+    return f"{min(100 * row.sparsity, 99.99):.2f} %" if row.nonzero else "100 %"
 
 
 def _align(cell: str, width: int, column: int) -> str:

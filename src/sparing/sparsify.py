@@ -109,7 +109,7 @@ class Sparsifier:
         self._reported.update(new)
         if new:
             warnings.warn(
-                f"step {self.step}: every weight of {_listing(new)} is zero; nothing passes through and no gradient "
+                f"step {self.step}: every weight of {_listing(new)} is zero; nothing passes through it and no gradient "
                 "can bring it back. Lower the threshold's weight decay or init, or leave the layer out with select=",
                 SparsityWarning,
                 stacklevel=2,
@@ -261,8 +261,9 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
 def _check_weight(layer: Layer) -> None:
     for place in layer.places:
         if place.parametrizations is not None:
+            other = type(place.parametrizations[0]).__name__
             raise InputError(
-                f"layer {layer.name!r} already carries the parametrization {type(place.parametrizations[0]).__name__}; remove it with "
+                f"layer {layer.name!r} already carries the parametrization {other}; remove it with "
                 "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
             )
     weight = layer.weight

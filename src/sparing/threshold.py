@@ -56,6 +56,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
     return result
 
 
+# --8<-- [start:operator]
 class _SoftThreshold(torch.autograd.Function):
     """Saves only S, which the layer that uses it keeps for its own backward anyway."""
 
@@ -83,6 +84,9 @@ class _SoftThreshold(torch.autograd.Function):
             return grad_weight, None
         signed = effective.sign() * grad_weight
         return grad_weight, -_sum_to(signed, ctx.threshold_shape, ctx.threshold_dtype)
+
+
+# --8<-- [end:operator]
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

@@ -1,7 +1,7 @@
 """Image data sets small enough to hold in memory, as tensors on the device that trains on them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class ImageData:
 
     def to(self, device: torch.device) -> "ImageData":
         """The same data on another device."""
-        parts = (part.to(device) for part in (self.train, self.validation, self.test))
-        return ImageData(*parts, self.mean, self.std, self.num_classes)
+        return replace(
+            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+        )
 
 
 def mnist5k() -> ImageData:
@@ -72,9 +73,8 @@ def mnist5k() -> ImageData:
     flat, digits = mnist_data()
     pixels = torch.as_tensor(flat, dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.as_tensor(digits, dtype=torch.int64)
-    train, validation, test = stratified_split(labels, (350, 50, 100))
-    parts = (Images(pixels[i], labels[i]) for i in (train, validation, test))
-    return ImageData(*parts, mean=(0.1307,), std=(0.3081,), num_classes=10)
+    train, validation, test = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (350, 50, 100)))
+    return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10)
 
 
 DATASETS = {data.__name__: data for data in (mnist5k,)}

@@ -50,9 +50,10 @@ class RunLog:
             self._to_tensorboard(line)
         self.console.print(
             f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.4f}  "
-            f"validation accuracy {100 * line['validation_accuracy']:6.2f} %  sparsity {100 * line['sparsity']:6.2f} %  "
-            f"{line['seconds']:.0f} s",
+            f"validation accuracy {100 * line['validation_accuracy']:6.2f} %  "
+            f"sparsity {100 * line['sparsity']:6.2f} %  {line['seconds']:.0f} s",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:

@@ -78,7 +78,9 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
         optimizer, lambda t: warmup_cosine(t, schedule.epochs * unit, round(schedule.warmup_epochs * unit))
     )
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+    )
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if sparsifier is not None:
         stateful["sparsifier"] = sparsifier

@@ -45,9 +45,9 @@ class Data(Part):
 
     name: str
     """`name` of `sparing.data`."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images a step."""
-    shift: int = Field(0, ge=0)
+    shift: int = Field(default=0, ge=0)
     """Augmentation: pixels by which a training image may move, in both directions."""
 
     @field_validator("name")
@@ -62,7 +62,7 @@ class Optimizer(Part):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.1
     """Peak learning rate."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of SGD; not used by adamw."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW; not used by sgd."""
@@ -77,7 +77,7 @@ class Optimizer(Part):
 class Schedule(Part):
     """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero."""
 
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(default=20, ge=1)
     warmup_epochs: NotNegative = 0
     update: Literal["step", "epoch"] = "step"
     """How often the learning rate moves; the paper moves it once an epoch."""
@@ -100,17 +100,17 @@ class Recipe(Part):
     """Names or shell patterns of the layers to sparsify; all weight layers where it is left out."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     clip_grad_norm: Positive | None = None
     """Scale gradients down to this total norm."""
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay a step of an exponential moving average of the weights, which is then what counts."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Automatic mixed precision; fp16 scales the loss."""
     channels_last: bool = False
     compile: bool = False
     """Run the model through torch.compile."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     device: str = "auto"
     """"auto" takes the GPU if there is one; otherwise a torch device such as "cpu" or "cuda:1"."""
     dense_baseline: bool = False

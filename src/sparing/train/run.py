@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
 import sparing
-from sparing.data import DATASETS, ImageData
+from sparing.data import DATASETS, Batches, ImageData
 from sparing.errors import CheckpointError, InputError
 from sparing.files import replacing, write_text
 from sparing.plots import budget_by_depth, layers_over_time
@@ -22,14 +21,19 @@ from sparing.train.build import build_model, build_sparsifier, pick_device
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.evaluate import Evaluation, evaluate
 from sparing.train.log import read_history
-from sparing.train.loop import Batches, fit
+from sparing.train.loop import fit
 from sparing.train.recipe import Recipe, load_recipe
 
 Weights = Literal["last", "best", "dense"]
 
 
 def train_run(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, stop_after: int | None = None, console: Console | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any] | None:
     """Train a recipe into a run directory.
 
@@ -137,7 +141,9 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {path}: does not fit the recipe ({str(error).splitlines()[-1].strip()})") from error
+        raise CheckpointError(
+            f"checkpoint {path}: does not fit the recipe ({str(error).splitlines()[-1].strip()})"
+        ) from error
     return model.eval(), recipe, saved["data"]
 
 
@@ -170,11 +176,16 @@ def _open(out: Path, recipe: Recipe, resume: bool) -> None:
         write_text(written, recipe.to_yaml())
         return
     if not resume:
-        raise InputError(f"{out} exists already; continue it with --resume auto, or choose another directory with --out")
+        raise InputError(
+            f"{out} exists already; continue it with --resume auto, or choose another directory with --out"
+        )
     before, now = _read_recipe(out).model_dump(mode="json"), recipe.model_dump(mode="json")
     different = [key for key in _flatten(now) | _flatten(before) if _flatten(before).get(key) != _flatten(now).get(key)]
     if different:
-        raise InputError(f"{out} holds a run of another recipe (they differ in {', '.join(different)}); choose another directory with --out")
+        raise InputError(
+            f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
+            "choose another directory with --out"
+        )
 
 
 def _read_recipe(run: Path) -> Recipe:
@@ -203,7 +214,9 @@ def _write_model(out: Path, model: nn.Module) -> None:
     from safetensors.torch import save_file
 
     # Cloned, since safetensors refuses tied tensors; contiguous, since it knows no memory formats.
-    plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in dense_state_dict(model).items()}
+    plain = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in dense_state_dict(model).items()
+    }
     with replacing(out / "model.safetensors") as temporary:
         save_file(plain, temporary)
 

@@ -1,0 +1,38 @@
+# make demo   train a sparse network on real digits and compare it with the dense one
+# make test   run the test suite
+# Each makes the virtual environment it needs, in .venv; nothing else has to be installed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/demo
+	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
+
+test: .venv/dev
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict
+
+bench: .venv/dev
+	$(BIN)/python bench/step_overhead.py
+
+clean:
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,digits]'
+	@touch $@
+
+.venv/dev: .venv/demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,248 @@
+"""Counts that must come out exactly: weights, multiply-accumulates, sparsity."""
+
+import copy
+import csv
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sparing
+from sparing import STR, Budget, InputError
+
+IMAGE = (1, 3, 224, 224)
+
+
+def meta(function, *args, **kwargs):
+    with torch.device("meta"):
+        return function(*args, **kwargs)
+
+
+def test_resnet50_is_the_papers():
+    # Kusupati et al. 2020, the released budgets: 54 conv and fc layers; the average pool's
+    # 100,352 additions, which the paper's 4,089,284,608 includes, are no multiplications.
+    model = meta(sparing.models.resnet50)
+    model.train()
+    uses = sparing.count_uses(model, IMAGE)
+    layers = sparing.select.find_layers(model)
+    assert len(layers) == 54
+    assert sum(layer.weight.numel() for layer in layers.values()) == 25_502_912
+    assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 4_089_184_256
+    assert uses["conv1"] * layers["conv1"].weight.numel() == 118_013_952
+    assert layers["conv1"].weight.numel() == 9_408
+    backbone = {name: layer for name, layer in layers.items() if name != "fc"}
+    assert sum(layer.weight.numel() for layer in backbone.values()) == 23_454_912
+    assert sum(uses[name] * layer.weight.numel() for name, layer in backbone.items()) == 4_087_136_256
+    assert model.training, "counting must leave the mode as it was"
+
+
+def test_mobilenet_v1_is_the_papers():
+    model = meta(sparing.models.mobilenet_v1)
+    uses = sparing.count_uses(model, IMAGE)
+    layers = sparing.select.find_layers(model)
+    assert sum(layer.weight.numel() for layer in layers.values()) == 4_209_088
+    assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 568_740_352
+
+
+def test_resnet18_has_the_published_size():
+    # torchvision's ResNet-18 has 11,689,512 parameters: these weights, 9,600 of batch
+    # normalization, and a classifier bias of 1,000 that ours has not.
+    layers = sparing.select.find_layers(meta(sparing.models.resnet18))
+    assert sum(layer.weight.numel() for layer in layers.values()) == 11_689_512 - 9_600 - 1_000
+
+
+@pytest.mark.parametrize(("function", "weights"), [("resnet8", 77_072), ("resnet20", 268_336 + 32 * 16 + 64 * 32)])
+def test_small_resnets(function, weights):
+    # ResNet-20 of the CIFAR-10 paper has 269,722 parameters, 268,336 of them in convolutions and
+    # classifier; ours has two 1×1 shortcuts more, in place of zero padding.
+    layers = sparing.select.find_layers(getattr(sparing.models, function)())
+    assert sum(layer.weight.numel() for layer in layers.values()) == weights
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 3), (2, 4, 10), 2 * 8 * 6 * 4 * 3),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 9), 2 * 25 * 6 * 4 * 9),
+        (nn.Conv2d(4, 8, 3, groups=2), (1, 4, 9, 9), 49 * 8 * 2 * 9),
+        (nn.Conv2d(4, 4, 3, groups=4), (1, 4, 9, 9), 49 * 4 * 9),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4), 27 * 3 * 2 * 8),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5), 2 * 25 * 4 * 6 * 9),
+        (nn.Linear(4, 6), (7, 4), 7 * 24),
+        (nn.Linear(4, 6), (7, 5, 4), 35 * 24),
+        (nn.LSTM(4, 6), (5, 2, 4), 10 * (4 * 6 * 4 + 4 * 6 * 6)),
+        (nn.GRU(4, 6, bidirectional=True), (5, 2, 4), 2 * 10 * (3 * 6 * 4 + 3 * 6 * 6)),
+        (nn.RNN(4, 6, num_layers=2, batch_first=True), (2, 5, 4), 10 * (6 * 4 + 6 * 6 + 6 * 6 + 6 * 6)),
+        (nn.LSTMCell(4, 6), (3, 4), 3 * (24 * 4 + 24 * 6)),
+    ],
+)
+def test_macs_of_every_kind_of_layer(module, shape, macs):
+    assert sparing.report(module, shape).total.dense_macs == macs
+    sparing.sparsify_(module, STR(init=-3.0))
+    account = sparing.report(module, shape)
+    assert account.total.dense_macs == macs
+    uses = sparing.count_uses(module, shape)
+    assert account.total.macs == sum(
+        uses[name] * int((layer.effective_weight != 0).sum()) for name, layer in sparing.sparse_layers(module).items()
+    )
+    assert 0 < account.total.macs < macs
+
+
+def test_macs_of_tied_shared_and_unused_layers():
+    shared = nn.Linear(4, 4, bias=False)
+    twice = nn.Sequential(shared, nn.ReLU(), shared)
+    assert sparing.report(twice, (3, 4)).total.dense_macs == 2 * 3 * 16
+    assert not shared.weight.is_meta, "counting must leave the weights as they were"
+    twice.add_module("spare", nn.Identity())
+    twice.spare.fc = nn.Linear(4, 4)
+    assert sparing.report(twice, (3, 4)).layers[1].dense_macs == 0
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+            self.decoder = nn.Linear(4, 10, bias=False)
+            self.decoder.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.decoder(self.embedding(tokens))
+
+    # Looking a row up multiplies nothing.
+    assert sparing.report(Tied(), torch.zeros(2, 3, dtype=torch.long)).total.dense_macs == 6 * 40
+
+
+def test_macs_take_tensors_tuples_and_mappings():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return self.fc(x * mask)
+
+    x, mask = torch.ones(2, 4), torch.ones(2, 1)
+    for example in ((x, mask), {"x": x, "mask": mask}):
+        assert sparing.report(Two(), example).total.dense_macs == 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [((1, 5), "does not run on an input of shape"), ((0, 4), "neither a shape"), (("a",), "neither a shape")],
+)
+def test_an_input_the_model_cannot_take_is_refused(example, message):
+    with pytest.raises(InputError, match=message):
+        sparing.count_uses(nn.Linear(4, 4), example)
+
+
+def test_report_is_the_same_for_sparse_and_densified():
+    model = sparing.models.resnet8(width=4)
+    sparing.sparsify_(model, STR(init=-2.0))
+    before = sparing.report(model, (1, 1, 28, 28))
+    after = sparing.report(sparing.densify_(copy.deepcopy(model)), (1, 1, 28, 28))
+    for sparse, dense in zip((*before.layers, before.total), (*after.layers, after.total), strict=True):
+        sparse, dense = sparse.as_dict(), dense.as_dict()
+        assert sparse.pop("threshold") == pytest.approx(0.1192, abs=1e-4) if sparse["kind"] else True
+        dense.pop("threshold")
+        sparse.pop("threshold", None)
+        assert sparse == dense
+    assert before.total.nonzero == sum(
+        int((layer.effective_weight != 0).sum()) for layer in sparing.sparse_layers(model).values()
+    )
+    assert before.backbone.weights == before.total.weights - before.layers[-1].weights
+    assert before.layers[-1].name == "fc"
+
+
+def test_report_covers_layers_left_dense():
+    model = sparing.models.resnet8(width=4)
+    sparing.sparsify_(model, STR(init=-2.0), select=["layer*"])
+    account = sparing.report(model)
+    assert account.layers[0].threshold is None
+    assert account.layers[0].sparsity == 0
+    assert account.layers[1].sparsity > 0
+    assert account.total.weights == sum(row.weights for row in account.layers)
+    assert account.total.macs is None
+
+
+def test_report_formats_agree():
+    model = sparing.models.resnet8(width=4)
+    sparing.sparsify_(model, STR(init=-2.0))
+    account = sparing.report(model, (1, 1, 28, 28))
+    as_json = json.loads(account.to_json())
+    rows = list(csv.DictReader(io.StringIO(account.to_csv())))
+    assert [row["name"] for row in rows] == [row["name"] for row in as_json["layers"]] + ["total", "backbone"]
+    assert int(rows[-2]["nonzero"]) == as_json["total"]["nonzero"] == account.total.nonzero
+    assert float(rows[0]["sparsity"]) == as_json["layers"][0]["sparsity"]
+    text, page = str(account), account.to_html()
+    for row in account.layers:
+        assert row.name in text
+        assert row.name in page
+        assert f"{row.nonzero:,}" in text
+    assert len({len(line) for line in text.splitlines() if set(line) == {"-"}}) == 1
+
+
+def test_the_percentage_of_a_nearly_empty_layer_is_not_rounded_to_100():
+    model = nn.Linear(500, 500, bias=False)
+    nn.init.zeros_(model.weight)
+    assert "100 %" in str(sparing.report(model))
+    with torch.no_grad():
+        model.weight[0, 0] = 1.0
+    assert "100 %" not in str(sparing.report(model))
+
+
+def test_budget_from_model_save_and_load(tmp_path):
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 3))
+    with torch.no_grad():
+        model[0].weight.view(-1)[:37] = 0
+    budget = Budget.from_model(model)
+    assert dict(budget) == {"0": 0.37, "1": 0.0}
+    for suffix in ("json", "csv"):
+        path = tmp_path / f"budget.{suffix}"
+        budget.save(path)
+        assert dict(Budget.load(path)) == dict(budget)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["budget.csv", "budget.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("b.json", '{"fc": 90}', r"sparsity of layer 'fc' must be in \[0, 1\], got 90"),
+        ("b.json", "[1]", "not a table of layer and sparsity"),
+        ("b.json", "{", "not a table of layer and sparsity"),
+        ("b.csv", "a,b\n1,2\n", "not a table of layer and sparsity"),
+        ("b.txt", "", "suffix must be .json or .csv"),
+    ],
+)
+def test_a_file_that_is_no_budget_is_refused(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        Budget.load(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Budget.load(tmp_path / "absent.json")
+
+
+def test_param_groups_go_by_type_and_not_by_name():
+    model = sparing.models.mobilenet_v1(num_classes=10, width=0.25)  # its norms are called model.N.M
+    model.bn = nn.Linear(2, 2)
+    sparing.sparsify_(model, STR())
+    groups = {
+        g["name"]: g for g in sparing.param_groups(model, 1e-4, threshold_weight_decay=1e-2, norm_weight_decay=0.0)
+    }
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(groups["norms"]["params"]) == 2 * len(norms)
+    assert len(groups["thresholds"]["params"]) == len(sparing.sparse_layers(model))
+    assert {n: g["weight_decay"] for n, g in groups.items()} == {"weights": 1e-4, "thresholds": 1e-2, "norms": 0.0}
+    everything = [p for g in groups.values() for p in g["params"]]
+    assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
+    assert any(p is model.bn.parametrizations.weight.original for p in groups["weights"]["params"])
+
+
+def test_param_groups_default_to_one_decay_and_leave_out_what_is_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.LSTM(2, 2))
+    model[1].requires_grad_(False)
+    groups = sparing.param_groups(model, 0.5)
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [("weights", 0.5)]
+    with pytest.raises(InputError, match="weight decay of norms must be ≥ 0, got -1"):
+        sparing.param_groups(model, 0.5, norm_weight_decay=-1)

@@ -1,0 +1,130 @@
+"""The command line as a user meets it: a process, its output, its exit status."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+RECIPE = """# test
+model: {name: resnet8, width: 2}
+data: {name: mnist5k, batch_size: 350}
+method: {name: str, init: -4.0}
+optimizer: {lr: 0.1, threshold_weight_decay: 0.05}
+schedule: {epochs: 2}
+tensorboard: false
+"""
+
+FROZEN = {
+    "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
+    "eval": {"--part", "--weights", "--json", "--help"},
+    "report": {"--weights", "--csv", "--html", "--json", "--help"},
+}
+"""Options are a promise: new knobs go into the recipe, not here."""
+
+
+def sparing(*arguments, cwd):
+    return subprocess.run([sys.executable, "-m", "sparing.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a recipe and, in runs/recipe, a finished run of it."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "recipe.yaml").write_text(RECIPE)
+    done = sparing("train", "recipe.yaml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "epoch   2/2" in done.stdout
+    assert "Test part, evaluated once" in done.stdout
+    return place
+
+
+def test_the_options_are_frozen():
+    from sparing.cli import app
+
+    commands = typer.main.get_command(app).commands
+    options = {
+        name: {o for p in command.params for o in p.opts if o.startswith("--")} | {"--help"}
+        for name, command in commands.items()
+    }
+    assert options == FROZEN
+
+
+def test_train_prints_json_and_nothing_else(place):
+    done = sparing("train", "recipe.yaml", "--json", "--resume", "auto", cwd=place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json.loads((place / "runs/recipe/metrics.json").read_text())
+
+
+def test_stop_after_and_resume(place):
+    first = sparing("train", "recipe.yaml", "--out", "parts", "--stop-after", "1", "--set", "seed=3", cwd=place)
+    assert first.returncode == 0
+    assert "continue with: sparing train recipe.yaml --set seed=3 --out parts --resume auto" in first.stdout
+    second = sparing("train", "recipe.yaml", "--out", "parts", "--resume", "auto", "--set", "seed=3", cwd=place)
+    assert second.returncode == 0
+    assert "continuing after epoch 1 of 2" in second.stdout
+
+
+def test_eval_agrees_with_train(place):
+    metrics = json.loads((place / "runs/recipe/metrics.json").read_text())
+    done = sparing("eval", "runs/recipe", "--json", cwd=place)
+    answer = json.loads(done.stdout)
+    assert {key: answer[key] for key in ("accuracy", "nonzero", "macs")} == {
+        key: metrics[key] for key in ("accuracy", "nonzero", "macs")
+    }
+    text = sparing("eval", "runs/recipe", "--part", "validation", "--weights", "best", cwd=place)
+    assert text.stdout.startswith("accuracy ")
+    assert "of 500, validation" in text.stdout
+
+
+def test_report_in_every_format(place):
+    done = sparing("report", "runs/recipe", "--csv", "table.csv", "--html", "table.html", cwd=place)
+    assert done.returncode == 0
+    assert "layer3.0.conv2" in done.stdout
+    assert (place / "table.csv").read_text().startswith("name,kind,shape")
+    assert "<table>" in (place / "table.html").read_text()
+    as_json = json.loads(sparing("report", "runs/recipe", "--json", cwd=place).stdout)
+    assert as_json == json.loads((place / "runs/recipe/report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "recipe absent.yaml: cannot be read: No such file"),
+        (["train", "typo.yaml"], "unknown key 'optimiser'; did you mean 'optimizer'"),
+        (["train", "recipe.yaml", "--set", "schedule.epochs=ten"], "schedule.epochs: .*valid integer.*got 'ten'"),
+        (["train", "recipe.yaml"], "runs/recipe exists already"),
+        (["train", "recipe.yaml", "--resume", "auto", "--set", "seed=9"], "they differ in seed"),
+        (["train", "recipe.yaml", "--out", "recipe.yaml"], "recipe.yaml is a file"),
+        (["train", "recipe.yaml", "--resume", "always"], "is not one of 'never', 'auto'"),
+        (["eval", "absent"], "absent is not a run directory: there is no such directory"),
+        (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: unreadable or truncated"),
+        (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
+        (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
+        (["explode"], "No such command 'explode'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
+    (place / "typo.yaml").write_text(RECIPE + "optimiser: {}\n")
+    damaged = place / "damaged"
+    damaged.mkdir(exist_ok=True)
+    (damaged / "recipe.yaml").write_text((place / "runs/recipe/recipe.yaml").read_text())
+    (damaged / "checkpoint.pt").write_bytes((place / "runs/recipe/checkpoint.pt").read_bytes()[:5000])
+    before = sorted(Path(place, "runs/recipe").rglob("*"))
+    done = sparing(*arguments, cwd=place)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    # typer frames its own errors, ours are one line.
+    assert len(done.stderr.splitlines()) == 1 or "Usage:" in done.stderr
+    assert re.search(message, " ".join(done.stderr.replace("│", " ").split())), done.stderr
+    assert sorted(Path(place, "runs/recipe").rglob("*")) == before
+
+
+def test_a_warning_is_one_line(place):
+    done = sparing("train", "recipe.yaml", "--out", "empty", "--set", "method.init=9", "--stop-after", "1", cwd=place)
+    assert done.returncode == 0
+    assert re.match(r"sparing: warning: \d+ of 10 layers are all zero before training", done.stderr)
+    assert len(done.stderr.splitlines()) == 1

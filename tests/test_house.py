@@ -1,0 +1,130 @@
+"""The rules of docs/architecture.md: which room may import which, and what an import may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "sparing"
+
+# Room → rooms it may import from. A room is a file, or a folder, of the package.
+MAY_IMPORT = {
+    "errors": set(),
+    "files": set(),
+    "schedules": set(),
+    "threshold": {"errors"},
+    "parametrizations": {"threshold"},
+    "select": {"errors", "parametrizations"},
+    "sparsify": {"errors", "parametrizations", "select"},
+    "macs": {"errors", "select"},
+    "report": {"macs", "select"},
+    "budget": {"errors", "files", "select"},
+    "optim": {"errors", "parametrizations", "select"},
+    "plots": {"report"},
+    "models": set(),
+    "methods": {"errors", "parametrizations", "schedules", "select", "sparsify", "threshold"},
+    "data": {"errors"},
+    "train": {
+        "errors", "files", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods", "data",
+    },
+    "cli": {"errors", "files", "train"},
+}  # fmt: skip
+CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
+CORE += ["budget", "optim", "models", "methods"]
+
+
+def room(path):
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path):
+    """Every module a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "sparing":
+                yield from (f"sparing.{alias.name}" for alias in node.names)
+
+
+FILES = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_go_one_way(path):
+    here = room(path)
+    for module in imported(path):
+        parts = module.split(".")
+        if parts[0] != "sparing" or len(parts) == 1:
+            continue
+        there = parts[1]
+        if there == here:
+            inside = path.parent != SOURCE and here == "methods" and path.name != "__init__.py"
+            assert not inside, f"{path.name}: methods never import one another"
+            continue
+        if there not in MAY_IMPORT:
+            continue  # a name of the package itself, such as __version__
+        assert there in MAY_IMPORT[here], f"{here} must not import {there}"
+
+
+def test_every_room_has_a_rule_and_a_line_in_the_plan():
+    rooms = {room(path) for path in FILES}
+    assert rooms == set(MAY_IMPORT)
+    plan = (ROOT / "docs" / "architecture.md").read_text()
+    for name in rooms:
+        assert re.search(rf"\b{name}(\.py|/)", plan), f"docs/architecture.md does not name {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_the_core_needs_torch_alone(path):
+    if room(path) not in CORE:
+        return
+    for module in imported(path):
+        top = module.split(".")[0]
+        assert top in {"sparing", "torch"} or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+
+
+def test_no_module_imports_torchvision():
+    # Its operators do not load on a CPU-only torch.
+    for path in FILES:
+        assert not [m for m in imported(path) if m.split(".")[0] in {"torchvision", "torchaudio"}]
+
+
+LEAN = """
+import sys
+import torch
+before = set(sys.modules)
+sys.argv = None  # whoever reads it fails
+def refuse(*args, **kwargs):
+    raise AssertionError("import sparing touched CUDA")
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+import sparing
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+extra = {name for name in new if name not in sys.stdlib_module_names} - {"sparing", "torch", "safetensors"}
+assert not extra, extra
+heavy = {"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modules) - before)
+assert not heavy, heavy
+"""
+
+
+def test_import_is_lean_and_without_side_effects():
+    subprocess.run([sys.executable, "-W", "error", "-c", LEAN], check=True)
+
+
+def test_the_files_a_newcomer_reads_are_short():
+    lines = {name: len((SOURCE / name).read_text().splitlines()) for name in ("threshold.py", "methods/str.py")}
+    assert all(count < 150 for count in lines.values()), lines
+
+
+def test_readme_is_short_and_names_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    assert "make demo" in readme
+    assert "make test" in readme

@@ -1,0 +1,299 @@
+"""Runs on real digits: resume to the last bit, what a run directory holds, what damages it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import sparing
+from sparing import CheckpointError, InputError, SparsityWarning
+from sparing.data import Batches, Images
+from sparing.data.image import mnist5k, stratified_split
+from sparing.schedules import warmup_cosine
+from sparing.train.checkpoint import load_checkpoint, save_checkpoint
+from sparing.train.evaluate import evaluate
+from sparing.train.log import read_history
+from sparing.train.recipe import Recipe
+from sparing.train.run import evaluate_run, load_run, report_run, train_run
+
+
+def recipe(**changes):
+    base = {
+        "model": {"name": "resnet8", "width": 2},
+        "data": {"name": "mnist5k", "batch_size": 350, "shift": 1},
+        "method": {"name": "str", "init": -4.0},
+        "optimizer": {"lr": 0.1, "weight_decay": 5e-4, "threshold_weight_decay": 0.05},
+        "schedule": {"epochs": 2, "warmup_epochs": 1},
+        "tensorboard": False,
+    }
+    return Recipe.model_validate(base | changes)
+
+
+def weights(run):
+    return load_checkpoint(run / "checkpoint.pt")["model"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+VARIANTS = {
+    "sgd, per step": {},
+    "adamw, per epoch, clipped": {
+        "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.1},
+        "schedule": {"epochs": 10, "warmup_epochs": 2, "update": "epoch"},
+        "clip_grad_norm": 1.0,
+    },
+    "ema, bf16, channels_last": {"ema": 0.9, "amp": "bf16", "channels_last": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_epochs_equal_five_and_five_more_to_the_last_bit(tmp_path, variant):
+    wanted = recipe(**{"schedule": {"epochs": 10, "warmup_epochs": 1}} | VARIANTS[variant])
+    assert train_run(wanted, tmp_path / "straight")
+    assert train_run(wanted, tmp_path / "halves", stop_after=5) is None
+    assert not (tmp_path / "halves" / "metrics.json").exists()
+    assert train_run(wanted, tmp_path / "halves", resume=True)
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "halves"))
+    straight, halves = (load_file(tmp_path / run / "model.safetensors") for run in ("straight", "halves"))
+    assert same(straight, halves)
+    drop = ("seconds",)
+    histories = [
+        [{k: v for k, v in line.items() if k not in drop} for line in read_history(tmp_path / run)]
+        for run in ("straight", "halves")
+    ]
+    assert histories[0] == histories[1]
+    assert [line["epoch"] for line in histories[0]] == list(range(1, 11))
+    assert 0 < histories[0][-1]["sparsity"] < 1
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe(schedule={"epochs": 4}).to_yaml())
+    command = [sys.executable, "-m", "sparing.cli", "train", str(tmp_path / "recipe.yaml")]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "metrics.json").exists()
+    assert load_checkpoint(killed / "checkpoint.pt")["progress"]["epoch"] < 4
+    for out, resume in ((killed, "auto"), (tmp_path / "straight", "never")):
+        subprocess.run([*command, "--out", str(out), "--resume", resume], check=True, stdout=subprocess.DEVNULL)
+    assert same(weights(killed), weights(tmp_path / "straight"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    wanted = recipe(dense_baseline=True, tensorboard=True)
+    return out, wanted, train_run(wanted, out)
+
+
+def test_a_run_directory_holds_what_is_promised(finished):
+    out, _, metrics = finished
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {
+        "recipe.yaml", "metrics.json", "history.jsonl", "checkpoint.pt", "best.pt", "report.json", "model.safetensors",
+        "figures/sparsity.png", "figures/threshold.png", "figures/budget.png", "dense/metrics.json",
+    } <= names  # fmt: skip
+    assert any(name.startswith("tensorboard/") for name in names)
+    assert not [name for name in names if "/." in f"/{name}"], "temporary files are left"
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    promised = "accuracy dense_accuracy sparsity weights nonzero dense_macs macs seconds method seed commit"
+    assert set(promised.split()) <= metrics.keys()
+    assert metrics["method"] == "str"
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["schedule"]["update"] == "step"
+    line = read_history(out)[-1]
+    assert line["layers"].keys() == {row.name for row in report_run(out).layers}
+    assert line["sparsity"] == metrics["sparsity"]
+
+
+def test_eval_of_checkpoint_and_of_dense_file_agree_with_the_metrics(finished):
+    out, _, metrics = finished
+    for which in ("last", "dense"):
+        result, account = evaluate_run(out, "test", which)
+        assert (result.accuracy, result.correct, result.count) == (metrics["accuracy"], metrics["test_correct"], 1000)
+        assert (account.total.nonzero, account.total.macs) == (metrics["nonzero"], metrics["macs"])
+    best, _ = evaluate_run(out, "validation", "best")
+    assert best.accuracy == max(line["validation_accuracy"] for line in read_history(out)[1:])
+    model, _, _ = load_run(out, "dense")
+    assert not sparing.sparse_layers(model)
+    assert evaluate_run(out / "dense")[0].accuracy == metrics["dense_accuracy"]
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(finished):
+    out, wanted, metrics = finished
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    assert train_run(wanted, out, resume=True) == metrics
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
+    out, wanted, _ = finished
+    with pytest.raises(InputError, match="exists already; continue it with --resume auto"):
+        train_run(wanted, out)
+    with pytest.raises(InputError, match=r"another recipe \(they differ in seed\)"):
+        train_run(wanted.model_copy(update={"seed": 5}), out, resume=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not a run directory: it has no recipe.yaml"):
+        train_run(wanted, tmp_path, resume=True)
+    with pytest.raises(InputError, match="is a file"):
+        train_run(wanted, tmp_path / "notes.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "device 'tpu' cannot be used here"),
+        ({"select": ["conv9"]}, "no layer is named 'conv9'; did you mean 'conv1'"),
+        ({"model": {"name": "resnet8", "widht": 2}}, "model 'resnet8' has no argument 'widht'; did you mean 'width'"),
+        ({"model": {"name": "resnet8", "width": "wide"}}, "model 'resnet8' cannot be built"),
+        ({"model": {"name": "resnet18"}}, "takes images of 3 channels; the data has 1"),
+    ],
+)
+def test_a_run_that_cannot_work_leaves_no_directory(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_run(recipe(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    wild = recipe(optimizer={"lr": 1e12}, method=None, schedule={"epochs": 2, "update": "epoch", "warmup_epochs": 0})
+    with pytest.raises(InputError, match=r"the loss became nan in epoch 1: lower optimizer.lr \(1e\+12\)"):
+        train_run(wild, tmp_path / "run")
+
+
+def test_a_collapsing_layer_is_named_during_training(tmp_path):
+    greedy = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0}, schedule={"epochs": 3})
+    with pytest.warns(SparsityWarning, match="every weight of .*'layer3.0.conv2'.* is zero"):
+        metrics = train_run(greedy, tmp_path / "run")
+    assert metrics["sparsity"] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "newer", "absent"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"model": {"w": torch.randn(1000)}})
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("no checkpoint at all")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif damage == "newer":
+        torch.save({"format": 99}, path)
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'owned'}",))
+
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, {"epoch": lambda: None})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_history_cut_short_by_a_crash_is_read_to_its_last_whole_line(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2]
+
+
+# Data
+
+
+def test_the_split_of_mnist5k_is_stratified_disjoint_and_fixed():
+    data = mnist5k()
+    for part, count in ((data.train, 350), (data.validation, 50), (data.test, 100)):
+        assert torch.equal(part.labels.bincount(), torch.full((10,), count))
+    pixels = torch.cat([data.train.pixels, data.validation.pixels, data.test.pixels]).flatten(1)
+    assert len(pixels) == 5000
+    # The same images on every machine: a sum over the test part that depends on their order.
+    weighted = data.test.pixels.flatten(1).sum(dim=1) * torch.arange(1, 1001)
+    assert int(weighted.sum()) == 12_805_108_307
+    parts = stratified_split(torch.arange(20) % 4, (2, 1))
+    assert not set(parts[0].tolist()) & set(parts[1].tolist())
+    with pytest.raises(InputError, match="class 0 has 5 examples; the split needs 6"):
+        stratified_split(torch.arange(20) % 4, (5, 1))
+
+
+def images(count=7, size=5):
+    return Images(torch.randint(0, 256, (count, 1, size, size), dtype=torch.uint8), torch.arange(count))
+
+
+def test_batches_cover_everything_once_in_an_order_that_follows_from_seed_and_epoch():
+    part = images()
+    batches = Batches(part, (0.0,), (1.0,), 3, shuffle=True, seed=1)
+    assert len(batches) == 3
+    orders = []
+    for epoch in (1, 2, 1):
+        batches.epoch = epoch
+        orders.append(torch.cat([labels for _, labels in batches]).tolist())
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(7))
+    assert torch.cat([labels for _, labels in Batches(part, (0.0,), (1.0,), 3)]).tolist() == list(range(7))
+
+
+def test_batches_normalize_and_shift_by_whole_pixels():
+    part = images()
+    plain = torch.cat([x for x, _ in Batches(part, (0.5,), (0.25,), 3)])
+    torch.testing.assert_close(plain, (part.pixels.float() / 255 - 0.5) / 0.25)
+    shifted = torch.cat([x for x, _ in Batches(part, (0.0,), (1.0,), 3, shift=2)])
+    padded = torch.nn.functional.pad(part.pixels.float() / 255, (2, 2, 2, 2))
+    offsets = set()
+    for image, wide in zip(shifted, padded, strict=True):
+        found = [(i, j) for i in range(5) for j in range(5) if torch.equal(wide[:, i : i + 5, j : j + 5], image)]
+        assert len(found) == 1
+        offsets.update(found)
+    assert len(offsets) > 1
+
+
+def test_evaluate_counts_exactly_and_puts_the_mode_back():
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Dropout())
+    logits = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0]])
+    result = evaluate(model, [(logits[:2], torch.tensor([0, 1])), (logits[2:], torch.tensor([2]))])
+    assert (result.correct, result.count, result.accuracy) == (2, 3, 2 / 3)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2]))
+    assert result.loss == pytest.approx(float(expected))
+    assert model.training
+
+
+def test_warmup_cosine_is_the_papers_and_reaches_its_ends():
+    # utils/schedulers.py of the 2020 release, written out.
+    def paper(epoch):
+        return (epoch + 1) / 5 if epoch < 5 else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (epoch - 5) / 95)).item())
+
+    for epoch in range(100):
+        assert warmup_cosine(epoch, 100, 5) == pytest.approx(paper(epoch), abs=1e-6)
+    assert warmup_cosine(4, 100, 5) == warmup_cosine(5, 100, 5) == 1.0
+    assert warmup_cosine(100, 100, 5) == warmup_cosine(101, 100, 5) == 0.0
