@@ -1,13 +1,18 @@
 """The command line as a user meets it: a process, its output, its exit status."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import typer
+
+from sparing.cli import app, main
 
 RECIPE = """# test
 model: {name: resnet8, width: 2}
@@ -26,8 +31,26 @@ FROZEN = {
 """Options are a promise: new knobs go into the recipe, not here."""
 
 
-def sparing(*arguments, cwd):
+def process(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", "sparing.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def sparing(*arguments, cwd):
+    """What `process` gives, without the seconds it takes to start an interpreter and import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["sparing", *arguments])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        warnings.simplefilter("default")
+        with pytest.raises(SystemExit) as end:
+            main()
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +58,7 @@ def place(tmp_path_factory):
     """A directory with a recipe and, in runs/recipe, a finished run of it."""
     place = tmp_path_factory.mktemp("cli")
     (place / "recipe.yaml").write_text(RECIPE)
-    done = sparing("train", "recipe.yaml", cwd=place)
+    done = process("train", "recipe.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "epoch   2/2" in done.stdout
     assert "Test part, evaluated once" in done.stdout
@@ -43,8 +66,6 @@ def place(tmp_path_factory):
 
 
 def test_the_options_are_frozen():
-    from sparing.cli import app
-
     commands = typer.main.get_command(app).commands
     options = {
         name: {o for p in command.params for o in p.opts if o.startswith("--")} | {"--help"}
@@ -123,8 +144,14 @@ def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
     assert sorted(Path(place, "runs/recipe").rglob("*")) == before
 
 
+def test_an_error_is_one_line_in_a_process_of_its_own(place):
+    done = process("eval", "absent", cwd=place)
+    message = "sparing: absent is not a run directory: there is no such directory\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
 def test_a_warning_is_one_line(place):
-    done = sparing("train", "recipe.yaml", "--out", "empty", "--set", "method.init=9", "--stop-after", "1", cwd=place)
+    done = process("train", "recipe.yaml", "--out", "empty", "--set", "method.init=9", "--stop-after", "1", cwd=place)
     assert done.returncode == 0
     assert re.match(r"sparing: warning: \d+ of 10 layers are all zero before training", done.stderr)
     assert len(done.stderr.splitlines()) == 1
