@@ -1,8 +1,8 @@
 """The cost of a training step: dense against STR against the formula written out.
 
-    python bench/step_overhead.py [--model resnet50] [--batch 32] [--rounds 7] [--compile]
+    python bench/step_overhead.py [--model resnet50] [--variant str] [--batch 32] [--rounds 7] [--compile]
 
-Three copies of a model take turns, step by step, in one process: the machine's drift hits all of
+Copies of one model take turns, step by step, in one process: the machine's drift hits all of
 them alike, and the median of the ratios of neighbouring steps is what is printed. A second part
 compares `import sparing` with `import torch`, in fresh interpreters, in turn.
 
@@ -38,14 +38,32 @@ class Naive(nn.Module):
         return torch.sign(weight) * torch.relu(weight.abs() - torch.sigmoid(self.s))
 
 
-def variants(name):
-    """The same model three times: dense, STR, naive."""
-    dense = sparing.models.MODELS[name]()
-    learned, naive = copy.deepcopy(dense), copy.deepcopy(dense)
-    sparing.sparsify_(learned, sparing.STR(init=-5.0))
-    for layer in sparing.select.find_layers(naive).values():
+def dense_(model):
+    """Leave the model as it is: the side the others are compared with."""
+
+
+def str_(model):
+    """Sparsify with STR."""
+    sparing.sparsify_(model, sparing.STR(init=-5.0))
+
+
+def naive_(model):
+    """Put the formula on every layer that STR would sparsify."""
+    for layer in sparing.select.find_layers(model).values():
         parametrize.register_parametrization(layer.module, "weight", Naive())
-    return {"dense": dense, "str": learned, "naive": naive}
+
+
+VARIANTS = {"dense": dense_, "str": str_, "naive": naive_}
+
+
+def variants(name, wanted):
+    """A copy of the same model for every variant wanted, dense first."""
+    model = sparing.models.MODELS[name]()
+    copies = {}
+    for kind in dict.fromkeys(["dense", *wanted]):
+        copies[kind] = copy.deepcopy(model)
+        VARIANTS[kind](copies[kind])
+    return copies
 
 
 def stepper(model, images, labels, amp, compiled):
@@ -67,11 +85,11 @@ def stepper(model, images, labels, amp, compiled):
     return step
 
 
-def measure(name, batch, size, rounds, amp, compiled, device):
+def measure(name, wanted, batch, size, rounds, amp, compiled, device):
     """Ratio of every variant to dense, and its peak memory on a GPU."""
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    steps = {kind: stepper(model, images, labels, amp, compiled) for kind, model in variants(name).items()}
+    steps = {kind: stepper(model, images, labels, amp, compiled) for kind, model in variants(name, wanted).items()}
     peaks = {}
     for kind, step in steps.items():
         step()  # allocations, autotuning and compilation are not the question
@@ -117,6 +135,7 @@ def import_ratio(rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["resnet50", "mobilenet_v1"])
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
@@ -133,7 +152,8 @@ def main():
     )
     result = {"torch": torch.__version__, "device": where, "options": vars(options), "import": imports, "rows": []}
     for name in options.model:
-        rows = measure(name, options.batch, options.size, options.rounds, options.amp, options.compile, device)
+        how = (options.batch, options.size, options.rounds, options.amp, options.compile, device)
+        rows = measure(name, options.variant, *how)
         result["rows"] += rows
         for row in rows:
             memory = f"  memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""

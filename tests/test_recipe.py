@@ -44,7 +44,7 @@ def test_overrides_apply_in_order(tmp_path):
 
 def test_a_number_in_exponent_notation_reaches_the_method_as_a_number(tmp_path):
     recipe = load_recipe(write(tmp_path, MINIMAL + "method: {name: str, init: -1e1, scale: 5e-1}\n"))
-    assert (build_method(recipe.method).init, build_method(recipe.method).scale) == (-10.0, 0.5)
+    assert (build_method(recipe.method, 1).init, build_method(recipe.method, 1).scale) == (-10.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_number_in_exponent_notation_reaches_the_method_as_a_number(tmp_path):
         ("optimizer: {lr: fast}", "optimizer.lr: .*valid number.*, got 'fast'"),
         ("optimizer: {lr: -1}", "optimizer.lr: input should be greater than 0, got -1"),
         ("schedule: {epochs: 2, warmup_epochs: 2}", "schedule: warmup_epochs=2 must be below epochs=2"),
-        ("method: {init: -5}", "method: method needs a name; choose from str"),
+        ("method: {init: -5}", "method: method needs a name; choose from str, gmp, rigl"),
         ("method: {name: sttr}", "method: unknown name 'sttr'; did you mean 'str'"),
         ("method: {name: str, inti: -5}", "method: method 'str' has no argument 'inti'; did you mean 'init'"),
         ("method: {name: str, init: low}", "init must be a finite number, got 'low'"),

@@ -109,14 +109,14 @@ def test_keeps_the_memory_format(device):
 
 
 def test_the_threshold_gradient_of_a_low_precision_weight_is_summed_in_float32():
-    weight = torch.ones(4096, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(1000, 7, dtype=torch.bfloat16, requires_grad=True)
     threshold = torch.tensor([0.5], requires_grad=True)
     effective = soft_threshold(weight, threshold)
     effective.backward(torch.full_like(effective, 1 / 3))
     third = float(torch.tensor(1 / 3, dtype=torch.bfloat16))
     assert threshold.grad.dtype == torch.float32
     # A bf16 sum would be off by up to 1 part in 256.
-    assert float(threshold.grad) == pytest.approx(-16384 * third, rel=1e-5)
+    assert float(threshold.grad) == pytest.approx(-7000 * third, rel=1e-5)
 
 
 # torch.compile trips over what torch itself deprecates.

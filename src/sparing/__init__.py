@@ -4,7 +4,7 @@ from sparing import models, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.macs import count_uses
-from sparing.methods import METHODS, STR
+from sparing.methods import GMP, METHODS, STR, RigL
 from sparing.optim import param_groups
 from sparing.parametrizations import SoftThreshold, Sparse
 from sparing.report import Report, report
@@ -14,6 +14,7 @@ from sparing.threshold import soft_threshold
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
     "METHODS",
     "STR",
     "Budget",
@@ -21,6 +22,7 @@ __all__ = [
     "InputError",
     "Method",
     "Report",
+    "RigL",
     "SoftThreshold",
     "Sparse",
     "Sparsifier",

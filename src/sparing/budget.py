@@ -3,14 +3,18 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from math import floor, prod
 from pathlib import Path
 
 from torch import nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.files import write_text
-from sparing.select import find_layers
+from sparing.masks import count_kept
+from sparing.select import Layer, find_layers, nearest
 
 
 class Budget(Mapping[str, float]):
@@ -44,6 +48,101 @@ class Budget(Mapping[str, float]):
             Budget({'weight': 0.0})
         """
         return cls({name: layer.sparsity() for name, layer in find_layers(model).items()})
+
+    @classmethod
+    def uniform(cls, model: nn.Module, sparsity: float, dense: Sequence[str] = ()) -> "Budget":
+        """The same sparsity in every layer.
+
+        Args:
+            model: the model.
+            sparsity: of each layer, in [0, 1].
+            dense: names of layers to leave dense, such as the first or the classifier; the others
+                keep `sparsity`, so the total is below it.
+
+        Raises:
+            InputError: a name of `dense` is no layer.
+
+        Example:
+            >>> Budget.uniform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0.75, dense=["1"])
+            Budget({'0': 0.75, '1': 0.0})
+        """
+        return cls.from_sizes(_shapes(model), "uniform", sparsity, dense)
+
+    @classmethod
+    def erk(cls, model: nn.Module, sparsity: float, dense: Sequence[str] = ()) -> "Budget":
+        """The Erdős–Rényi-Kernel budget: density in proportion to (sum of the shape) / (its product).
+
+            density_l = min(1, ε · Σ shape_l / Π shape_l),      Σ kept_l = total kept
+
+        ε is solved for exactly, with the layers that saturate at 1 found one at a time. Small layers
+        are kept denser than large ones.
+
+        Args:
+            model: the model.
+            sparsity: of all layers together, in [0, 1).
+            dense: names of layers to leave dense; the others make up for them.
+
+        Raises:
+            InputError: a name of `dense` is no layer, or the dense layers alone are too many.
+
+        Source: Evci et al., "Rigging the Lottery", ICML 2020, section 3, and its code
+        (sparse_utils.get_sparsities_erdos_renyi).
+
+        Example:
+            >>> budget = Budget.erk(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10)), 0.5)
+            >>> round(budget["0"], 3), budget["1"]
+            (0.55, 0.0)
+        """
+        return cls.from_sizes(_shapes(model), "erk", sparsity, dense)
+
+    @classmethod
+    def from_sizes(
+        cls, shapes: Mapping[str, Sequence[int]], rule: str, sparsity: float, dense: Sequence[str] = ()
+    ) -> "Budget":
+        """A budget by rule, "uniform" or "erk", for layers given by their shapes alone.
+
+        Example:
+            >>> Budget.from_sizes({"a": (4, 4), "b": (2, 4)}, "uniform", 0.5)
+            Budget({'a': 0.5, 'b': 0.5})
+        """
+        if rule not in ("uniform", "erk"):
+            raise InputError(f"budget: unknown rule {rule!r}; {nearest(rule, ('uniform', 'erk'))}")
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+            raise InputError(f"budget: sparsity must be in [0, 1), got {sparsity!r}")
+        for name in dense:
+            if name not in shapes:
+                raise InputError(f"budget: dense names no layer {name!r}; {nearest(name, shapes)}")
+        if rule == "uniform":
+            return cls({name: 0.0 if name in dense else sparsity for name in shapes})
+        return cls(_erdos_renyi_kernel(shapes, sparsity, set(dense)))
+
+    @classmethod
+    def published(cls, name: str) -> "Budget":
+        """A published budget by name, such as "resnet50-str-90.23"; see `sparing.published`.
+
+        Raises:
+            InputError: there is none of that name; the nearest is named.
+
+        Example:
+            >>> Budget.published("resnet50-str-90.23")["fc"]
+            0.645
+        """
+        header, *rows = _published()
+        names = header[1:]
+        if name not in names:
+            raise InputError(f"budget: none is published as {name!r}; {nearest(name, names)}")
+        column = header.index(name)
+        return cls({row[0]: float(row[column]) for row in rows})
+
+    @staticmethod
+    def published_names() -> tuple[str, ...]:
+        """The names that `published` knows.
+
+        Example:
+            >>> len(Budget.published_names())
+            22
+        """
+        return tuple(_published()[0][1:])
 
     @classmethod
     def load(cls, path: str | Path) -> "Budget":
@@ -91,8 +190,104 @@ class Budget(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._sparsity)
 
+    def __hash__(self) -> int:
+        return hash(tuple(self._sparsity.items()))
+
     def __repr__(self) -> str:
         return f"Budget({self._sparsity})"
+
+
+def check_target(method: str, sparsity: float | None, budget: "Budget | str | None") -> None:
+    """Refuse a target that says nothing, too much, or something impossible.
+
+    Raises:
+        InputError: neither sparsity nor budget is given; a sparsity beside a budget that has its
+            own; a sparsity outside [0, 1).
+    """
+    rule = budget is None or budget in ("uniform", "erk")
+    if not isinstance(budget, (Budget, str, type(None))):
+        raise InputError(
+            f"{method}: budget must be a Budget, 'uniform', 'erk', a file or a published name; got {budget!r}"
+        )
+    if rule and sparsity is None:
+        raise InputError(f"{method}: give sparsity=, a fraction in [0, 1), or a budget=")
+    if not rule and sparsity is not None:
+        raise InputError(f"{method}: give sparsity= or a budget= with sparsities of its own, not both")
+    if sparsity is not None and (
+        isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1
+    ):
+        raise InputError(f"{method}: sparsity must be a fraction in [0, 1), got {sparsity!r}")
+
+
+def kept_counts(layers: Mapping[str, Layer], sparsity: float | None, budget: "Budget | str | None") -> dict[str, int]:
+    """How many weights each layer is to keep, an exact count.
+
+    Args:
+        layers: the layers to sparsify.
+        sparsity: for the rules "uniform" (also None) and "erk".
+        budget: a rule, a Budget, a .json or .csv file, or the name of a published budget.
+
+    Raises:
+        InputError: the budget misses a layer or names one that is not there; the file or name is
+            unknown.
+    """
+    if budget is None or budget in ("uniform", "erk"):
+        assert sparsity is not None  # check_target has seen to it
+        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+        budget = Budget.from_sizes(shapes, "uniform" if budget is None else str(budget), sparsity)
+    elif isinstance(budget, str):
+        is_file = Path(budget).suffix in (".json", ".csv")
+        budget = Budget.load(budget) if is_file else Budget.published(budget)
+    unknown = [name for name in budget if name not in layers]
+    if unknown:
+        raise InputError(
+            f"the budget names layer {unknown[0]!r}, which is not sparsified; {nearest(unknown[0], layers)}"
+        )
+    missing = [name for name in layers if name not in budget]
+    if missing:
+        raise InputError(
+            f"the budget misses {len(missing)} of {len(layers)} layers, {missing[0]!r} first; "
+            "add them, or leave them out with select="
+        )
+    counts = {name: count_kept(layer.weight.numel(), budget[name]) for name, layer in layers.items()}
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        size = layers[empty[0]].weight.numel()
+        warnings.warn(
+            f"the budget leaves no weight in {len(empty)} of {len(layers)} layers ({empty[0]!r}: sparsity "
+            f"{budget[empty[0]]:g} of {size} weights); nothing will pass through them",
+            SparsityWarning,
+            stacklevel=2,
+        )
+    return counts
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(layer.weight.shape) for name, layer in find_layers(model).items()}
+
+
+def _published() -> list[list[str]]:
+    text = files("sparing.published").joinpath("resnet50.csv").read_text(encoding="utf-8")
+    return list(csv.reader(io.StringIO(text)))
+
+
+def _erdos_renyi_kernel(shapes: Mapping[str, Sequence[int]], sparsity: float, dense: set[str]) -> dict[str, float]:
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    raw = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
+    dense = set(dense)
+    while True:
+        sparse = [name for name in shapes if name not in dense]
+        # ε · Σ raw_l N_l over sparse layers = what may be kept there: their own share of the total,
+        # less what the dense layers keep beyond theirs.
+        kept = sum(sizes[n] - floor(sparsity * sizes[n]) for n in sparse)
+        beyond = sum(floor(sparsity * sizes[n]) for n in dense)
+        if not sparse or kept < beyond:
+            raise InputError(f"budget: with {', '.join(sorted(dense))} dense, sparsity {sparsity} cannot be reached")
+        epsilon = (kept - beyond) / sum(raw[n] * sizes[n] for n in sparse)
+        largest = max(raw[n] for n in sparse)
+        if epsilon * largest <= 1:
+            return {name: 0.0 if name in dense else 1 - epsilon * raw[name] for name in shapes}
+        dense |= {name for name in sparse if raw[name] == largest}
 
 
 def _reader(path: Path):  # type: ignore[no-untyped-def]

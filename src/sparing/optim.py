@@ -1,8 +1,10 @@
 """Parameter groups for torch's optimizers."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.parametrizations import Sparse
@@ -58,3 +60,28 @@ def param_groups(
                 seen.add(id(parameter))
                 members[own].append(parameter)
     return [{"name": n, "params": members[n], "weight_decay": decays[n]} for n in decays if members[n]]
+
+
+@torch.no_grad()
+def reset_state(optimizers: Iterable[torch.optim.Optimizer], parameter: Tensor, where: Tensor) -> None:
+    """Zero what optimizers remember of some weights, momentum and second moments alike.
+
+    A weight that is grown starts anew; the momentum of what stood in its place is not its own.
+
+    Args:
+        optimizers: whichever may hold the parameter.
+        parameter: the weight.
+        where: boolean, of its shape.
+    """
+    for optimizer in optimizers:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(where, 0)
+
+
+def skip_step(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Make the step that is about to come move nothing: torch's optimizers pass over what has no gradient."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None

@@ -67,3 +67,68 @@ class SoftThreshold(Sparse):
             return tensor.to(moved.device) if narrower else moved
 
         return super()._apply(keep_dtype, recurse)
+
+
+class Masked(Sparse):
+    """Abstract: the effective weight is the weight where a mask is True, and zero elsewhere.
+
+    Args:
+        mask: boolean, of the shape of the weight; a buffer.
+        keep: how many weights are to live when the method is done; a buffer, so that a checkpoint
+            knows it.
+    """
+
+    mask: Tensor
+    keep: Tensor
+
+    def __init__(self, mask: Tensor, keep: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.register_buffer("keep", torch.tensor(keep))
+
+    def extra_repr(self) -> str:
+        return f"mask={tuple(self.mask.shape)}"
+
+
+class Mask(Masked):
+    """S = W ⊙ M, and so dW = dS ⊙ M: a dead weight gets no gradient.
+
+    Example:
+        >>> Mask(torch.tensor([True, False]), keep=1)(torch.tensor([3.0, 4.0]))
+        tensor([3., 0.])
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, 0.0)
+
+
+class DenseGradientMask(Masked):
+    """S = W ⊙ M forward, but dW = dS: the straight-through estimator.
+
+    A dead weight gets the gradient that the effective weight has in its place. Methods that grow
+    weights by their gradient read it there, without a second backward pass.
+
+    Example:
+        >>> weight = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> DenseGradientMask(torch.tensor([True, False]), keep=1)(weight).sum().backward()
+        >>> weight.grad
+        tensor([1., 1.])
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        result: Tensor = _MaskStraightThrough.apply(weight, self.mask)
+        return result
+
+
+class _MaskStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_output, None

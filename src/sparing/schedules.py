@@ -2,6 +2,8 @@
 
 import math
 
+from sparing.errors import InputError
+
 
 def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
     """The factor on the learning rate: linear warm-up, then half a cosine down to zero.
@@ -28,3 +30,93 @@ def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
     if position >= total:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+def cubic(step: int, begin: int, end: int, final: float) -> float:
+    """The sparsity of gradual magnitude pruning: fast at first, slower as less is left.
+
+        s(t) = 0                                      for t ≤ begin
+        s(t) = final · (1 − (1 − (t − begin) / (end − begin))³)
+        s(t) = final, exactly                         for t ≥ end
+
+    Args:
+        step: t, optimizer steps done.
+        begin: step at which pruning begins.
+        end: step at which the final sparsity is reached; `begin` makes it one shot.
+        final: the sparsity aimed for, in [0, 1].
+
+    Source: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1 with s_i = 0.
+
+    Example:
+        >>> [round(cubic(step, 0, 10, 0.8), 3) for step in (0, 5, 10)]
+        [0.0, 0.7, 0.8]
+    """
+    if step >= end:
+        return final
+    if step <= begin:
+        return 0.0
+    return final * (1 - (1 - (step - begin) / (end - begin)) ** 3)
+
+
+def cosine(step: int, end: int, initial: float) -> float:
+    """A fraction that falls along half a cosine: f(t) = initial/2 · (1 + cos(π t / end)), 0 from `end` on.
+
+    Source: Evci et al., "Rigging the Lottery", ICML 2020, section 3.
+
+    Example:
+        >>> [round(cosine(step, 10, 0.3), 3) for step in (0, 5, 10)]
+        [0.3, 0.15, 0.0]
+    """
+    return 0.0 if step >= end else initial / 2 * (1 + math.cos(math.pi * step / end))
+
+
+def to_step(position: int | float, steps: int) -> int:
+    """An optimizer step from a step (int) or from a fraction of the run (float in [0, 1]).
+
+    Example:
+        >>> to_step(0.25, 1000), to_step(40, 1000)
+        (250, 40)
+    """
+    return position if isinstance(position, int) else round(position * steps)
+
+
+def is_update(step: int, begin: int, end: int, every: int) -> bool:
+    """Whether a mask is made anew at this step: every so many steps from `begin`, and at `end` in any case.
+
+    Example:
+        >>> [step for step in range(12) if is_update(step, 2, 9, 3)]
+        [2, 5, 8, 9]
+    """
+    return begin <= step <= end and ((step - begin) % every == 0 or step == end)
+
+
+def check_schedule(method: str, steps: int, begin: int | float, end: int | float, every: int) -> None:
+    """Refuse a schedule that cannot be followed.
+
+    Raises:
+        InputError: `steps` or `every` is not a positive integer; `begin` or `end` is neither a step
+            nor a fraction, or lies beyond the run; `begin` is after `end`; nothing is updated in
+            between because `every` is too long.
+    """
+    for name, value in (("steps", steps), ("every", every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{method}: {name} must be a whole number of optimizer steps, at least 1, got {value!r}")
+    for name, at in (("begin", begin), ("end", end)):
+        if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= to_step(at, steps) <= steps:
+            allowed = f"a step from 0 to {steps} or a fraction (float) from 0.0 to 1.0"
+            raise InputError(f"{method}: {name} must be {allowed}, got {at!r}")
+    first, last = to_step(begin, steps), to_step(end, steps)
+    if first > last:
+        raise InputError(f"{method}: begin={begin!r} (step {first}) comes after end={end!r} (step {last})")
+    if every > max(last - first, 1):
+        raise InputError(f"{method}: every={every} is longer than the {last - first} steps from begin to end")
+
+
+def check_fraction(method: str, name: str, value: float) -> None:
+    """Refuse what is not a number strictly between 0 and 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise InputError(f"{method}: {name} must be a fraction between 0 and 1, got {value!r}")

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn.utils import parametrize
 from sparing.errors import InputError, SparsityWarning
 from sparing.parametrizations import Sparse
 from sparing.select import Layer, Place, Select, find_layers, resolve
+
+Part = TypeVar("Part", bound=Sparse)
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Method(ABC):
     def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
         """A parametrization for every layer, by the layer's name, on the device of its weight."""
 
-    def before_step(self, sparsifier: "Sparsifier", optimizer: torch.optim.Optimizer) -> None:
+    def before_step(self, sparsifier: "Sparsifier") -> None:
         """Runs just before the optimizer moves the weights; gradients are there, unscaled."""
 
-    def after_step(self, sparsifier: "Sparsifier", optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, sparsifier: "Sparsifier") -> None:
         """Runs just after the optimizer has moved the weights; `sparsifier.step` counts this step."""
 
 
@@ -64,7 +66,7 @@ class Sparsifier:
         self.model = model
         self.method = method
         self.step = 0
-        self._attached = False
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._reported: set[str] = set()
 
     @property
@@ -72,26 +74,31 @@ class Sparsifier:
         """The sparsified layers by name, read off the model."""
         return sparse_layers(self.model)
 
+    def parts(self, kind: type[Part]) -> Iterator[tuple[Layer, Part]]:
+        """The sparsified layers with their parametrizations, which are of the class `kind`."""
+        for layer in self.layers.values():
+            if isinstance(layer.parametrization, kind):
+                yield layer, layer.parametrization
+
     def attach(self, *optimizers: torch.optim.Optimizer) -> None:
         """Let the method act around `optimizer.step()`, through torch's own optimizer hooks.
 
         STR acts on nothing there; attached, its layers are still watched, and one that has lost
-        every weight is named in a warning. With several optimizers, name them all in one call:
-        steps are counted on the first.
+        every weight is named in a warning. With several optimizers, name them all in one call, in
+        the order in which they step: the method acts before the first and after the last.
 
         Raises:
             InputError: no optimizer is given; the sparsifier is attached already; the optimizers
                 lack a threshold or a dense weight of a sparsified layer.
         """
-        if self._attached:
+        if self.optimizers:
             raise InputError("this sparsifier is attached already; name all optimizers in one call of attach()")
         if not optimizers:
             raise InputError("attach() needs the optimizer that trains the model")
         self._check_holds_parameters(optimizers)
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(lambda opt, args, kwargs: self.method.before_step(self, opt))
-            optimizer.register_step_post_hook(self._after_step if optimizer is optimizers[0] else self._after_other)
-        self._attached = True
+        optimizers[0].register_step_pre_hook(lambda optimizer, args, kwargs: self.method.before_step(self))
+        optimizers[-1].register_step_post_hook(lambda optimizer, args, kwargs: self._after_step())
+        self.optimizers = optimizers
 
     def collapsed(self) -> list[str]:
         """The names of the sparsified layers in which every effective weight is zero."""
@@ -131,14 +138,11 @@ class Sparsifier:
             raise InputError(f"the state was saved by method {saved!r} and cannot continue {self.method.name!r}")
         self.step = int(state["step"])
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self) -> None:
         self.step += 1
-        self.method.after_step(self, optimizer)
+        self.method.after_step(self)
         if self.step % self.WATCH_EVERY == 0:
             self.warn_collapsed()
-
-    def _after_other(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.method.after_step(self, optimizer)
 
     def _check_holds_parameters(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

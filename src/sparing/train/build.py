@@ -36,11 +36,12 @@ def build_model(spec: Model, in_channels: int, num_classes: int) -> nn.Module:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
 
 
-def build_sparsifier(recipe: Recipe, model: nn.Module) -> Sparsifier | None:
+def build_sparsifier(recipe: Recipe, model: nn.Module, training_images: int) -> Sparsifier | None:
     """Sparsify the model as the recipe says; None for a dense run."""
     if recipe.method is None:
         return None
-    return sparsify_(model, build_method(recipe.method), recipe.select)
+    steps = recipe.schedule.epochs * -(-training_images // recipe.data.batch_size)
+    return sparsify_(model, build_method(recipe.method, steps), recipe.select)
 
 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:

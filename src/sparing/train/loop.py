@@ -63,7 +63,7 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
     model = build_model(recipe.model, in_channels, data.num_classes).to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sparsifier = build_sparsifier(recipe, model)
+    sparsifier = build_sparsifier(recipe, model, len(data.train))
     optimizer = build_optimizer(recipe.optimizer, model)
     if sparsifier is not None:
         sparsifier.attach(optimizer)
@@ -157,7 +157,7 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
             schedule.epochs,
         )
         best = {"epoch": epoch, "validation_accuracy": result.accuracy, "sparsity": account.total.sparsity}
-        data_shape = {"input_size": list(data.input_size), "num_classes": data.num_classes}
+        data_shape = {"input_size": list(data.input_size), "num_classes": data.num_classes, "images": len(data.train)}
         if _is_better(best, progress["best"]):
             progress["best"] = best
             save_checkpoint(out / "best.pt", {"model": trained.state_dict(), "data": data_shape, "progress": progress})

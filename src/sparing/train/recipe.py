@@ -122,7 +122,8 @@ class Recipe(Part):
     @classmethod
     def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
         if method is not None:
-            build_method(method)
+            # The real number follows from the data; what is wrong at any length is refused here.
+            build_method(method, steps=10**9)
         return method
 
     @model_validator(mode="after")
@@ -140,8 +141,13 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def build_method(spec: Mapping[str, Any]) -> Method:
+def build_method(spec: Mapping[str, Any], steps: int) -> Method:
     """The method that a recipe's `method:` describes.
+
+    Args:
+        spec: its name and arguments.
+        steps: optimizer steps of the run, for methods that follow a schedule; `steps` in the recipe
+            itself goes before.
 
     Raises:
         InputError: the name is missing or unknown, or the method refuses its arguments.
@@ -155,6 +161,8 @@ def build_method(spec: Mapping[str, Any]) -> Method:
     for key in arguments:
         if key not in fields:
             raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
+    if "steps" in fields:
+        arguments.setdefault("steps", steps)
     return method(**arguments)
 
 

@@ -55,7 +55,8 @@ def train_run(
     # Built once before anything is written, so that what cannot work leaves no directory behind.
     device = pick_device(recipe.device)
     data = DATASETS[recipe.data.name]()
-    build_sparsifier(recipe, build_model(recipe.model, data.input_size[1], data.num_classes).to("meta"))
+    trial = build_model(recipe.model, data.input_size[1], data.num_classes).to("meta")
+    build_sparsifier(recipe, trial, len(data.train))
     _open(out, recipe, resume)
     finished = _read_metrics(out)
     if finished is not None:
@@ -133,7 +134,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
         # On the meta device while its weights are still the initial ones, for which a warning
         # about their thresholds would be noise.
         model = model.to("meta")
-        build_sparsifier(recipe, model)
+        build_sparsifier(recipe, model, saved["data"]["images"])
         model = model.to_empty(device="cpu")
         state = saved["model"]
         if weights == "last" and "average" in saved:

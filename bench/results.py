@@ -1,0 +1,101 @@
+"""The ledger of our own runs, and the tables of the README that are built from it.
+
+    python bench/results.py add RUN RECIPE    copy the metrics of a finished run into results/
+    python bench/results.py table             write the tables into README.md
+
+A row of accuracy is the mean over the seeds of one recipe at one commit, with the sample standard
+deviation where there are several. Nothing in the tables is typed by hand.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
+
+
+def add(run, recipe):
+    """Put a finished run into the ledger, one file a seed."""
+    metrics = json.loads(Path(run, "metrics.json").read_text())
+    folder = ROOT / "results" / Path(recipe).with_suffix("").relative_to("recipes")
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"recipe": str(recipe), **metrics}
+    (folder / f"seed{metrics['seed']}.json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+def spread(values, scale=1.0, digits=2):
+    """The mean, with the standard deviation if there are several values."""
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def runs_table():
+    """A dense row and a sparse row a recipe."""
+    rows = [
+        "| recipe | | test accuracy, % | sparsity, % | weights kept | MACs | runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    hardware = set()
+    for folder in sorted({path.parent for path in ROOT.joinpath("results").rglob("seed*.json")}):
+        entries = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+        recipe, count = entries[0]["recipe"], len(entries)
+        (commit,) = {entry["commit"] for entry in entries}
+        hardware |= {f"{e['device']}, {e['threads']} threads, torch {e['torch']}, commit {commit[:7]}" for e in entries}
+        dense = [entry["dense_accuracy"] for entry in entries]
+        first = entries[0]
+        rows.append(
+            f"| [{Path(recipe).stem}]({recipe}) | dense | {spread(dense, 100)} | 0 | {first['weights']:,} "
+            f"| {first['dense_macs']:,} | {count} |"
+        )
+        values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "nonzero", "macs")}
+        rows.append(
+            f"| | {first['method']} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
+            f"| {round(statistics.mean(values['nonzero'])):,} | {round(statistics.mean(values['macs'])):,} | {count} |"
+        )
+    return [*rows, "", f"Seeds 0 up; mean ± standard deviation; {'; '.join(sorted(hardware))}."]
+
+
+def overhead_table():
+    """The cost of a step as ratios to dense."""
+    rows = ["| step time, of dense | STR | formula left to autograd |", "|---|---|---|"]
+    notes = set()
+    for path in sorted(ROOT.joinpath("results/step_overhead").glob("*.json")):
+        result = json.loads(path.read_text())
+        notes.add(f"{result['device']}, torch {result['torch']}, {result['options']['rounds']} interleaved rounds")
+        for model in dict.fromkeys(row["model"] for row in result["rows"]):
+            mine = {row["variant"]: row for row in result["rows"] if row["model"] == model}
+            cells = [f"{mine[kind]['ratio']:.3f}" for kind in ("str", "naive")]
+            rows.append(f"| {model}, batch {mine['str']['batch']}, {mine['str']['size']}² | {' | '.join(cells)} |")
+        rows.append(f"| `import sparing`, of `import torch` | {result['import']['ratio']:.3f} | |")
+    return [*rows, "", f"Medians; {'; '.join(sorted(notes))}."]
+
+
+TABLES = {"runs": runs_table, "overhead": overhead_table}
+
+
+def filled(text):
+    """The text with every table between its marks built anew."""
+    for name, build in TABLES.items():
+        begin = BEGIN.format(name)
+        before, mark, rest = text.partition(begin)
+        if not mark:
+            raise SystemExit(f"README.md has no mark {begin}")
+        text = "\n".join([before + begin, *build(), ""]) + rest[rest.index(END) :]
+    return text
+
+
+def main():
+    match sys.argv[1:]:
+        case ["add", run, recipe]:
+            add(run, recipe)
+        case ["table"]:
+            readme = ROOT / "README.md"
+            readme.write_text(filled(readme.read_text()))
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

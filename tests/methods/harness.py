@@ -1,0 +1,107 @@
+"""Models, data and a training loop for the conformance suite and for the laws of each method."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sparing
+from sparing import METHODS
+
+STEPS = 20
+SPARSITY = 0.75
+
+# How the suite asks each method for its run of 20 steps. A method that learns its sparsity, or that
+# needs other settings to do anything in so few steps, says so here.
+SETTINGS = {
+    "str": {"init": -3.0},
+    "gmp": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
+    "rigl": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
+}
+
+# Methods that end with exactly the number of weights asked for, in every layer.
+EXACT_LAYERS = {"gmp", "rigl"}
+# Methods that end with exactly the number asked for, over all layers.
+EXACT_TOTAL = EXACT_LAYERS | set()
+
+
+def make(name):
+    """The method of that name, as the suite uses it."""
+    return METHODS[name](**SETTINGS[name])
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 12, batch_first=True)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
+MODELS = {
+    "linear": lambda: (nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), (16,)),
+    "conv2d": lambda: (
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)),
+        (4, 5, 5),
+    ),
+    "grouped": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 4)), (4, 5, 5)),
+    "depthwise": lambda: (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(72, 4)), (8, 5, 5)),
+    "channels_last": lambda: (
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(72, 4)).to(memory_format=torch.channels_last),
+        (4, 5, 5),
+    ),
+    "lstm": lambda: (Recurrent(), (5, 8)),
+}
+
+
+def build(model_name, seed=0):
+    """A fresh model and the shape of one input."""
+    torch.manual_seed(seed)
+    return MODELS[model_name]()
+
+
+def batch(shape, step):
+    """The inputs and labels of one step, the same for everybody."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, *shape, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+
+
+class Run:
+    """A model, a method and an optimizer, taken step by step."""
+
+    def __init__(self, model_name, method, optimizer="sgd", seed=0, **options):
+        self.model, self.shape = build(model_name, seed)
+        self.sparsifier = sparing.sparsify_(self.model, method)
+        groups = sparing.param_groups(self.model, weight_decay=1e-2)
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=0.01, **options)
+        self.sparsifier.attach(self.optimizer)
+        self.step = 0
+
+    def train(self, steps):
+        for _ in range(steps):
+            x, y = batch(self.shape, self.step)
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+            self.step += 1
+        return self
+
+    def state(self):
+        """What a checkpoint holds, apart from the run."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "sparsifier": self.sparsifier}
+        state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        return state | {"step": self.step, "random": torch.get_rng_state()}
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        self.step = state["step"]
+        torch.set_rng_state(state["random"])
+        return self
