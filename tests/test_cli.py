@@ -23,10 +23,16 @@ schedule: {epochs: 2}
 tensorboard: false
 """
 
+SHORT = "method={name: gmp, budget: short.json, every: 2}"
+
 FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
     "eval": {"--part", "--weights", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
+    "methods": {"--json", "--help"},
+    "budget list": {"--help"},
+    "budget show": {"--model", "--json", "--help"},
+    "budget extract": {"--out", "--weights", "--help"},
 }
 """Options are a promise: new knobs go into the recipe, not here."""
 
@@ -66,12 +72,12 @@ def place(tmp_path_factory):
 
 
 def test_the_options_are_frozen():
-    commands = typer.main.get_command(app).commands
-    options = {
-        name: {o for p in command.params for o in p.opts if o.startswith("--")} | {"--help"}
-        for name, command in commands.items()
-    }
-    assert options == FROZEN
+    def options(command):
+        return {o for p in command.params for o in p.opts if o.startswith("--")} | {"--help"}
+
+    commands = dict(typer.main.get_command(app).commands)
+    commands |= {f"budget {name}": command for name, command in commands.pop("budget").commands.items()}
+    assert {name: options(command) for name, command in commands.items()} == FROZEN
 
 
 def test_train_prints_json_and_nothing_else(place):
@@ -125,6 +131,11 @@ def test_report_in_every_format(place):
         (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: unreadable or truncated"),
         (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
+        (["budget", "show", "resnet50-str-90.32"], "did you mean 'resnet50-str-90.23'"),
+        (["budget", "show", "absent.json"], "budget absent.json: cannot be read"),
+        (["budget", "show", "resnet50-str-90.23", "--model", "resnet18"], "model 'resnet18' has no layer"),
+        (["budget", "extract", "runs/recipe", "--out", "b.txt"], "suffix must be .json or .csv"),
+        (["train", "recipe.yaml", "--out", "x", "--set", SHORT], "the budget misses 9 of 10 layers"),
         (["explode"], "No such command 'explode'"),
     ],
 )
@@ -134,6 +145,7 @@ def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
     damaged.mkdir(exist_ok=True)
     (damaged / "recipe.yaml").write_text((place / "runs/recipe/recipe.yaml").read_text())
     (damaged / "checkpoint.pt").write_bytes((place / "runs/recipe/checkpoint.pt").read_bytes()[:5000])
+    (place / "short.json").write_text('{"conv1": 0.5}')
     before = sorted(Path(place, "runs/recipe").rglob("*"))
     done = sparing(*arguments, cwd=place)
     assert done.returncode == 2
@@ -155,3 +167,39 @@ def test_a_warning_is_one_line(place):
     assert done.returncode == 0
     assert re.match(r"sparing: warning: \d+ of 10 layers are all zero before training", done.stderr)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_learned_budget_is_extracted_and_spent_exactly(place):
+    done = sparing("budget", "extract", "runs/recipe", "--out", "learned.json", cwd=place)
+    assert done.returncode == 0
+    learned = json.loads((place / "learned.json").read_text())
+    rows = json.loads((place / "runs/recipe/report.json").read_text())["layers"]
+    assert learned == {row["name"]: row["sparsity"] for row in rows}
+    for name in ("gmp", "rigl"):
+        change = f"method={{name: {name}, budget: learned.json, every: 2}}"
+        done = sparing("train", "recipe.yaml", "--set", change, "--out", f"runs/{name}", "--json", cwd=place)
+        assert done.returncode == 0, done.stderr
+        spent = json.loads(sparing("report", f"runs/{name}", "--json", cwd=place).stdout)["layers"]
+        assert [row["nonzero"] for row in spent] == [row["nonzero"] for row in rows]
+
+
+def test_methods_are_listed_with_what_where_and_whence(place):
+    from sparing import METHODS
+
+    listed = json.loads(sparing("methods", "--json", cwd=place).stdout)
+    assert [row["name"] for row in listed] == list(METHODS)
+    for row in listed:
+        assert row["summary"].endswith(".")
+        assert "20" in row["source"]
+        assert Path(__file__).parent.parent.joinpath("src/sparing", row["file"]).is_file()
+    assert "methods/gmp.py" in " ".join(sparing("methods", cwd=place).stdout.split())
+
+
+def test_a_published_budget_is_shown_with_its_counts(place):
+    shown = sparing("budget", "show", "resnet50-str-90.23", cwd=place).stdout
+    assert "layer4.2.conv3" in shown
+    total = shown.splitlines()[-1].split()
+    assert total[:2] == ["total", "25,502,912"]
+    assert abs(int(total[2].replace(",", "")) - 2_492_045) < 100
+    assert "resnet50-erk-90" in sparing("budget", "list", cwd=place).stdout
+    assert json.loads(sparing("budget", "show", "resnet50-str-90.23", "--json", cwd=place).stdout)["fc"] == 0.645

@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "train": {
         "errors", "files", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods", "data",
     },
-    "cli": {"errors", "files", "train"},
+    "cli": {
+        "errors", "budget", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
+    },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
 CORE += ["budget", "masks", "optim", "models", "methods", "published"]

@@ -1,6 +1,8 @@
-"""The command line: `sparing train`, `sparing eval`, `sparing report`."""
+"""The command line: `sparing train | eval | report | budget | methods`."""
 
+import inspect
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -8,14 +10,22 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.files import write_text
+from sparing.macs import count_uses
+from sparing.masks import count_kept
+from sparing.methods import METHODS
+from sparing.models import MODELS
+from sparing.select import find_layers, nearest
+from sparing.sparsify import Method, sparse_layers
 from sparing.train.recipe import load_recipe
-from sparing.train.run import evaluate_run, report_run, train_run
+from sparing.train.run import evaluate_run, load_run, report_run, train_run
 
 app = typer.Typer(
     help="Train sparse neural networks whose layers learn how much of themselves to keep.",
@@ -46,6 +56,9 @@ class Weights(str, Enum):
     best = "best"
     dense = "dense"
 
+
+budget_app = typer.Typer(help="Budgets: the sparsity of each layer.", no_args_is_help=True)
+app.add_typer(budget_app, name="budget")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, and nothing else.")]
 Run = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -138,6 +151,62 @@ def report(
     print(account.to_json() if as_json else account)
 
 
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods a recipe can name."""
+    rows = [_describe(name, method) for name, method in METHODS.items()]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "what it does", "source", "file"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["name"], row["summary"], row["source"], row["file"])
+    Console().print(table, highlight=False)
+
+
+@budget_app.command("list")
+def budget_list() -> None:
+    """List the published budgets."""
+    print("\n".join(Budget.published_names()))
+
+
+@budget_app.command("show")
+def budget_show(
+    budget: Annotated[str, typer.Argument(help="A published name, or a .json or .csv file.")],
+    model: Annotated[str | None, typer.Option(help="Count weights and MACs on this model of sparing.models.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the sparsity of each layer of a budget."""
+    is_file = Path(budget).suffix in (".json", ".csv")
+    shares = Budget.load(budget) if is_file else Budget.published(budget)
+    if as_json:
+        print(json.dumps(dict(shares)))
+        return
+    # A published budget is named after its model.
+    name = model or (None if is_file else budget.partition("-")[0])
+    plain = "\n".join(f"{layer}  {100 * share:.2f} %" for layer, share in shares.items())
+    print(plain if name is None else _spend(shares, name))
+
+
+@budget_app.command("extract")
+def budget_extract(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The .json or .csv file to write.")],
+    weights: WhichWeights = Weights.last,
+) -> None:
+    """Write the budget that a run has learned, for other methods to spend: --set method.budget=FILE."""
+    model, _, _ = load_run(run, weights.value)
+    layers = sparse_layers(model) or find_layers(model)
+    shares = Budget({name: layer.sparsity() for name, layer in layers.items()})
+    try:
+        shares.save(out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    print(f"Written to {out}: {len(shares)} layers")
+
+
 def main() -> None:
     """Run the command line; bad input ends in one sentence and status 2."""
     warnings.showwarning = _one_line
@@ -150,6 +219,39 @@ def main() -> None:
 
 def _one_line(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     print(f"sparing: warning: {message}", file=sys.stderr)
+
+
+def _describe(name: str, method: type[Method]) -> dict[str, str]:
+    """One line about a method, read off its docstrings."""
+    module = inspect.getmodule(method)
+    text = " ".join((module.__doc__ or "").split()) if module else ""
+    source = re.search(r"Source: (.*?)(?: Deviations?:|$)", text)
+    return {
+        "name": name,
+        "summary": (method.__doc__ or "").strip().splitlines()[0],
+        "source": source.group(1) if source else "",
+        "file": f"methods/{Path(inspect.getfile(method)).name}",
+    }
+
+
+def _spend(shares: Budget, name: str) -> str:
+    """A table of what a budget keeps of a model at the paper's image size."""
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+    with torch.device("meta"):
+        model = MODELS[name]()
+    layers, uses = find_layers(model), count_uses(model, (1, 3, 224, 224))
+    unknown = [layer for layer in shares if layer not in layers]
+    if unknown:
+        raise InputError(f"model {name!r} has no layer {unknown[0]!r}; {nearest(unknown[0], layers)}")
+    kept = {n: count_kept(layers[n].weight.numel(), share) for n, share in shares.items()}
+    macs = {n: uses[n] * count for n, count in kept.items()}
+    rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in shares]
+    rows.append(("total", sum(row[1] for row in rows), sum(kept.values()), sum(macs.values())))
+    lines = [f"{'layer':<24}{'weights':>12}{'kept':>12}{'sparsity':>11}{'MACs':>16}"]
+    for layer, weights, count, products in rows:
+        lines.append(f"{layer:<24}{weights:>12,}{count:>12,}{100 * (1 - count / weights):>9.2f} %{products:>16,}")
+    return "\n".join(lines)
 
 
 def _comparison(metrics: dict[str, Any]) -> Table:
