@@ -20,6 +20,7 @@ from sparing.schedules import warmup_cosine
 from sparing.train.checkpoint import load_checkpoint, save_checkpoint
 from sparing.train.evaluate import evaluate
 from sparing.train.log import read_history
+from sparing.train.loop import _is_better
 from sparing.train.recipe import Recipe
 from sparing.train.run import evaluate_run, load_run, report_run, train_run
 
@@ -224,6 +225,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_the_best_epoch_is_never_a_less_sparse_one():
+    def epoch(accuracy, sparsity):
+        return {"validation_accuracy": accuracy, "sparsity": sparsity}
+
+    assert _is_better(epoch(0.5, 0.0), None)
+    assert _is_better(epoch(0.6, 0.9), epoch(0.9, 0.1)), "sparser by far"
+    assert not _is_better(epoch(0.9, 0.1), epoch(0.6, 0.9)), "less sparse"
+    assert _is_better(epoch(0.9, 0.901), epoch(0.8, 0.9)), "as sparse, and more accurate"
+    assert not _is_better(epoch(0.7, 0.901), epoch(0.8, 0.9)), "as sparse, and less accurate"
+
+
 def test_a_history_cut_short_by_a_crash_is_read_to_its_last_whole_line(tmp_path):
     (tmp_path / "history.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2]
@@ -275,7 +287,9 @@ def test_batches_normalize_and_shift_by_whole_pixels():
         found = [(i, j) for i in range(5) for j in range(5) if torch.equal(wide[:, i : i + 5, j : j + 5], image)]
         assert len(found) == 1
         offsets.update(found)
-    assert len(offsets) > 1
+    rows, columns = zip(*offsets, strict=True)
+    assert len(set(rows)) > 1
+    assert len(set(columns)) > 1
 
 
 def test_evaluate_counts_exactly_and_puts_the_mode_back():
