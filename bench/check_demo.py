@@ -17,10 +17,10 @@ def main():
         f"accuracy {metrics['accuracy']:.4f} ≥ 0.965": metrics["accuracy"] >= 0.965,
         # In thousandths: the test part has 1000 digits.
         f"accuracy lost {lost:+.4f} ≤ 0.010": round(1000 * lost) <= 10,
-        f"training took {seconds:.0f} s, meant to be under 240 on two free cores": True,
     }
     for promise, kept in promises.items():
         print("ok  " if kept else "FAIL", promise)
+    print(f"     training took {seconds:.0f} s; under 240 is meant, on two cores with nothing else to do")
     sys.exit(0 if all(promises.values()) else 1)
 
 

@@ -80,7 +80,9 @@ def test_small_resnets(function, weights):
 )
 def test_macs_of_every_kind_of_layer(module, shape, macs):
     assert sparing.report(module, shape).total.dense_macs == macs
-    sparing.sparsify_(module, STR(init=-3.0))
+    for layer in sparing.select.find_layers(module).values():
+        nn.init.normal_(layer.weight)
+    sparing.sparsify_(module, STR(init=-0.5))
     account = sparing.report(module, shape)
     assert account.total.dense_macs == macs
     uses = sparing.count_uses(module, shape)
@@ -246,3 +248,39 @@ def test_param_groups_default_to_one_decay_and_leave_out_what_is_frozen():
     assert [(g["name"], g["weight_decay"]) for g in groups] == [("weights", 0.5)]
     with pytest.raises(InputError, match="weight decay of norms must be ≥ 0, got -1"):
         sparing.param_groups(model, 0.5, norm_weight_decay=-1)
+
+
+def test_counting_leaves_nothing_behind_that_a_forward_caches():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.mask = None
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.triu(torch.ones(4, 4))
+            return self.fc(x) * self.mask
+
+    model = Caching()
+    sparing.report(model, (4, 4))
+    assert model.mask is None
+    assert model(torch.ones(4, 4)).device.type == "cpu"
+
+
+def test_macs_of_attention():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    by_name = {row.name: row.dense_macs for row in sparing.report(model, (3, 5, 8)).layers}
+    assert by_name == {"self_attn.out_proj": 15 * 64, "linear1": 15 * 128, "linear2": 15 * 128}
+    sparing.sparsify_(model, STR(), select=sparing.select.of_type(nn.MultiheadAttention))
+    by_name = {row.name: row.dense_macs for row in sparing.report(model, (3, 5, 8)).layers}
+    assert by_name["self_attn.in_proj_weight"] == 15 * 3 * 64
+    attention = nn.MultiheadAttention(8, 2)
+    sparing.sparsify_(attention, STR(), select=sparing.select.of_type(nn.MultiheadAttention))
+    with pytest.raises(InputError, match="different lengths"):
+        sparing.report(attention, (torch.ones(3, 1, 8), torch.ones(5, 1, 8), torch.ones(5, 1, 8)))
+
+
+def test_a_model_without_values_cannot_be_counted_and_says_so():
+    with pytest.raises(InputError, match="'weight' is on the meta device and has no weights to count"):
+        sparing.report(nn.Linear(4, 4, device="meta"))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,11 @@ def test_report_in_every_format(place):
         (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: unreadable or truncated"),
         (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
+        (["report", "runs/recipe", "--csv", "/dev/null"], "/dev/null cannot be written: not a regular file"),
+        (
+            ["train", "recipe.yaml", "--out", "x", "--set", "optimizer.lr=.inf"],
+            "optimizer.lr: input should be a finite",
+        ),
         (["budget", "show", "resnet50-str-90.32"], "did you mean 'resnet50-str-90.23'"),
         (["budget", "show", "absent.json"], "budget absent.json: cannot be read"),
         (["budget", "show", "resnet50-str-90.23", "--model", "resnet18"], "model 'resnet18' has no layer"),
@@ -145,6 +151,8 @@ def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
     damaged.mkdir(exist_ok=True)
     (damaged / "recipe.yaml").write_text((place / "runs/recipe/recipe.yaml").read_text())
     (damaged / "checkpoint.pt").write_bytes((place / "runs/recipe/checkpoint.pt").read_bytes()[:5000])
+    if not (place / "pipe").exists():
+        os.mkfifo(place / "pipe")
     (place / "short.json").write_text('{"conv1": 0.5}')
     before = sorted(Path(place, "runs/recipe").rglob("*"))
     done = sparing(*arguments, cwd=place)

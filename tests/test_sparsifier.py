@@ -111,3 +111,50 @@ def test_a_layer_that_loses_every_weight_is_named_once():
         steps(100)
     assert sparsifier.collapsed() == ["2"]
     steps(100)  # warnings are errors here: a second one would fail
+
+
+def test_a_fused_optimizer_that_skips_its_step_is_not_counted():
+    model, sparsifier = sparse_model()
+    optimizer = torch.optim.AdamW(sparing.param_groups(model, weight_decay=1e-3), lr=0.01, fused=True)
+    sparsifier.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 6)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert sparsifier.step == 2
+
+
+def test_a_closure_is_refused_by_methods_that_work_on_gradients_and_taken_by_str():
+    for method, refused in ((sparing.RigL(steps=100, sparsity=0.5, every=10), True), (STR(), False)):
+        model = nn.Linear(6, 4)
+        sparsifier = sparing.sparsify_(model, method)
+        optimizer = sgd(model)
+        sparsifier.attach(optimizer)
+
+        def closure(model=model):
+            loss = model(torch.ones(2, 6)).sum()
+            loss.backward()
+            return loss
+
+        if refused:
+            with pytest.raises(InputError, match="call backward.. before optimizer.step"):
+                optimizer.step(closure)
+        else:
+            optimizer.step(closure)
+            assert sparsifier.step == 1
+
+
+def test_after_densify_the_hooks_do_nothing():
+    model = nn.Linear(6, 4)
+    sparsifier = sparing.sparsify_(model, sparing.RigL(steps=100, sparsity=0.5, every=2, end=0.9))
+    optimizer = sgd(model)
+    sparsifier.attach(optimizer)
+    sparing.densify_(model)
+    for _ in range(5):
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.weight, before)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 import sparing
@@ -408,3 +408,85 @@ def test_an_initial_threshold_over_every_weight_warns_with_the_numbers():
         match=r"2 of 2 layers are all zero before training \(0: largest \|weight\| 0\.3.* under a threshold of 0\.88",
     ):
         sparing.sparsify_(model, STR(init=2.0))
+
+
+def test_a_weight_held_outside_a_layer_as_well_is_refused():
+    model, _ = small()
+    model.table = model[0].weight
+    with pytest.raises(InputError, match="layer '0' is also the parameter 'table'"):
+        sparing.sparsify_(model, HALF)
+
+
+def test_weights_that_something_recomputes_are_refused_and_not_skipped():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    with pytest.raises(InputError, match="'weight' of module '0' is no parameter"):
+        sparing.sparsify_(old, HALF)
+    pruned = nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3))
+    prune.random_unstructured(pruned[0], "weight_hh_l0", 0.5)
+    with pytest.raises(InputError, match="'weight_hh_l0' of module '0' is no parameter"):
+        sparing.sparsify_(pruned, HALF)
+    assert list(sparing.sparsify_(pruned, HALF, select=["1"]).layers) == ["1"]
+
+
+def test_a_map_that_fails_on_one_layer_leaves_the_model_as_it_was():
+    def picky(s):
+        if len(s) == 3:
+            raise RuntimeError("no")
+        return torch.sigmoid(s)
+
+    model, _ = small()
+    with pytest.raises(RuntimeError, match="no"):
+        sparing.sparsify_(model, STR(g=picky, granularity="filter"))
+    assert not sparing.sparse_layers(model)
+
+
+def test_a_layer_without_weights_is_refused():
+    empty = nn.Sequential(nn.Linear(0, 4, device="meta"))
+    with pytest.raises(InputError, match="'0' has no weights: its shape is"):
+        sparing.sparsify_(empty, HALF)
+
+
+def test_global_thresholds_stay_one_through_meta_and_assignment():
+    method = STR(init=-3.0, granularity="global")
+    model, x = small()
+    sparing.sparsify_(model, method)
+    with torch.device("meta"):
+        other, _ = small()
+        sparing.sparsify_(other, STR(init=-3.0, granularity="global"))
+    other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert len({id(layer.parametrization.s) for layer in sparing.sparse_layers(other).values()}) == 1
+    assert torch.equal(other(x), model(x))
+
+
+def test_sparsifying_the_original_leaves_a_copy_with_another_parametrization_alone():
+    model = nn.Sequential(nn.Linear(3, 3))
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    replica = copy.deepcopy(model)
+    x = torch.randn(2, 3)
+    expected = replica(x)
+    sparing.sparsify_(model, HALF)
+    assert torch.equal(replica(x), expected)
+
+
+def test_the_threshold_of_a_frozen_weight_is_frozen():
+    model, _ = small()
+    model[0].weight.requires_grad_(False)
+    layers = sparing.sparsify_(model, HALF).layers
+    assert [layer.parametrization.s.requires_grad for layer in layers.values()] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trains_under_autocast(dtype):
+    model, x = MODELS["conv2d"]()
+    layers = sparing.sparsify_(model, HALF).layers
+    with torch.autocast("cpu", dtype):
+        out = model(x)
+    loss(out.float()).backward()
+    for layer in layers.values():
+        assert layer.effective_weight.dtype == torch.float32
+        assert layer.weight.grad.isfinite().all()
+        assert layer.parametrization.s.grad.abs() > 0

@@ -108,6 +108,7 @@ def test_a_run_directory_holds_what_is_promised(finished):
         "figures/sparsity.png", "figures/threshold.png", "figures/budget.png", "dense/metrics.json",
     } <= names  # fmt: skip
     assert any(name.startswith("tensorboard/") for name in names)
+    assert len({path.stat().st_mode for path in out.glob("*.*")}) == 1, "some files are private"
     assert not [name for name in names if "/." in f"/{name}"], "temporary files are left"
     assert json.loads((out / "metrics.json").read_text()) == metrics
     promised = "accuracy dense_accuracy sparsity weights nonzero dense_macs macs seconds method seed commit"
@@ -148,6 +149,9 @@ def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a run directory: it has no recipe.yaml"):
         train_run(wanted, tmp_path, resume=True)
+    for nowhere in (tmp_path / "notes.txt" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be made"):
+            train_run(wanted, nowhere)
     with pytest.raises(InputError, match="is a file"):
         train_run(wanted, tmp_path / "notes.txt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
@@ -161,6 +165,10 @@ def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
         ({"model": {"name": "resnet8", "widht": 2}}, "model 'resnet8' has no argument 'widht'; did you mean 'width'"),
         ({"model": {"name": "resnet8", "width": "wide"}}, "model 'resnet8' cannot be built"),
         ({"model": {"name": "resnet18"}}, "takes images of 3 channels; the data has 1"),
+        ({"model": {"name": "resnet8", "num_classes": 5}}, "'num_classes' follows from the data"),
+        ({"model": {"name": "resnet8", "in_channels": 3}}, "'in_channels' follows from the data"),
+        ({"model": {"name": "resnet8", "width": 0}}, "has no weights"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
     ],
 )
 def test_a_run_that_cannot_work_leaves_no_directory(tmp_path, changes, message):
@@ -170,13 +178,25 @@ def test_a_run_that_cannot_work_leaves_no_directory(tmp_path, changes, message):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    wild = recipe(optimizer={"lr": 1e12}, method=None, schedule={"epochs": 2, "update": "epoch", "warmup_epochs": 0})
-    with pytest.raises(InputError, match=r"the loss became nan in epoch 1: lower optimizer.lr \(1e\+12\)"):
-        train_run(wild, tmp_path / "run")
+    tame = {"lr": 0.1, "weight_decay": 0.0}
+    schedule = {"epochs": 2, "update": "epoch", "warmup_epochs": 0}
+    out = tmp_path / "run"
+    train_run(recipe(optimizer=tame, method=None, schedule=schedule), out, stop_after=1)
+    saved = load_checkpoint(out / "checkpoint.pt")
+    for group in saved["optimizer"]["param_groups"]:
+        group["initial_lr"] = 1e30
+    saved["scheduler"]["base_lrs"] = [1e30 for _ in saved["scheduler"]["base_lrs"]]
+    for group in saved["optimizer"]["param_groups"]:
+        group["lr"] = 1e30
+    save_checkpoint(out / "checkpoint.pt", saved)
+    before = (out / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match=r"the loss became (nan|inf) in epoch 2: lower optimizer.lr"):
+        train_run(recipe(optimizer=tame, method=None, schedule=schedule), out, resume=True)
+    assert (out / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_collapsing_layer_is_named_during_training(tmp_path):
-    greedy = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0}, schedule={"epochs": 3})
+    greedy = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0}, schedule={"epochs": 8})
     with pytest.warns(SparsityWarning, match="every weight of .*'layer3.0.conv2'.* is zero"):
         metrics = train_run(greedy, tmp_path / "run")
     assert metrics["sparsity"] == 1.0
@@ -216,6 +236,21 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    out = tmp_path / "run"
+    train_run(recipe(), out, stop_after=1)
+    saved = load_checkpoint(out / "checkpoint.pt")
+    for broken in ({"model": {}}, {}):
+        save_checkpoint(out / "checkpoint.pt", {"data": saved["data"], **broken})
+        with pytest.raises(CheckpointError, match="does not fit the recipe"):
+            train_run(recipe(), out, resume=True)
+        with pytest.raises(CheckpointError, match="does not fit the recipe"):
+            load_run(out)
+    (out / "metrics.json").write_text('{"accuracy": ')
+    with pytest.raises(InputError, match=r"metrics.json: unreadable"):
+        train_run(recipe(), out, resume=True)
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"epoch": 1})
@@ -229,11 +264,18 @@ def test_the_best_epoch_is_never_a_less_sparse_one():
     def epoch(accuracy, sparsity):
         return {"validation_accuracy": accuracy, "sparsity": sparsity}
 
-    assert _is_better(epoch(0.5, 0.0), None)
-    assert _is_better(epoch(0.6, 0.9), epoch(0.9, 0.1)), "sparser by far"
-    assert not _is_better(epoch(0.9, 0.1), epoch(0.6, 0.9)), "less sparse"
-    assert _is_better(epoch(0.9, 0.901), epoch(0.8, 0.9)), "as sparse, and more accurate"
-    assert not _is_better(epoch(0.7, 0.901), epoch(0.8, 0.9)), "as sparse, and less accurate"
+    assert _is_better(epoch(0.5, 0.0), None, 0.0)
+    assert _is_better(epoch(0.6, 0.9), epoch(0.9, 0.1), 0.9), "sparser by far"
+    assert not _is_better(epoch(0.9, 0.1), epoch(0.6, 0.9), 0.9), "less sparse"
+    assert _is_better(epoch(0.9, 0.898), epoch(0.8, 0.9), 0.9), "as sparse, and more accurate"
+    assert not _is_better(epoch(0.7, 0.901), epoch(0.8, 0.9), 0.901), "as sparse, and less accurate"
+    assert not _is_better(epoch(0.9, 0.894), epoch(0.8, 0.897), 0.9), "half a point at a time adds up"
+
+
+def test_the_moving_average_of_a_masked_model_is_as_sparse_as_the_model(tmp_path):
+    method = {"name": "gmp", "sparsity": 0.75, "every": 1, "begin": 0.1, "end": 0.8}
+    metrics = train_run(recipe(method=method, ema=0.9), tmp_path / "run")
+    assert metrics["sparsity"] == pytest.approx(0.75, abs=0.001)
 
 
 def test_a_history_cut_short_by_a_crash_is_read_to_its_last_whole_line(tmp_path):

@@ -4,7 +4,30 @@ from sparing import models, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.macs import count_uses
-from sparing.methods import GMP, METHODS, STR, RigL
+from sparing.methods import (
+    ACDC,
+    DNW,
+    DSR,
+    DST,
+    GMP,
+    METHODS,
+    SET,
+    SNFS,
+    SNIP,
+    ST3,
+    STR,
+    ContinuousSparsification,
+    Feather,
+    GlobalMagnitude,
+    GlobalMagnitudeOneShot,
+    GraSP,
+    Magnitude,
+    RigL,
+    Spartan,
+    ST3Sigma,
+    StaticRandom,
+    VariationalDropout,
+)
 from sparing.optim import param_groups
 from sparing.parametrizations import SoftThreshold, Sparse
 from sparing.report import Report, report
@@ -14,19 +37,37 @@ from sparing.threshold import soft_threshold
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
+    "DNW",
+    "DSR",
+    "DST",
     "GMP",
     "METHODS",
+    "SET",
+    "SNFS",
+    "SNIP",
+    "ST3",
     "STR",
     "Budget",
     "CheckpointError",
+    "ContinuousSparsification",
+    "Feather",
+    "GlobalMagnitude",
+    "GlobalMagnitudeOneShot",
+    "GraSP",
     "InputError",
+    "Magnitude",
     "Method",
     "Report",
     "RigL",
+    "ST3Sigma",
     "SoftThreshold",
     "Sparse",
     "Sparsifier",
     "SparsityWarning",
+    "Spartan",
+    "StaticRandom",
+    "VariationalDropout",
     "count_uses",
     "dense_state_dict",
     "densify_",

@@ -157,6 +157,8 @@ class Budget(Mapping[str, float]):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"budget {path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"budget {path}: is not a text file") from error
         try:
             return cls(parse(text))
         except InputError:
@@ -191,7 +193,7 @@ class Budget(Mapping[str, float]):
         return len(self._sparsity)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._sparsity.items()))
+        return hash(frozenset(self._sparsity.items()))
 
     def __repr__(self) -> str:
         return f"Budget({self._sparsity})"

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         >>> with replacing("notes.txt") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("all or nothing")
     """
-    path = Path(path)
+    path = Path(path).resolve()  # through a link, to what it names
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # some writers make private files
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

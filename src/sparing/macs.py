@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sparing.errors import InputError
-from sparing.select import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, Layer, find_layers
+from sparing.select import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, find_layers
 
-Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
 def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
@@ -50,12 +51,15 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
     uses = dict.fromkeys(layers, 0)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        times = _uses(module, args[0] if args else next(iter(kwargs.values())), output)
         for (identity, _), name in by_place.items():
             if identity == id(module):
-                uses[name] += times
+                uses[name] += _uses(module, args, kwargs, output)
+            elif isinstance(module, nn.MultiheadAttention) and identity == id(module.out_proj):
+                # Attention multiplies by this weight without calling its module.
+                uses[name] += int(prod(output[0].shape[:-1]))
 
     modules = {id(place.module): place.module for layer in layers.values() for place in layer.places}
+    modules |= {id(module): module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules.values()]
     try:
         _run_on_meta(model, example)
@@ -65,17 +69,8 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
     return uses
 
 
-def dense_macs(layer: Layer, uses: int) -> int:
-    """uses · weights, an exact count."""
-    return uses * layer.weight.numel()
-
-
-def sparse_macs(layer: Layer, uses: int) -> int:
-    """uses · nonzero weights, an exact count."""
-    return uses * layer.nonzero()
-
-
-def _uses(module: nn.Module, given: Any, output: Any) -> int:
+def _uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    given = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
     if isinstance(module, CONVOLUTIONS):
         return int(prod(output.shape)) // int(module.out_channels)
     if isinstance(module, TRANSPOSED_CONVOLUTIONS):
@@ -84,11 +79,14 @@ def _uses(module: nn.Module, given: Any, output: Any) -> int:
         return 0  # a row is read, nothing is multiplied
     if isinstance(given, nn.utils.rnn.PackedSequence):
         given = given.data
+    if isinstance(module, nn.MultiheadAttention):
+        inputs = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+        if len({tuple(part.shape[:-1]) for part in inputs}) > 1:
+            raise InputError("the MACs of attention with queries and keys of different lengths are not known")
     if isinstance(module, (*RECURRENT, nn.Linear, nn.MultiheadAttention)):
         return int(prod(given.shape[:-1]))
-    raise InputError(
-        f"the MACs of a {type(module).__name__} are not known; leave input_size out to report without MACs"
-    )
+    kind = type_before_parametrizations(module).__name__
+    raise InputError(f"the MACs of a {kind} are not known; leave input_size out to report without MACs")
 
 
 def _run_on_meta(model: nn.Module, example: Example) -> None:
@@ -107,24 +105,32 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
     if isinstance(example, Tensor):
         args = (meta(example),)
     elif isinstance(example, Mapping):
-        kwargs = {key: meta(tensor) for key, tensor in example.items()}
+        kwargs = {key: meta(value) if isinstance(value, Tensor) else value for key, value in example.items()}
+    elif not isinstance(example, Sequence):
+        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
     elif all(isinstance(part, Tensor) for part in example):
         args = tuple(meta(part) for part in example)  # type: ignore[arg-type]
     elif all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in example):
         args = (torch.empty(tuple(example), device="meta"),)  # type: ignore[arg-type]
     else:
         raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
+    attributes = {module: dict(vars(module)) for module in model.modules()}
     try:
         with torch.no_grad(), torch.device("meta"), _evaluating(model):
             functional_call(model, state, args, kwargs, tie_weights=False)
     except InputError:
         raise
     except Exception as error:
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values())]
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"the model does not run on an input of shape {shapes} on the meta device: {reason}"
         ) from error
+    finally:
+        # What a forward caches on its module, a table of positions say, would stay behind on meta.
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
 
 
 @contextmanager

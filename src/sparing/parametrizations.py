@@ -18,11 +18,25 @@ class Sparse(nn.Module):
 
     Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and
     dtype. `sparsify_`, `densify_` and `report` know a sparsified layer by this class.
+
+    Its numbers keep their dtype when the model is moved to a narrower one. In bf16 or fp16 a step of
+    weight decay, s ← (1 − 5e-5) s, is lost to rounding and the s of STR would never move.
     """
 
     def threshold(self) -> Tensor | None:
         """The threshold in force, ≥ 0, in units of the weight; None where there is none."""
         return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not tensor.is_floating_point():
+                return moved
+            narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
+            # From the tensor itself, not from its rounded copy; to_empty() has nothing to keep.
+            return tensor.to(moved.device) if narrower else moved
+
+        return super()._apply(keep_dtype, recurse)
 
 
 class SoftThreshold(Sparse):
@@ -33,9 +47,6 @@ class SoftThreshold(Sparse):
             several modules makes them share one threshold.
         g: the map from s to numbers ≥ 0.
         scale: a constant factor, the k of k · sigmoid.
-
-    s keeps its dtype when the model is moved to a narrower one. In bf16 or fp16 a step of weight
-    decay, s ← (1 − 5e-5) s, is lost to rounding and s would never move.
 
     Example:
         >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
@@ -59,15 +70,6 @@ class SoftThreshold(Sparse):
     def extra_repr(self) -> str:
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
-            # From the tensor itself, not from its rounded copy; to_empty() has nothing to keep.
-            return tensor.to(moved.device) if narrower else moved
-
-        return super()._apply(keep_dtype, recurse)
-
 
 class Masked(Sparse):
     """Abstract: the effective weight is the weight where a mask is True, and zero elsewhere.
@@ -84,7 +86,7 @@ class Masked(Sparse):
     def __init__(self, mask: Tensor, keep: int) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.register_buffer("keep", torch.tensor(keep))
+        self.register_buffer("keep", torch.tensor(keep, device=mask.device))
 
     def extra_repr(self) -> str:
         return f"mask={tuple(self.mask.shape)}"
@@ -116,11 +118,13 @@ class DenseGradientMask(Masked):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _MaskStraightThrough.apply(weight, self.mask)
+        result: Tensor = MaskStraightThrough.apply(weight, self.mask)
         return result
 
 
-class _MaskStraightThrough(torch.autograd.Function):
+class MaskStraightThrough(torch.autograd.Function):
+    """S = W ⊙ M forward, dW = dS backward, for parametrizations that need more than `DenseGradientMask`."""
+
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, weight, 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sparing.macs import Example, count_uses, dense_macs, sparse_macs
+from sparing.macs import Example, count_uses
 from sparing.select import Layer, find_layers
 
 FIELDS = ("name", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense_macs", "macs")
@@ -143,22 +143,22 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
 
 
 def _row(layer: Layer, uses: int | None) -> Row:
-    threshold = layer.threshold
+    threshold, weights, nonzero = layer.threshold, layer.weight.numel(), layer.nonzero()
     return Row(
         name=layer.name,
         kind=layer.kind,
         shape=tuple(layer.weight.shape),
-        weights=layer.weight.numel(),
-        nonzero=layer.nonzero(),
+        weights=weights,
+        nonzero=nonzero,
         threshold=None if threshold is None else float(threshold.detach().mean()),
-        dense_macs=None if uses is None else dense_macs(layer, uses),
-        macs=None if uses is None else sparse_macs(layer, uses),
+        dense_macs=None if uses is None else uses * weights,
+        macs=None if uses is None else uses * nonzero,
     )
 
 
 def _sum(name: str, rows: Iterable[Row]) -> Row:
     rows = list(rows)
-    counted = all(row.macs is not None for row in rows)
+    counted = bool(rows) and all(row.macs is not None for row in rows)
     return Row(
         name=name,
         kind="",

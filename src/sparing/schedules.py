@@ -87,7 +87,8 @@ def is_update(step: int, begin: int, end: int, every: int) -> bool:
         >>> [step for step in range(12) if is_update(step, 2, 9, 3)]
         [2, 5, 8, 9]
     """
-    return begin <= step <= end and ((step - begin) % every == 0 or step == end)
+    last = max(end, 1)  # nothing happens before the first step is done
+    return begin <= step <= last and ((step - begin) % every == 0 or step == last)
 
 
 def check_schedule(method: str, steps: int, begin: int | float, end: int | float, every: int) -> None:
@@ -102,7 +103,8 @@ def check_schedule(method: str, steps: int, begin: int | float, end: int | float
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{method}: {name} must be a whole number of optimizer steps, at least 1, got {value!r}")
     for name, at in (("begin", begin), ("end", end)):
-        if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= to_step(at, steps) <= steps:
+        most = steps if isinstance(at, int) else 1
+        if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= most:
             allowed = f"a step from 0 to {steps} or a fraction (float) from 0.0 to 1.0"
             raise InputError(f"{method}: {name} must be {allowed}, got {at!r}")
     first, last = to_step(begin, steps), to_step(end, steps)

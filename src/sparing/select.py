@@ -103,7 +103,13 @@ class Layer:
 
     @torch.no_grad()
     def nonzero(self) -> int:
-        """How many effective weights are not zero, counted."""
+        """How many effective weights are not zero, counted.
+
+        Raises:
+            InputError: the weight is on the meta device, where there is nothing to count.
+        """
+        if self.weight.is_meta:
+            raise InputError(f"layer {self.name!r} is on the meta device and has no weights to count")
         return int(torch.count_nonzero(self.effective_weight))
 
     def sparsity(self) -> float:
@@ -145,7 +151,7 @@ def excluding(*patterns: str) -> Predicate:
 def weight_names(module: nn.Module) -> tuple[str, ...]:
     """The names of a module's weight matrices or kernels; biases are none."""
     if isinstance(module, nn.RNNBase):
-        return tuple(n for n in module._flat_weights_names if n.startswith("weight"))
+        return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
     if isinstance(module, nn.RNNCellBase):
         return ("weight_ih", "weight_hh")
     if isinstance(module, nn.MultiheadAttention):
@@ -159,6 +165,10 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return ("weight",)
     return ("weight",) if weight is not None and weight.dim() >= 2 else ()
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return name in module._parameters or parametrize.is_parametrized(module, name)
 
 
 def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
@@ -209,6 +219,13 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     if select is None or callable(select):
         predicate = default if select is None else select
         layers = find_layers(model, predicate)
+        for name, module in model.named_modules():
+            plain = [n for n in ("weight", "weight_ih_l0", "weight_hh_l0") if isinstance(vars(module).get(n), Tensor)]
+            if plain and predicate(name, module):
+                raise InputError(
+                    f"{plain[0]!r} of module {name!r} is no parameter: something recomputes it, such as "
+                    "torch.nn.utils.weight_norm or prune; remove that first, or leave the module out with select="
+                )
     else:
         layers = _by_pattern(find_layers(model, lambda name, module: True), select)
     if not layers:

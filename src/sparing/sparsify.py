@@ -26,7 +26,7 @@ class Method(ABC):
     """Abstract: a way to train a sparse network. A subclass is final and is its own configuration.
 
     `parametrizations` is called once, by `sparsify_`. The two hooks are called around every
-    optimizer step once `Sparsifier.attach` was; a step that a GradScaler skips calls neither.
+    optimizer step once `Sparsifier.attach` was, but for steps that a GradScaler skips.
     State belongs to the parametrizations, as parameters and buffers; the method holds none.
     """
 
@@ -37,7 +37,10 @@ class Method(ABC):
         """A parametrization for every layer, by the layer's name, on the device of its weight."""
 
     def before_step(self, sparsifier: "Sparsifier") -> None:
-        """Runs just before the optimizer moves the weights; gradients are there, unscaled."""
+        """Runs just before the optimizer moves the weights; gradients are there.
+
+        They are unscaled, but with a GradScaler and a fused optimizer, which unscales them itself.
+        """
 
     def after_step(self, sparsifier: "Sparsifier") -> None:
         """Runs just after the optimizer has moved the weights; `sparsifier.step` counts this step."""
@@ -96,8 +99,8 @@ class Sparsifier:
         if not optimizers:
             raise InputError("attach() needs the optimizer that trains the model")
         self._check_holds_parameters(optimizers)
-        optimizers[0].register_step_pre_hook(lambda optimizer, args, kwargs: self.method.before_step(self))
-        optimizers[-1].register_step_post_hook(lambda optimizer, args, kwargs: self._after_step())
+        optimizers[0].register_step_pre_hook(self._before_step)
+        optimizers[-1].register_step_post_hook(self._after_step)
         self.optimizers = optimizers
 
     def collapsed(self) -> list[str]:
@@ -116,8 +119,9 @@ class Sparsifier:
         self._reported.update(new)
         if new:
             warnings.warn(
-                f"step {self.step}: every weight of {_listing(new)} is zero; nothing passes through it and no gradient "
-                "can bring it back. Lower the threshold's weight decay or init, or leave the layer out with select=",
+                f"step {self.step}: every weight of {_listing(new)} is zero, so nothing passes through it. "
+                "Lower what makes it sparse (in STR the weight decay of the thresholds, or init), or leave the layer "
+                "out with select=",
                 SparsityWarning,
                 stacklevel=2,
             )
@@ -138,7 +142,19 @@ class Sparsifier:
             raise InputError(f"the state was saved by method {saved!r} and cannot continue {self.method.name!r}")
         self.step = int(state["step"])
 
-    def _after_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if type(self.method).before_step is Method.before_step or _is_skipped(optimizer) or not self.layers:
+            return
+        if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
+            raise InputError(
+                f"method {self.method.name!r} works on the gradients before the step, and a closure computes them "
+                "within it; call backward() before optimizer.step()"
+            )
+        self.method.before_step(self)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_skipped(optimizer):
+            return
         self.step += 1
         self.method.after_step(self)
         if self.step % self.WATCH_EVERY == 0:
@@ -194,9 +210,14 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
     layers = resolve(model, select)
     for layer in layers.values():
         _check_weight(layer)
-    # Everything that can be refused has been by now, so an error leaves the model as it was.
-    for name, parametrization in method.parametrizations(layers).items():
-        _register(layers[name], parametrization)
+    _check_raw(model, layers)
+    made = method.parametrizations(layers)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            made[name](layer.weight)
+    # Everything that can fail has been tried by now, so an error leaves the model as it was.
+    for name, layer in layers.items():
+        _register(layer, made[name])
     sparsifier = Sparsifier(model, method)
     _warn_if_empty(sparsifier)
     return sparsifier
@@ -229,6 +250,7 @@ def densify_(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()  # methods that train with noise give the weight of evaluation where no gradient is recorded
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the densified model, without changing the model: plain keys, effective weights.
 
@@ -262,6 +284,24 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
     return {name: layer for name, layer in find_layers(model).items() if layer.parametrization is not None}
 
 
+def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer is about to leave everything as it is: a GradScaler hands it this number."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _check_raw(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Refuse weights that the model also holds outside a layer, where it would use them dense."""
+    known = {place.key for layer in layers.values() for place in layer.places}
+    names = {id(layer.weight): name for name, layer in layers.items()}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names and key not in known:
+            raise InputError(
+                f"the weight of layer {names[id(parameter)]!r} is also the parameter {key!r}, which would stay dense; "
+                "leave the layer out with select="
+            )
+
+
 def _check_weight(layer: Layer) -> None:
     for place in layer.places:
         if place.parametrizations is not None:
@@ -273,6 +313,8 @@ def _check_weight(layer: Layer) -> None:
     weight = layer.weight
     if not weight.is_floating_point():
         raise InputError(f"layer {layer.name!r} has {weight.dtype} weights; only floating point can be sparsified")
+    if weight.numel() == 0:
+        raise InputError(f"layer {layer.name!r} has no weights: its shape is {tuple(weight.shape)}")
     if not weight.is_meta:
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
@@ -281,6 +323,9 @@ def _check_weight(layer: Layer) -> None:
 
 def _register(layer: Layer, parametrization: Sparse) -> None:
     first, *others = _distinct(layer)
+    for place in layer.places:
+        if parametrize.is_parametrized(place.module):
+            _own_class(place.module)
     parametrize.register_parametrization(first.module, first.tensor_name, parametrization)
     shared = first.module.parametrizations[first.tensor_name]  # type: ignore[index, union-attr]
     for place in others:
@@ -314,6 +359,9 @@ def _read_weights_when_run(rnn: nn.RNNBase) -> None:
         with parametrize.cached():
             return run(self, *args, **kwargs)
 
+    # They would refresh and copy that list at every call.
+    parametrized_class._update_flat_weights = lambda self: None  # type: ignore[method-assign]
+    parametrized_class.flatten_parameters = lambda self: None  # type: ignore[method-assign]
     parametrized_class._flat_weights = property(current_weights, lambda self, value: None)  # type: ignore[assignment]
     parametrized_class.forward = forward  # type: ignore[method-assign]
 
@@ -344,8 +392,8 @@ def _warn_if_empty(sparsifier: Sparsifier) -> None:
         details.append(f"{name}: largest |weight| {largest:.3g}{over}")
     warnings.warn(
         f"{len(empty)} of {len(layers)} layers are all zero before training ({'; '.join(details)}"
-        f"{'; ...' if len(empty) > 3 else ''}): they get no gradient and cannot recover. "
-        f"Lower the initial threshold of {sparsifier.method}",
+        f"{'; ...' if len(empty) > 3 else ''}): nothing passes through them. "
+        f"Lower the initial threshold, or the sparsity, of {sparsifier.method}",
         SparsityWarning,
         stacklevel=3,
     )

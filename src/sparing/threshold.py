@@ -38,12 +38,14 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
         The effective weight, with the shape, dtype and memory format of `weight`.
 
     Raises:
-        InputError: the shape of `threshold` does not broadcast to the shape of `weight`.
+        InputError: the weight is not floating point; the shape of `threshold` does not broadcast to its shape.
 
     Example:
         >>> soft_threshold(torch.tensor([-0.5, 0.1, 0.3]), 0.2)
         tensor([-0.3000,  0.0000,  0.1000])
     """
+    if not weight.is_floating_point():
+        raise InputError(f"only floating point weights can be thresholded, not {weight.dtype}")
     threshold = torch.as_tensor(threshold, device=weight.device)
     if not _broadcasts_to(threshold.shape, weight.shape):
         raise InputError(

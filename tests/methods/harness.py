@@ -18,12 +18,42 @@ SETTINGS = {
     "str": {"init": -3.0},
     "gmp": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
     "rigl": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
+    "dnw": {"sparsity": SPARSITY},
+    "set": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
+    "snfs": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
+    "dsr": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4, "fraction": 0.1, "threshold": 0.02},
+    "variational_dropout": {"steps": STEPS, "kl_weight": 0.003, "init": -5.0},
+    "dst": {"alpha": 0.005},
+    "continuous_sparsification": {"steps": STEPS, "penalty": 3e-4, "init": 0.03},
+    "magnitude": {"steps": STEPS, "sparsity": SPARSITY, "at": 6},
+    "global_magnitude": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
+    "global_magnitude_one_shot": {"steps": STEPS, "sparsity": SPARSITY, "at": 6},
+    "static_random": {"sparsity": SPARSITY},
+    "snip": {"sparsity": SPARSITY},
+    "grasp": {"sparsity": SPARSITY},
+    "st3": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10},
+    "st3_sigma": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10},
+    "feather": {"steps": STEPS, "sparsity": SPARSITY, "theta": 0.5},
+    "acdc": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 15, "phase": 3},
+    "spartan": {"steps": STEPS, "sparsity": SPARSITY},
 }
 
 # Methods that end with exactly the number of weights asked for, in every layer.
-EXACT_LAYERS = {"gmp", "rigl"}
+EXACT_LAYERS = {"dnw", "set", "gmp", "rigl", "magnitude", "static_random"}
 # Methods that end with exactly the number asked for, over all layers.
-EXACT_TOTAL = EXACT_LAYERS | set()
+EXACT_TOTAL = EXACT_LAYERS | {
+    "spartan",
+    "st3",
+    "st3_sigma",
+    "feather",
+    "acdc",
+    "snfs",
+    "dsr",
+    "global_magnitude",
+    "global_magnitude_one_shot",
+    "snip",
+    "grasp",
+}
 
 
 def make(name):
@@ -105,3 +135,52 @@ class Run:
         self.step = state["step"]
         torch.set_rng_state(state["random"])
         return self
+
+
+class Rows:
+    """Layers of one row each whose weights, masks and gradients are given by hand; they are never run."""
+
+    def __init__(self, method, weights, masks=None, optimizer="sgd", lr=0.1):
+        model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in weights))
+        for module, row in zip(model, weights, strict=True):
+            module.weight.data = torch.tensor([row], dtype=torch.float32)
+        self.sparsifier = sparing.sparsify_(model, method)
+        self.layers = list(self.sparsifier.layers.values())
+        self.parts = [layer.parametrization for layer in self.layers]
+        for part, row in zip(self.parts, masks or [], strict=masks is not None):
+            assert sum(row) == int(part.mask.sum())
+            part.mask.copy_(torch.tensor([row]))
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        self.sparsifier.attach(self.optimizer)
+
+    def step(self, *gradients):
+        """One optimizer step with these gradients of the effective weights, a row a layer."""
+        for layer, row in zip(self.layers, gradients, strict=True):
+            if layer.weight.requires_grad:
+                layer.effective_weight.backward(torch.tensor([row], dtype=torch.float32))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self
+
+    @property
+    def masks(self):
+        return [part.mask[0].int().tolist() for part in self.parts]
+
+    @property
+    def weights(self):
+        return [layer.weight[0].tolist() for layer in self.layers]
+
+    def fill_state(self, value):
+        """Make the optimizer remember this value for every weight; to be called after a step."""
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
+                    tensor.fill_(value)
+
+    def state(self, layer=0):
+        """What the optimizer remembers of a layer, a row for each of its buffers."""
+        state = self.optimizer.state[self.layers[layer].weight]
+        return [t[0].tolist() for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 0]

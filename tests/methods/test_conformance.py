@@ -28,6 +28,7 @@ def same(first, second):
     return first == second
 
 
+@torch.no_grad()  # what counts is the weight of evaluation, of methods that train with noise as well
 def live(layer):
     """The positions a layer may use: its mask, or where it is not zero."""
     part = layer.parametrization
@@ -50,7 +51,8 @@ def test_ends_with_exactly_the_count_asked_for(name, model):
     if name in EXACT_TOTAL:
         uniform = sum(count_kept(layer.weight.numel(), SPARSITY) for layer in layers)
         # A rule that balances layers rounds each of them.
-        assert abs(sum(kept) - uniform) <= (0 if name in EXACT_LAYERS and name != "rigl" else len(kept))
+        by_layer = name in EXACT_LAYERS and getattr(make(name), "budget", None) != "erk"
+        assert abs(sum(kept) - uniform) <= (0 if by_layer else len(kept))
     for layer, count in zip(layers, kept, strict=True):
         part = layer.parametrization
         if isinstance(part, Masked) and name in EXACT_LAYERS:
@@ -130,17 +132,17 @@ def test_the_same_seeds_give_the_same_weights(name):
 
 @every_method
 def test_learns(name):
-    """A fixed batch is learned through the sparse weights: the loss falls by a third at least."""
+    """A fixed batch is learned through the sparse weights: the loss is halved by twice the schedule's steps."""
     run = Run("linear", make(name))
     x, y = batch(run.shape, 0)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(2 * STEPS):
         run.optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(run.model(x), y)
         loss.backward()
         run.optimizer.step()
         losses.append(float(loss.detach()))
-    assert min(losses) < 0.67 * losses[0]
+    assert min(losses) < 0.5 * losses[0]
 
 
 @every_method
@@ -184,8 +186,9 @@ def test_bad_targets_and_schedules_are_refused(name):
     if "every" in fields:
         with pytest.raises(sparing.InputError, match="every"):
             METHODS[name](**{**good, "every": 0})
-        with pytest.raises(sparing.InputError, match="every=1000 is longer than"):
-            METHODS[name](**{**good, "every": 1000})
+        if "steps" in fields:
+            with pytest.raises(sparing.InputError, match="every=1000 is longer than"):
+                METHODS[name](**{**good, "every": 1000})
     if "steps" in fields:
         with pytest.raises(sparing.InputError, match="steps must be a whole number"):
             METHODS[name](**{**good, "steps": 0})

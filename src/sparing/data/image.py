@@ -34,8 +34,8 @@ class ImageData:
     """A data set in three parts: training, validation (for every choice), test (used once, at the end).
 
     Attributes:
-        mean: of the training pixels a channel, in [0, 1].
-        std: likewise.
+        mean: what is subtracted from the pixels of a channel, in units of [0, 1].
+        std: what they are then divided by.
         num_classes: the labels are 0 to num_classes − 1.
     """
 
@@ -74,7 +74,7 @@ def mnist5k() -> ImageData:
     pixels = torch.as_tensor(flat, dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.as_tensor(digits, dtype=torch.int64)
     train, validation, test = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (350, 50, 100)))
-    return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10)
+    return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10)  # of all of MNIST
 
 
 DATASETS = {data.__name__: data for data in (mnist5k,)}

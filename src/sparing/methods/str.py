@@ -73,9 +73,9 @@ class STR(Method):
             raise InputError(
                 f"STR: unknown granularity {self.granularity!r}; {nearest(str(self.granularity), GRANULARITIES)}"
             )
-        if not callable(self.g) and self.g not in MAPS:
-            raise InputError(f"STR: unknown g {self.g!r}; {nearest(str(self.g), MAPS)} A callable will do too")
-        at_start = self._map()(torch.full((1,), float(self.init)))
+        if not callable(self.g) and (not isinstance(self.g, str) or self.g not in MAPS):
+            raise InputError(f"STR: unknown g {self.g!r}; {nearest(str(self.g), MAPS)} (or give a callable)")
+        at_start = self._map()(torch.full((1,), float(self.init), device="cpu"))
         if not isinstance(at_start, Tensor) or at_start.shape != (1,):
             raise InputError(f"STR: g must return a tensor of the shape of s; for shape (1,) it returned {at_start!r}")
         if not float(at_start) >= 0 or not math.isfinite(float(at_start)):
@@ -84,9 +84,10 @@ class STR(Method):
     def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
         g = self._map()
         if self.granularity == "global":
-            weights = [layer.weight for layer in layers.values()]
-            shared = self._number((1,), weights[0])
-            return {name: SoftThreshold(shared, g, self.scale) for name in layers}
+            # One module, not only one parameter: moving or loading a model may replace parameters.
+            first = next(iter(layers.values()))
+            shared = SoftThreshold(self._number((1,), first.weight), g, self.scale)
+            return dict.fromkeys(layers, shared)
         return {
             name: SoftThreshold(self._number(self._shape(layer), layer.weight), g, self.scale)
             for name, layer in layers.items()
@@ -97,7 +98,8 @@ class STR(Method):
 
     def _number(self, shape: tuple[int, ...], weight: Tensor) -> nn.Parameter:
         # float32 whatever the weight's dtype: see SoftThreshold.
-        return nn.Parameter(torch.full(shape, float(self.init), dtype=torch.float32, device=weight.device))
+        s = torch.full(shape, float(self.init), dtype=torch.float32, device=weight.device)
+        return nn.Parameter(s, requires_grad=weight.requires_grad)
 
     def _shape(self, layer: Layer) -> tuple[int, ...]:
         shape = tuple(layer.weight.shape)

@@ -25,9 +25,11 @@ def build_model(spec: Model, in_channels: int, num_classes: int) -> nn.Module:
     for key in arguments:
         if key not in known:
             raise InputError(f"model {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
-    arguments.setdefault("num_classes", num_classes)
+        if key in ("num_classes", "in_channels"):
+            raise InputError(f"model: {key!r} follows from the data; leave it out")
+    arguments["num_classes"] = num_classes
     if "in_channels" in known:
-        arguments.setdefault("in_channels", in_channels)
+        arguments["in_channels"] = in_channels
     elif in_channels != 3:
         raise InputError(f"model {spec.name!r} takes images of 3 channels; the data has {in_channels}")
     try:
@@ -62,6 +64,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -74,7 +74,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's history; a last line that a crash cut short is left out."""
     path = run / "history.jsonl"
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -2,19 +2,20 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from sparing.data import Batches, ImageData
-from sparing.errors import InputError
+from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.schedules import warmup_cosine
 from sparing.train.build import build_model, build_optimizer, build_sparsifier, pick_device
@@ -40,8 +41,8 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
 
     After every epoch `checkpoint.pt` holds all that the rest of the run depends on: weights,
     optimizer, learning rate, loss scale, average, steps, random state. `best.pt` holds the most
-    accurate epoch on the validation part among those not less sparse (by half a point) than any
-    before: early epochs are dense and would always win.
+    accurate epoch on the validation part among those within half a point of the sparsest so far:
+    early epochs are dense and would always win.
 
     Args:
         recipe: what to do.
@@ -78,23 +79,25 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
         optimizer, lambda t: warmup_cosine(t, schedule.epochs * unit, round(schedule.warmup_epochs * unit))
     )
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
-    )
+    average = AveragedModel(model, multi_avg_fn=_moving_average(recipe.ema), use_buffers=True) if recipe.ema else None
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if sparsifier is not None:
         stateful["sparsifier"] = sparsifier
     if average is not None:
         stateful["average"] = average
 
-    progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "best": None, "validation_accuracy": 0.0}
+    progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "best": None, "sparsest": 0.0, "validation_accuracy": 0.0}
     path = out / "checkpoint.pt"
     if path.exists():
         saved = load_checkpoint(path)
-        for name, thing in stateful.items():
-            thing.load_state_dict(saved[name])
-        progress = saved["progress"]
-        set_random_state(saved["random"])
+        try:
+            for name, thing in stateful.items():
+                thing.load_state_dict(saved[name])
+            progress = saved["progress"]
+            set_random_state(saved["random"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"checkpoint {path}: does not fit the recipe ({reason})") from error
         console.print(f"continuing after epoch {progress['epoch']} of {schedule.epochs}")
 
     log = RunLog(out, progress["epoch"], recipe.tensorboard, console)
@@ -104,6 +107,7 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
     last = min(schedule.epochs, progress["epoch"] + (stop_after or schedule.epochs))
     for epoch in range(progress["epoch"] + 1, last + 1):
         train.epoch = epoch
+        rate = optimizer.param_groups[0]["lr"]
         total_loss = torch.zeros((), device=device)
         model.train()
         for images, labels in log.progress(train, epoch, schedule.epochs):
@@ -124,7 +128,6 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
                 scheduler.step()
             # Summed on the device: reading it every step would make a GPU wait.
             total_loss += loss.detach() * len(labels)
-        rate = optimizer.param_groups[0]["lr"]
         if schedule.update == "epoch":
             scheduler.step()
 
@@ -157,8 +160,9 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
             schedule.epochs,
         )
         best = {"epoch": epoch, "validation_accuracy": result.accuracy, "sparsity": account.total.sparsity}
+        progress["sparsest"] = max(progress["sparsest"], account.total.sparsity)
         data_shape = {"input_size": list(data.input_size), "num_classes": data.num_classes, "images": len(data.train)}
-        if _is_better(best, progress["best"]):
+        if _is_better(best, progress["best"], progress["sparsest"]):
             progress["best"] = best
             save_checkpoint(out / "best.pt", {"model": trained.state_dict(), "data": data_shape, "progress": progress})
         states = {name: thing.state_dict() for name, thing in stateful.items()}
@@ -169,8 +173,24 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
     return Fitted(trained, progress["validation_accuracy"], progress["seconds"])
 
 
-def _is_better(new: dict[str, Any], old: dict[str, Any] | None) -> bool:
-    """More accurate and not less sparse, or sparser by more than half a point."""
-    if old is None or new["sparsity"] > old["sparsity"] + 0.005:
+def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+    """p ← decay · p + (1 − decay) · new for what is floating point; masks and counts are taken as they are."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], news: Sequence[Tensor], count: Any) -> None:
+        for average, new in zip(averages, news, strict=True):
+            if average.is_floating_point():
+                average.lerp_(new.to(average.dtype), 1 - decay)
+            else:
+                average.copy_(new)
+
+    return update
+
+
+def _is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) -> bool:
+    """Within half a point of the sparsest epoch, and more accurate than the best or the best is not."""
+    if new["sparsity"] < sparsest - 0.005:
+        return False
+    if old is None or old["sparsity"] < sparsest - 0.005:
         return True
-    return bool(new["validation_accuracy"] >= old["validation_accuracy"] and new["sparsity"] >= old["sparsity"] - 0.005)
+    return bool(new["validation_accuracy"] >= old["validation_accuracy"])

@@ -17,20 +17,22 @@ from sparing.models import MODELS
 from sparing.select import nearest
 from sparing.sparsify import Method
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(BaseModel):
     """A part of a recipe: no unknown keys, and no change once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: true is no number and "32" is no integer.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Model(Part):
     """`name` of `sparing.models`; the other keys are the arguments of that function."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
 
@@ -47,7 +49,7 @@ class Data(Part):
     """`name` of `sparing.data`."""
     batch_size: int = Field(default=64, ge=1)
     """Images a step."""
-    shift: int = Field(default=0, ge=0)
+    shift: int = Field(default=0, ge=0, le=64)
     """Augmentation: pixels by which a training image may move, in both directions."""
 
     @field_validator("name")
@@ -62,9 +64,9 @@ class Optimizer(Part):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.1
     """Peak learning rate."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: Momentum = 0.9
     """Of SGD; not used by adamw."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
     """Of AdamW; not used by sgd."""
     weight_decay: NotNegative = 1e-4
     """λ of weights and biases."""
@@ -110,7 +112,7 @@ class Recipe(Part):
     channels_last: bool = False
     compile: bool = False
     """Run the model through torch.compile."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
     """"auto" takes the GPU if there is one; otherwise a torch device such as "cpu" or "cuda:1"."""
     dense_baseline: bool = False
@@ -235,11 +237,10 @@ def _explain(error: Any) -> str:
         return f"unknown key {where!r}; {nearest(str(last), _keys_at(parents))}"
     if error["type"] == "missing":
         return f"the key {where!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
     if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {error['input']!r}"
+    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
 def _keys_at(location: list[Any]) -> list[str]:
@@ -250,6 +251,6 @@ def _keys_at(location: list[Any]) -> list[str]:
 
 
 def _one_of(name: Any, table: Mapping[str, Any]) -> str:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise InputError(f"unknown name {name!r}; {nearest(str(name), table)}")
-    return str(name)
+    return name

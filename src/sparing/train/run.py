@@ -14,6 +14,7 @@ import sparing
 from sparing.data import DATASETS, Batches, ImageData
 from sparing.errors import CheckpointError, InputError
 from sparing.files import replacing, write_text
+from sparing.macs import count_uses
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.sparsify import dense_state_dict
@@ -57,6 +58,7 @@ def train_run(
     data = DATASETS[recipe.data.name]()
     trial = build_model(recipe.model, data.input_size[1], data.num_classes).to("meta")
     build_sparsifier(recipe, trial, len(data.train))
+    count_uses(trial, data.input_size)
     _open(out, recipe, resume)
     finished = _read_metrics(out)
     if finished is not None:
@@ -126,6 +128,9 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
     recipe = _read_recipe(run)
     path = run / ("best.pt" if weights == "best" else "checkpoint.pt")
     saved = load_checkpoint(path)
+    missing = [key for key in ("data", "model") if key not in saved]
+    if missing:
+        raise CheckpointError(f"checkpoint {path}: does not fit the recipe (it has no {missing[0]!r})")
     model = build_model(recipe.model, saved["data"]["input_size"][1], saved["data"]["num_classes"])
     if weights == "dense":
         path = run / "model.safetensors"
@@ -151,7 +156,10 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
 def evaluate_run(run: str | Path, part: str = "test", weights: Weights = "last") -> tuple[Evaluation, Report]:
     """Evaluate the model of a run directory on one part of its data, "test" or "validation"."""
     model, recipe, _ = load_run(run, weights)
-    device = pick_device(recipe.device)
+    try:
+        device = pick_device(recipe.device)
+    except InputError:  # trained on another machine
+        device = pick_device("auto")
     data = DATASETS[recipe.data.name]().to(device)
     return evaluate(model.to(device), _batches(data, part)), report(model, data.input_size)
 
@@ -169,10 +177,18 @@ def _batches(data: ImageData, part: str) -> Batches:
 
 
 def _open(out: Path, recipe: Recipe, resume: bool) -> None:
+    try:
+        _make_or_check(out, recipe, resume)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made: {error.strerror}; choose another directory with --out") from error
+
+
+def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
     written = out / "recipe.yaml"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another directory with --out")
-    if not out.exists() or not any(out.iterdir()):
+    # Hidden files are what a killed write leaves behind.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
         write_text(written, recipe.to_yaml())
         return
@@ -180,8 +196,10 @@ def _open(out: Path, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"{out} exists already; continue it with --resume auto, or choose another directory with --out"
         )
-    before, now = _read_recipe(out).model_dump(mode="json"), recipe.model_dump(mode="json")
-    different = [key for key in _flatten(now) | _flatten(before) if _flatten(before).get(key) != _flatten(now).get(key)]
+    before, now = (_flatten(each.model_dump(mode="json")) for each in (_read_recipe(out), recipe))
+    # Where it runs and what it shows are no part of what is computed.
+    compared = (now | before).keys() - {"device", "tensorboard"}
+    different = sorted(key for key in compared if before.get(key) != now.get(key))
     if different:
         raise InputError(
             f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
@@ -200,7 +218,10 @@ def _read_metrics(out: Path) -> dict[str, Any] | None:
     path = out / "metrics.json"
     if not path.is_file():
         return None
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: unreadable ({error}); remove it to finish the run again") from error
     return metrics
 
 

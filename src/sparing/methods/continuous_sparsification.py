@@ -1,0 +1,124 @@
+"""Continuous sparsification: a soft mask that hardens while it is learned.
+
+    S = W ⊙ sigmoid(β m) / sigmoid(m0)                  training; m one number a weight, from m0
+    S = W ⊙ 1{m > 0}     / sigmoid(m0)                  evaluation, and training once the run is over
+    β(t) = β_final^(t / steps)                          from 1; the soft mask tends to the hard one
+    loss + λ · Σ sigmoid(β m)                           pulls m below zero
+
+At the start the training weight is W itself. Which weights stay is learned by gradient descent alone;
+as β grows, the sigmoid saturates and m stops moving.
+
+Source: Savarese, Silva & Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
+and its code (models/layers.py, main.py).
+Deviations: β grows with every step instead of every epoch; the penalty sums the mask without the factor
+1 / sigmoid(m0), which the code leaves in; evaluation is by the hard mask during the run as well.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparing.errors import InputError
+from sparing.parametrizations import Sparse
+from sparing.schedules import check_schedule
+from sparing.select import Layer
+from sparing.sparsify import Method, Sparsifier
+
+
+class SigmoidMask(Sparse):
+    """S = W ⊙ sigmoid(β m) · scale where gradients are recorded in training mode, else S = W ⊙ 1{m > 0} · scale.
+
+    Args:
+        m: the mask's numbers, float32, of the shape of the weight.
+        scale: a constant factor.
+    """
+
+    temperature: Tensor
+    finished: Tensor
+
+    def __init__(self, m: nn.Parameter, scale: float) -> None:
+        super().__init__()
+        self.m = m
+        self.scale = scale
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float32, device=m.device))
+        self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=m.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        mask = (self.m > 0).to(self.m.dtype)
+        # Whoever reads the weight without recording gradients (a count, densify_) wants the hard mask.
+        if self.training and torch.is_grad_enabled():
+            mask = torch.where(self.finished, mask, torch.sigmoid(self.temperature * self.m))
+        return weight * (self.scale * mask).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"m={tuple(self.m.shape)}, scale={self.scale:.4g}"
+
+
+@dataclass(frozen=True)
+class ContinuousSparsification(Method):
+    """Learn a soft mask whose temperature turns it into a hard one by the end of the run.
+
+    S = W ⊙ sigmoid(β m) / sigmoid(m0),  β from 1 to `final_temperature`
+
+    Args:
+        steps: optimizer steps of the whole run.
+        penalty: λ, the weight of the sum of the soft mask in the loss, ≥ 0. Higher is sparser.
+        init: m0, the value m starts from. Lower is sparser; at 0 or below the hard mask starts empty.
+        final_temperature: β at the end of the run, above 1.
+
+    There is no target: how sparse the network becomes follows from `init`, λ and the length of the run.
+    Set `threshold_weight_decay=0` in `param_groups`: decay would move m toward 0, where it decides nothing.
+
+    Raises:
+        InputError: a value is out of range; see `check_schedule`.
+
+    Example:
+        >>> ContinuousSparsification(steps=1000, penalty=1e-8)
+        ContinuousSparsification(steps=1000, penalty=1e-08, init=0.05, final_temperature=200.0)
+    """
+
+    name: ClassVar[str] = "continuous_sparsification"
+
+    steps: int
+    penalty: float
+    init: float = 0.05
+    final_temperature: float = 200.0
+
+    def __post_init__(self) -> None:
+        check_schedule("ContinuousSparsification", self.steps, 0, self.steps, every=1)
+        ranges = {"penalty": (0.0, math.inf), "init": (-10.0, 10.0), "final_temperature": (1.0, math.inf)}
+        for field, (low, high) in ranges.items():
+            value = getattr(self, field)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high or math.isinf(value):
+                raise InputError(
+                    f"ContinuousSparsification: {field} must be a finite number from {low:g} to {high:g}, got {value!r}"
+                )
+
+    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+        scale = 1 + math.exp(-self.init)
+        return {name: SigmoidMask(self._start(layer.weight), scale) for name, layer in layers.items()}
+
+    @torch.no_grad()
+    def before_step(self, sparsifier: Sparsifier) -> None:
+        for _, part in sparsifier.parts(SigmoidMask):
+            if sparsifier.step >= self.steps:
+                part.m.grad = None  # so that neither momentum nor decay moves the mask any more
+            elif part.m.grad is not None:
+                soft = torch.sigmoid(part.temperature * part.m)
+                part.m.grad.add_(self.penalty * part.temperature * soft * (1 - soft))
+
+    @torch.no_grad()
+    def after_step(self, sparsifier: Sparsifier) -> None:
+        progress = min(sparsifier.step / self.steps, 1.0)
+        for _, part in sparsifier.parts(SigmoidMask):
+            part.temperature.fill_(self.final_temperature**progress)
+            part.finished.fill_(progress == 1.0)
+
+    def _start(self, weight: Tensor) -> nn.Parameter:
+        # float32 whatever the weight's dtype: the small steps of m are nothing to bf16.
+        return nn.Parameter(torch.full_like(weight, self.init, dtype=torch.float32))

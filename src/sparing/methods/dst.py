@@ -1,0 +1,137 @@
+"""DST: dynamic sparse training with a learned threshold for every filter or neuron.
+
+    S = W ⊙ M,      M = step(|W| − t)                   t one number an output channel, from 0
+    d step/dx := 2 − 4|x|   for |x| ≤ 0.4               a long tail in place of the derivative,
+                 0.4        for 0.4 < |x| ≤ 1           which is zero
+                 0          beyond
+    loss + α · Σ exp(−t)                                 pushes the thresholds up
+
+W gets dS ⊙ M and what comes through |W| in the mask, so a pruned weight is still moved. Where a layer
+is left with 1 % of its weights or fewer, its t return to 0.
+
+Source: Liu, Xu, Shi, Cheung & So, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch
+With Trainable Masked Layers", ICLR 2020, and its code
+(binarization.py).
+Deviations: the reset is made after the optimizer step instead of in the next forward, which sees the
+same. t stays float32.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparing.errors import InputError
+from sparing.parametrizations import Sparse
+from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer
+from sparing.sparsify import Method, Sparsifier
+
+LEAST_DENSITY = 0.01
+
+
+class StepMask(Sparse):
+    """S = W ⊙ step(|W| − t), with the long-tailed derivative of the step.
+
+    Args:
+        t: the thresholds, float32, of a shape that broadcasts to the weight.
+
+    Example:
+        >>> StepMask(nn.Parameter(torch.tensor([0.2])))(torch.tensor([-0.5, 0.1, 0.3])).detach().abs()
+        tensor([0.5000, 0.0000, 0.3000])
+    """
+
+    def __init__(self, t: nn.Parameter) -> None:
+        super().__init__()
+        self.t = t
+
+    def threshold(self) -> Tensor:
+        return self.t.clamp(min=0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        mask: Tensor = _Step.apply(weight.abs() - self.t)
+        return weight * mask.to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"t={tuple(self.t.shape)}"
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        size = ctx.saved_tensors[0].abs()
+        tail = torch.where(size <= 0.4, 2 - 4 * size, 0.4).masked_fill_(size > 1, 0)
+        return grad_output * tail
+
+
+@dataclass(frozen=True)
+class DST(Method):
+    """Learn a threshold for each filter or neuron, with gradients through the step of the mask.
+
+    S = W ⊙ step(|W| − t),  loss + α Σ exp(−t)
+
+    Args:
+        alpha: α, the weight of the term that raises the thresholds, ≥ 0. Higher is sparser.
+
+    There is no target: how sparse the network becomes follows from α. Set `threshold_weight_decay=0` in
+    `param_groups`: decay would pull the thresholds back to 0, against the term.
+
+    Raises:
+        InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose
+            filters are no slices of its weight.
+
+    Example:
+        >>> DST(alpha=1e-4)
+        DST(alpha=0.0001)
+    """
+
+    name: ClassVar[str] = "dst"
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        value = self.alpha
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise InputError(f"DST: alpha must be a finite number ≥ 0, got {value!r}")
+
+    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+        return {
+            name: StepMask(nn.Parameter(torch.zeros(_shape(layer), dtype=torch.float32, device=layer.weight.device)))
+            for name, layer in layers.items()
+        }
+
+    @torch.no_grad()
+    def before_step(self, sparsifier: Sparsifier) -> None:
+        for _, part in sparsifier.parts(StepMask):
+            if part.t.grad is not None:
+                part.t.grad.sub_(torch.exp(-part.t), alpha=self.alpha)
+
+    @torch.no_grad()
+    def after_step(self, sparsifier: Sparsifier) -> None:
+        for layer, part in sparsifier.parts(StepMask):
+            alive = torch.count_nonzero(layer.weight.abs() > part.t)
+            # On the device: nobody waits for the count.
+            part.t.masked_fill_(alive <= LEAST_DENSITY * layer.weight.numel(), 0)
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    """One number an output channel, broadcasting to the weight."""
+    shape = tuple(layer.weight.shape)
+    if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
+        return shape[:1] + (1,) * (len(shape) - 1)
+    if layer.module.groups != 1:
+        raise InputError(
+            f"DST: layer {layer.name!r} is a transposed convolution of {layer.module.groups} groups: its filters "
+            "are no slices of its weight; leave it out with select="
+        )
+    return (1, shape[1]) + (1,) * (len(shape) - 2)

@@ -1,0 +1,144 @@
+"""ST-3σ: ST-3 with a threshold a layer, in proportion to the scale of the layer's weights.
+
+    σ_l = 1 / √(Σ shape_l)                                     a constant of the layer
+    M   = the (1 − r_t) share of largest |W_l| / σ_l, all layers at once
+    th  = the largest |W_l| / σ_l outside M,   th_l = th · σ_l
+    S   = c ⊙ sign(W) ⊙ (|W| − th_l) ⊙ M,   dW = dS            straight through
+    c_f = 1.01 / (q_f + 0.01),   q_f = mean |W ⊙ M| / mean |W|, a filter f
+
+r_t is the cubic ramp from 0 to the final sparsity.
+
+Source: Vanderschueren & De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you
+need for Sparse Training?", WACV 2023, and its code (pruning.py, l1std), which alone gives σ_l.
+Deviations: σ_l is the code's constant, made of the dimensions of the weight, not a standard deviation
+that is measured. The code takes th from an interpolated quantile; here the count is exact and th is the
+largest left out, so a kept weight that ties with th_l is live and zero. The code's released
+configuration then trains on from its best checkpoint with the masks frozen; here the masks are renewed
+to the end of the run, and that is all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparing.budget import check_target
+from sparing.masks import count_kept, keep_top_together
+from sparing.parametrizations import Masked, Sparse
+from sparing.schedules import check_schedule, cubic, is_update, to_step
+from sparing.select import Layer
+from sparing.sparsify import Method, Sparsifier
+
+
+@dataclass(frozen=True)
+class ST3Sigma(Method):
+    """Shrink the weights of each layer by th · σ_l, rescale the filters, and train the dense weights.
+
+    σ_l = 1 / √(Σ shape_l) is smaller where layers are wide, and so are their weights: the layers end
+    nearer to one another in sparsity than under one threshold for all. A filter is a slice of the
+    weight's first dimension.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        sparsity: the final one, of all layers together.
+        begin: where the ramp begins: a step (int) or a fraction of `steps` (float).
+        end: where it ends, likewise.
+        every: optimizer steps between two updates of thresholds, masks and scales.
+
+    Raises:
+        InputError: a value is out of range; see `check_target` and `check_schedule`.
+
+    Example:
+        >>> ST3Sigma(steps=1000, sparsity=0.9)
+        ST3Sigma(steps=1000, sparsity=0.9, begin=0.05, end=0.5, every=1)
+    """
+
+    name: ClassVar[str] = "st3_sigma"
+
+    steps: int
+    sparsity: float
+    begin: int | float = 0.05
+    end: int | float = 0.5
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_target("ST3Sigma", self.sparsity, None)
+        check_schedule("ST3Sigma", self.steps, self.begin, self.end, self.every)
+
+    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+        return {name: RescaledSoftThreshold(layer.weight) for name, layer in layers.items()}
+
+    @torch.no_grad()
+    def after_step(self, sparsifier: Sparsifier) -> None:
+        begin, end = to_step(self.begin, self.steps), to_step(self.end, self.steps)
+        if not is_update(sparsifier.step, begin, self.steps, self.every):
+            return
+        layers, parts = zip(*sparsifier.parts(RescaledSoftThreshold), strict=True)
+        sigmas = [sum(layer.weight.shape) ** -0.5 for layer in layers]
+        # At least float32: rounded to bf16, the quotients of different layers would tie.
+        sizes = [_at_least_float32(layer.weight.abs()) for layer in layers]
+        scores = [size / sigma for size, sigma in zip(sizes, sigmas, strict=True)]
+        sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
+        masks = keep_top_together(scores, count_kept(sum(score.numel() for score in scores), sparsity))
+        th = torch.stack([score.masked_fill(mask, 0).amax() for score, mask in zip(scores, masks, strict=True)]).amax()
+        for part, size, mask, sigma in zip(parts, sizes, masks, sigmas, strict=True):
+            part.renew(mask, th * sigma, size)
+
+
+class RescaledSoftThreshold(Masked):
+    """S = c ⊙ sign(W) ⊙ relu(|W| − th) ⊙ M forward, but dW = dS.
+
+    `keep` is what the layer has now, as no layer has a number of its own to arrive at.
+
+    Args:
+        weight: gives shape and device.
+    """
+
+    th: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
+        # Beside the mask, so that an update every step does not wait for the GPU.
+        self.keep = self.keep.to(weight.device)
+        per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
+        self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
+        self.register_buffer("scale", torch.ones(per_filter, dtype=torch.float32, device=weight.device))
+
+    def renew(self, mask: Tensor, th: Tensor, size: Tensor) -> None:
+        """Take a new mask and threshold, and the scales that follow for weights of these sizes |W|."""
+        self.mask.copy_(mask)
+        self.keep.copy_(mask.sum())
+        self.th.copy_(th)
+        size = size.reshape(len(size), -1)
+        # The small number is the code's: it keeps a filter of zeros from dividing by zero.
+        q = ((size * mask.reshape(size.shape)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
+        self.scale.copy_((1.01 / (q + 0.01)).reshape(self.scale.shape))
+
+    def threshold(self) -> Tensor:
+        return self.th
+
+    def forward(self, weight: Tensor) -> Tensor:
+        result: Tensor = _StraightThrough.apply(weight, self.mask, self.th, self.scale)
+        return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, th: Tensor, scale: Tensor) -> Tensor:
+        th = th.to(weight.dtype)
+        return torch.where(mask, scale.to(weight.dtype) * (weight - weight.clamp(-th, th)), 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad_output, None, None, None
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

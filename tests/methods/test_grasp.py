@@ -1,0 +1,178 @@
+"""GraSP: exact by `prune`, estimated by the first two optimizer steps without it."""
+
+import pytest
+import torch
+from harness import Run, batch, build
+from torch import nn
+from torch.nn import functional as F
+
+import sparing
+from sparing import GMP, GraSP
+
+
+def smooth(seed=0):
+    """Without the kinks of ReLU, in double precision: finite differences are close there."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)).double()
+
+
+def data(step=0):
+    x, y = batch((16,), step)
+    return x.double(), y
+
+
+def scores(model, x, y):
+    """−W ⊙ Hg, with the Hessian over all weights written out."""
+    weights = {key: p.detach() for key, p in model.named_parameters() if p.dim() > 1}
+    biases = {key: p.detach() for key, p in model.named_parameters() if p.dim() == 1}
+    shapes = {key: w.shape for key, w in weights.items()}
+
+    def loss(vector):
+        parts = vector.split([w.numel() for w in weights.values()])
+        named = {key: part.reshape(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, {**named, **biases}, (x,)), y)
+
+    vector = torch.cat([w.flatten() for w in weights.values()])
+    gradient = torch.autograd.functional.jacobian(loss, vector)
+    return -vector * (torch.autograd.functional.hessian(loss, vector) @ gradient)
+
+
+def flat(sparsifier):
+    return torch.cat([layer.parametrization.mask.flatten() for layer in sparsifier.layers.values()])
+
+
+def attached(model, method, **options):
+    sparsifier = sparing.sparsify_(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, **options)
+    sparsifier.attach(optimizer)
+    return sparsifier, optimizer
+
+
+def step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def test_prune_removes_the_largest_scores_of_all_layers():
+    x, y = data()
+    expected = scores(smooth(), x, y)
+    model, method = smooth(), GraSP(sparsity=0.75)
+    sparsifier = sparing.sparsify_(model, method)
+    method.prune(sparsifier, lambda: F.cross_entropy(model(x), y))
+    mask = flat(sparsifier)
+    assert int(mask.sum()) == 120
+    assert expected[mask].max() <= expected[~mask].min()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_score_is_the_first_order_change_of_the_squared_gradient():
+    """Removing the weight the scores would remove first raises ‖g‖² by about twice its score."""
+    x, y = data()
+    model = smooth()
+    expected = scores(model, x, y)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+
+    def norm():
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), weights)
+        return sum(g.square().sum() for g in gradients)
+
+    position = int(expected[:384].argmax())
+    before, shrink = norm(), 1e-4
+    with torch.no_grad():
+        weights[0].view(-1)[position] *= 1 - shrink
+    assert torch.allclose((norm() - before) / shrink, 2 * expected[position], rtol=1e-2)
+    assert expected[position] > 0
+
+
+def test_after_prune_the_first_step_trains():
+    x, y = data()
+    model, method = smooth(), GraSP(sparsity=0.75)
+    sparsifier, optimizer = attached(model, method)
+    method.prune(sparsifier, lambda: F.cross_entropy(model(x), y))
+    mask, before = flat(sparsifier), [p.detach().clone() for p in model.parameters()]
+    step(model, optimizer, x, y)
+    assert not any(map(torch.equal, model.parameters(), before))
+    step(model, optimizer, x, y)
+    assert torch.equal(flat(sparsifier), mask)
+
+
+def test_two_steps_on_one_batch_choose_as_prune_does():
+    x, y = data()
+    expected = scores(smooth(), x, y)
+    model = smooth()
+    sparsifier, optimizer = attached(model, GraSP(sparsity=0.75, probe=1e-4))
+    step(model, optimizer, x, y)
+    step(model, optimizer, x, y)
+    mask, exact = flat(sparsifier), expected <= expected.kthvalue(120).values
+    assert int(mask.sum()) == 120
+    assert int((mask & exact).sum()) >= 119
+
+
+def test_the_two_steps_move_no_parameter_and_the_network_is_displaced_in_between():
+    model = smooth()
+    sparsifier, optimizer = attached(model, GraSP(sparsity=0.75, probe=0.5))
+    start = [p.detach().clone() for p in model.parameters()]
+    layer = sparsifier.layers["0"]
+    x, y = data()
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), y), layer.weight)[0]
+    step(model, optimizer, x, y)
+    assert torch.allclose(layer.effective_weight, layer.weight + 0.5 * gradient)
+    step(model, optimizer, *data(1))
+    assert all(map(torch.equal, model.parameters(), start))
+    assert torch.equal(layer.effective_weight, layer.weight * layer.parametrization.mask)
+    assert layer.parametrization.displacement.numel() == 0
+    step(model, optimizer, *data(2))
+    assert not any(map(torch.equal, model.parameters(), start))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_checkpoint_between_the_two_steps_continues_to_the_last_bit(split, tmp_path):
+    straight = Run("conv2d", GraSP(sparsity=0.75)).train(5)
+    first = Run("conv2d", GraSP(sparsity=0.75)).train(split)
+    torch.save(first.state(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = Run("conv2d", GraSP(sparsity=0.75), seed=7).load(state).train(5 - split)
+    expected, found = straight.model.state_dict(), second.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+# Both ways round, as no choice among ties is right twice.
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+def test_scores_too_small_for_half_precision_still_have_an_order(weights):
+    model = nn.Linear(4, 1, bias=False).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([weights]) * 1e-4)
+    sparsifier, optimizer = attached(model, GraSP(sparsity=0.5))
+    layer = sparsifier.layers["weight"]
+    for gradient in (0.0, 1e-5):
+        layer.weight.grad = torch.full_like(layer.weight, gradient)
+        optimizer.step()
+    assert layer.parametrization.mask.flatten().tolist() == [weight > 2 for weight in weights]
+
+
+def test_prune_comes_once_first_and_with_its_own_sparsifier():
+    x, y = data()
+    method = GraSP(sparsity=0.75)
+    model = smooth()
+    sparsifier, optimizer = attached(model, method)
+    with pytest.raises(sparing.InputError, match="the sparsifier is that of GraSP.sparsity=0.75"):
+        GraSP(sparsity=0.5).prune(sparsifier, lambda: F.cross_entropy(model(x), y))
+    step(model, optimizer, x, y)
+    with pytest.raises(sparing.InputError, match=r"prune\(\) comes once and first; 1 optimizer steps are done"):
+        method.prune(sparsifier, lambda: F.cross_entropy(model(x), y))
+    fresh = smooth()
+    sparsifier = sparing.sparsify_(fresh, method)
+    method.prune(sparsifier, lambda: F.cross_entropy(fresh(x), y))
+    with pytest.raises(sparing.InputError, match="comes once and first"):
+        method.prune(sparsifier, lambda: F.cross_entropy(fresh(x), y))
+    other, _ = build("linear")
+    with pytest.raises(sparing.InputError, match="the sparsifier is that of GMP"):
+        method.prune(sparing.sparsify_(other, GMP(steps=1000, sparsity=0.5)), lambda: None)
+
+
+@pytest.mark.parametrize("probe", [0, -1.0, float("inf"), float("nan"), "0.1", True])
+def test_a_probe_that_is_no_positive_number_is_refused(probe):
+    with pytest.raises(sparing.InputError, match="GraSP: probe must be a positive number"):
+        GraSP(sparsity=0.5, probe=probe)

@@ -1,0 +1,55 @@
+"""Data-parallel training: ranks of other seeds and other data hold the same masks and weights after every step."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from harness import STEPS, batch, make
+from torch import nn
+from torch.nn import functional as F
+
+import sparing
+from sparing import METHODS
+
+RANKS = 2
+
+
+def test_ranks_agree_on_every_mask_and_weight_after_every_step(tmp_path):
+    torch.multiprocessing.spawn(train_all, args=(f"file://{tmp_path}/meeting",), nprocs=RANKS)
+
+
+def train_all(rank, meeting):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
+    for name in METHODS:
+        train(name, rank)
+    dist.destroy_process_group()
+
+
+def train(name, rank):
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    sparsifier = sparing.sparsify_(model, make(name))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-2), lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    start = held(model)
+    for step in range(STEPS):
+        x, y = batch((16,), RANKS * step + rank)
+        optimizer.zero_grad()
+        F.cross_entropy(parallel(x), y).backward()
+        optimizer.step()
+        # Compared before the next forward pass, in which the first rank's buffers are handed to all.
+        agree(name, step, held(model))
+    assert not torch.equal(start, held(model)), f"{name} has trained nothing"
+
+
+def held(model):
+    """All that a model holds, masks and other buffers included, in one vector."""
+    return torch.cat([tensor.detach().double().flatten() for tensor in model.state_dict().values()])
+
+
+def agree(name, step, own):
+    everyone = [torch.empty_like(own) for _ in range(RANKS)]
+    dist.all_gather(everyone, own)
+    assert torch.equal(everyone[0], everyone[1]), f"{name}: the ranks have parted after step {step}"

@@ -1,0 +1,258 @@
+"""Budgets: by rule and as published, against the papers' totals on ResNet-50 and cases done by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparing
+from sparing import Budget, InputError
+from sparing.budget import check_target, kept_counts
+
+POOL = 100_352  # multiply-accumulates that the papers' tables count for the last pooling, always dense
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    with torch.device("meta"):
+        return sparing.models.resnet50()
+
+
+@pytest.fixture(scope="module")
+def cost(resnet):
+    """The weights and multiply-accumulates that a budget leaves of ResNet-50, in millions."""
+    layers = sparing.select.find_layers(resnet)
+    uses = sparing.count_uses(resnet, (1, 3, 224, 224))
+
+    def count(budget):
+        assert list(budget) == list(layers)
+        kept = {name: layer.weight.numel() * (1 - budget[name]) for name, layer in layers.items()}
+        return sum(kept.values()) / 1e6, sum(uses[name] * weights for name, weights in kept.items()) / 1e6
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "macs", "digits", "dense"),
+    [
+        (0.80, 1692, 0, 8),
+        (0.90, 989, 0, 1),
+        (0.95, 498, 0, 0),
+        (0.965, 348, 0, 0),
+        (0.98, 199, 0, 0),
+        (0.99, 99.52, 2, 0),
+    ],
+)
+def test_erk_on_resnet50_has_the_macs_of_its_reference(resnet, cost, sparsity, macs, digits, dense):
+    budget = Budget.erk(resnet, sparsity)
+    weights, multiplications = cost(budget)
+    assert round(multiplications, digits) == macs
+    assert sum(value == 0 for value in budget.values()) == dense
+    # What is kept is rounded up in each of the 54 layers.
+    assert 0 <= weights - 25.502912 * (1 - sparsity) < 54e-6
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "macs"), [(0.80, 912), (0.90, 515), (0.95, 317), (0.965, 257), (0.98, 197), (0.99, 158)]
+)
+def test_uniform_on_resnet50_with_a_dense_first_layer(resnet, cost, sparsity, macs):
+    budget = Budget.uniform(resnet, sparsity, dense=["conv1"])
+    assert round(cost(budget)[1]) == macs
+    assert budget["conv1"] == 0
+    assert set(budget.values()) == {0, sparsity}
+
+
+def test_erk_at_90_percent_layer_by_layer(resnet):
+    budget = Budget.erk(resnet, 0.9)
+    percent = {name: round(100 * value, 1) for name, value in budget.items()}
+    assert percent["conv1"] == 58.0
+    assert percent["layer1.0.conv1"] == 0.0
+    assert [percent[f"layer1.{block}.conv2"] for block in range(3)] == [82.3] * 3
+    assert percent["layer1.0.conv3"] == 4.1
+    assert percent["layer2.0.conv1"] == 42.5
+    assert percent["layer2.1.conv2"] == 91.3
+    assert percent["fc"] == 92.7
+
+
+PUBLISHED = {
+    "79.55": (5.216, 766.6), "81.27": (4.776, 705.4), "87.70": (3.136, 401.7), "90.23": (2.492, 342.7),
+    "90.55": (2.409, 341.5), "94.80": (1.327, 181.7), "95.03": (1.269, 158.7), "95.15": (1.238, 162.3),
+    "96.11": (0.992, 127.0), "96.53": (0.884, 117.2), "97.78": (0.565, 80.2), "98.05": (0.498, 72.9),
+    "98.22": (0.454, 68.3), "98.79": (0.308, 53.7), "98.98": (0.260, 47.4), "99.10": (0.230, 43.8),
+}  # fmt: skip
+AT_90 = {
+    "str": (90.23, 2.492, 342.6), "uniform": (90.00, 2.550, 408.9), "erk": (90.07, 2.532, 990.5),
+    "snfs": (90.06, 2.536, 1625.9), "vd": (90.27, 2.483, 792.8), "gs": (89.54, 2.667, 596.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("total", PUBLISHED)
+def test_the_budgets_that_str_learned_have_their_published_totals(cost, total):
+    weights, macs = cost(Budget.published(f"resnet50-str-{total}"))
+    assert round(weights, 3) == PUBLISHED[total][0]
+    assert macs + POOL / 1e6 == pytest.approx(PUBLISHED[total][1], abs=0.1)
+    # Named by their total, in percent.
+    assert round(100 * (1 - weights / 25.502912), 2) == pytest.approx(float(total), abs=0.011)
+
+
+@pytest.mark.parametrize("rule", AT_90)
+def test_the_six_ways_to_spend_90_percent_have_their_published_totals(cost, rule):
+    weights, macs = cost(Budget.published(f"resnet50-{rule}-90"))
+    sparsity, millions, multiplications = AT_90[rule]
+    assert round(100 * (1 - weights / 25.502912), 2) == sparsity
+    assert round(weights, 3) == millions
+    assert round(macs, 1) == multiplications
+
+
+def test_these_are_all_that_is_published():
+    expected = {f"resnet50-str-{total}" for total in PUBLISHED} | {f"resnet50-{rule}-90" for rule in AT_90}
+    assert set(Budget.published_names()) == expected
+
+
+def test_erk_by_hand():
+    """The raws are 0.2, 0.075 and 1, the kept 100 − 90 = 10, 800 − 720 = 80 and 4 − ⌊3.6⌋ = 1.
+
+    With all three sparse Σ raw · N is 20 + 60 + 4, so ε = 91 / 84 would make c denser than 1. With c
+    dense, ε = (10 + 80 − 3) / 80 = 1.0875, and the kept are 21.75, 65.25 and 4: 91 again.
+    """
+    shapes = {"a": (10, 10), "b": (40, 20), "c": (2, 2)}
+    budget = Budget.from_sizes(shapes, "erk", 0.9)
+    assert dict(budget) == pytest.approx({"a": 1 - 21.75 / 100, "b": 1 - 65.25 / 800, "c": 0.0}, abs=1e-12)
+
+
+def test_erk_makes_up_for_layers_that_are_to_be_dense():
+    """a dense keeps 16, so b has 8 + 8 − 8 of 16 left to keep."""
+    shapes = {"a": (4, 4), "b": (4, 4)}
+    assert Budget.from_sizes(shapes, "erk", 0.5, dense=["a"]) == {"a": 0.0, "b": 1.0}
+    assert Budget.from_sizes(shapes, "erk", 0.25, dense=["a"]) == {"a": 0.0, "b": 0.5}
+
+
+def test_uniform_by_model_and_by_sizes():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    assert Budget.uniform(model, 0.75) == {"0": 0.75, "4": 0.75}
+    assert Budget.uniform(model, 0.75, dense=["4"]) == {"0": 0.75, "4": 0.0}
+    assert Budget.from_sizes({"0": (8, 3, 3, 3), "4": (2, 8)}, "uniform", 0.75) == Budget.uniform(model, 0.75)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_budgets_are_saved_and_loaded_exactly(tmp_path, suffix):
+    budget = Budget({"conv1": 1 / 3, "layer, odd": 0.9, "fc": 0.0})
+    budget.save(tmp_path / f"budget{suffix}")
+    loaded = Budget.load(tmp_path / f"budget{suffix}")
+    assert loaded == budget
+    assert hash(loaded) == hash(budget)
+
+
+def test_a_budget_is_read_off_a_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)[:3] = 0.0
+        model[1].weight.fill_(1.0)
+    assert Budget.from_model(model) == {"0": 0.75, "1": 0.0}
+
+
+SHAPES = {"conv1": (8, 3, 3, 3), "fc": (10, 8)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget({"fc": 1.5}), r"the sparsity of layer 'fc' must be in \[0, 1\], got 1.5"),
+        (lambda: Budget({"fc": True}), r"the sparsity of layer 'fc' must be in \[0, 1\], got True"),
+        (lambda: Budget({"fc": float("nan")}), r"the sparsity of layer 'fc' must be in \[0, 1\], got nan"),
+        (lambda: Budget.published("resnet50-str-90.32"), "none is published as 'resnet50-str-90.32'; did you mean "),
+        (lambda: Budget.published("resnet50-rk-90"), "did you mean 'resnet50-erk-90'?"),
+        (lambda: Budget.from_sizes(SHAPES, "erc", 0.5), "unknown rule 'erc'; did you mean 'erk'?"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", 1.0), r"sparsity must be in \[0, 1\), got 1.0"),
+        (lambda: Budget.from_sizes(SHAPES, "uniform", -0.1), r"sparsity must be in \[0, 1\), got -0.1"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", "half"), r"sparsity must be in \[0, 1\), got 'half'"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", True), r"sparsity must be in \[0, 1\), got True"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", 0.5, dense=["conv"]), "dense names no layer 'conv'; .* 'conv1'?"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", 0.9, dense=["conv1"]), "with conv1 dense, sparsity 0.9 cannot be"),
+        (lambda: Budget.from_sizes(SHAPES, "erk", 0.1, dense=list(SHAPES)), "with conv1, fc dense, sparsity 0.1 can"),
+        (lambda: Budget.load("budget.yaml"), "the suffix must be .json or .csv"),
+        (lambda: Budget.load("nowhere/budget.json"), "cannot be read: No such file"),
+    ],
+)
+def test_bad_budgets_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.json", "[1, 2]"), ("a.json", "{"), ("a.csv", "name,share\nfc,0.5\n"), ("a.csv", "layer,sparsity\nfc,much\n")],
+)
+def test_files_that_hold_no_budget_are_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: not a table of layer and sparsity"):
+        Budget.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "budget"),
+    [(0.9, None), (0.0, "uniform"), (0.5, "erk"), (None, Budget({"fc": 0.5})), (None, "resnet50-str-90.23")],
+)
+def test_targets_that_say_enough_pass(sparsity, budget):
+    check_target("GMP", sparsity, budget)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "budget", "message"),
+    [
+        (None, None, r"GMP: give sparsity=, a fraction in \[0, 1\), or a budget="),
+        (None, "erk", r"GMP: give sparsity=, a fraction in \[0, 1\), or a budget="),
+        (0.5, Budget({"fc": 0.5}), "GMP: give sparsity= or a budget= with sparsities of its own, not both"),
+        (0.5, "budget.json", "GMP: give sparsity= or a budget= with sparsities of its own, not both"),
+        (1.0, None, r"GMP: sparsity must be a fraction in \[0, 1\), got 1.0"),
+        (90, "erk", r"GMP: sparsity must be a fraction in \[0, 1\), got 90"),
+        (False, None, r"GMP: sparsity must be a fraction in \[0, 1\), got False"),
+        (
+            0.5,
+            {"fc": 0.5},
+            "GMP: budget must be a Budget, 'uniform', 'erk', a file or a published name; got {'fc': 0.5}",
+        ),
+    ],
+)
+def test_targets_that_do_not_are_refused(sparsity, budget, message):
+    with pytest.raises(InputError, match=message):
+        check_target("GMP", sparsity, budget)
+
+
+@pytest.fixture
+def layers():
+    return sparing.select.find_layers(nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4)))
+
+
+def test_kept_counts_are_exact(layers, tmp_path):
+    assert kept_counts(layers, 0.9, None) == {"0": 10, "2": 4}
+    assert kept_counts(layers, 0.9, "uniform") == {"0": 10, "2": 4}
+    assert kept_counts(layers, None, Budget({"2": 0.5, "0": 0.27})) == {"0": 73, "2": 20}
+    Budget({"0": 0.0, "2": 0.975}).save(tmp_path / "budget.csv")
+    assert kept_counts(layers, None, str(tmp_path / "budget.csv")) == {"0": 100, "2": 1}
+    # ERK: ε = (100 − 50 + 40 − 20) / (20 + 14); a keeps 20 ε, b 14 ε.
+    assert kept_counts(layers, 0.5, "erk") == {"0": 41, "2": 29}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (
+            Budget({"0": 0.5, "2": 0.5, "20": 0.5}),
+            "the budget names layer '20', which is not sparsified; did you mean '2'?",
+        ),
+        (Budget({"2": 0.5}), "the budget misses 1 of 2 layers, '0' first; add them, or leave them out with select="),
+        ("resnet50-str-90.23", "the budget names layer 'conv1', which is not sparsified; choose from 0, 2"),
+        ("resnet50", "none is published as 'resnet50'; "),
+        ("nowhere.json", "budget nowhere.json: cannot be read"),
+    ],
+)
+def test_budgets_that_do_not_fit_the_layers_are_refused(layers, budget, message):
+    with pytest.raises(InputError, match=message):
+        kept_counts(layers, None, budget)
+
+
+def test_a_budget_that_empties_layers_warns(layers):
+    with pytest.warns(
+        sparing.SparsityWarning, match=r"no weight in 2 of 2 layers \('0': sparsity 0.999 of 100 weights\)"
+    ):
+        assert kept_counts(layers, 0.999, None) == {"0": 0, "2": 0}
