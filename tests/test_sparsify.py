@@ -442,6 +442,7 @@ def test_a_map_that_fails_on_one_layer_leaves_the_model_as_it_was():
     assert not sparing.sparse_layers(model)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_layer_without_weights_is_refused():
     empty = nn.Sequential(nn.Linear(0, 4, device="meta"))
     with pytest.raises(InputError, match="'0' has no weights: its shape is"):
