@@ -26,7 +26,7 @@ class Budget(Mapping[str, float]):
     Raises:
         InputError: a value is not a number in [0, 1].
 
-    Example:
+    Examples:
         >>> Budget({"conv1": 0.5, "fc": 0.9})["fc"]
         0.9
     """
@@ -43,7 +43,7 @@ class Budget(Mapping[str, float]):
 
         Takes every layer that `report` has a row for.
 
-        Example:
+        Examples:
             >>> Budget.from_model(nn.Linear(4, 2))
             Budget({'weight': 0.0})
         """
@@ -62,7 +62,7 @@ class Budget(Mapping[str, float]):
         Raises:
             InputError: a name of `dense` is no layer.
 
-        Example:
+        Examples:
             >>> Budget.uniform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0.75, dense=["1"])
             Budget({'0': 0.75, '1': 0.0})
         """
@@ -88,7 +88,7 @@ class Budget(Mapping[str, float]):
         Source: Evci et al., "Rigging the Lottery", ICML 2020, section 3, and its code
         (sparse_utils.get_sparsities_erdos_renyi).
 
-        Example:
+        Examples:
             >>> budget = Budget.erk(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10)), 0.5)
             >>> round(budget["0"], 3), budget["1"]
             (0.55, 0.0)
@@ -101,7 +101,7 @@ class Budget(Mapping[str, float]):
     ) -> "Budget":
         """A budget by rule, "uniform" or "erk", for layers given by their shapes alone.
 
-        Example:
+        Examples:
             >>> Budget.from_sizes({"a": (4, 4), "b": (2, 4)}, "uniform", 0.5)
             Budget({'a': 0.5, 'b': 0.5})
         """
@@ -123,7 +123,7 @@ class Budget(Mapping[str, float]):
         Raises:
             InputError: there is none of that name; the nearest is named.
 
-        Example:
+        Examples:
             >>> Budget.published("resnet50-str-90.23")["fc"]
             0.645
         """
@@ -138,7 +138,7 @@ class Budget(Mapping[str, float]):
     def published_names() -> tuple[str, ...]:
         """The names that `published` knows.
 
-        Example:
+        Examples:
             >>> len(Budget.published_names())
             22
         """

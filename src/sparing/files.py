@@ -13,7 +13,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     A reader, or a crash, sees the old file or the new one, never half of one.
 
-    Example:
+    Examples:
         >>> with replacing("notes.txt") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("all or nothing")
     """

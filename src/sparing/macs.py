@@ -42,7 +42,7 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
     Raises:
         InputError: the model cannot run on this input, or not on the meta device.
 
-    Example:
+    Examples:
         >>> count_uses(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
         {'weight': 1024}
     """

@@ -15,7 +15,7 @@ from sparing.errors import InputError
 def count_kept(weights: int, sparsity: float) -> int:
     """How many of `weights` stay at a sparsity in [0, 1]: all but the rounded share of zeros.
 
-    Example:
+    Examples:
         >>> count_kept(1000, 0.9)
         100
     """
@@ -35,7 +35,7 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     Raises:
         InputError: the count is out of range.
 
-    Example:
+    Examples:
         >>> keep_top(torch.tensor([0.1, 0.5, 0.5, 0.3]), 2)
         tensor([False,  True,  True, False])
     """
@@ -56,7 +56,7 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
 def keep_top_together(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Masks of the `count` largest scores over all tensors at once, exactly.
 
-    Example:
+    Examples:
         >>> keep_top_together([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
         [tensor([ True, False]), tensor([True])]
     """
@@ -80,7 +80,7 @@ def rewire(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int) -
     Returns:
         The new mask, with exactly as many True as `mask`.
 
-    Example:
+    Examples:
         >>> live = torch.tensor([True, True, False, False])
         >>> rewire(live, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 5.0, 6.0]), 1)
         tensor([False,  True, False,  True])
@@ -107,7 +107,7 @@ def apportion(total: int, shares: Sequence[float], rooms: Sequence[int]) -> list
     Raises:
         InputError: there is less room than `total`.
 
-    Example:
+    Examples:
         >>> apportion(10, [1, 1, 2], [10, 10, 3])
         [4, 3, 3]
     """
@@ -154,7 +154,7 @@ def random_scores(weight: Tensor, seed: int, *position: int) -> Tensor:
 def random_mask(weight: Tensor, count: int, seed: int, index: int) -> Tensor:
     """A mask of `count` random positions of the weight of layer number `index`, exactly.
 
-    Example:
+    Examples:
         >>> int(random_mask(torch.empty(10, 10), 7, seed=0, index=0).sum())
         7
     """

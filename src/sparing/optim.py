@@ -35,7 +35,7 @@ def param_groups(
     Raises:
         InputError: a weight decay is negative.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
         >>> _ = sparsify_(model, STR(init=-5.0))
         >>> [group["name"] for group in param_groups(model, weight_decay=1e-4)]

@@ -48,7 +48,7 @@ class SoftThreshold(Sparse):
         g: the map from s to numbers ≥ 0.
         scale: a constant factor, the k of k · sigmoid.
 
-    Example:
+    Examples:
         >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
         >>> soft(torch.tensor([-0.5, 0.1, 0.3]))
         tensor([-0.3808,  0.0000,  0.1808], grad_fn=<_SoftThresholdBackward>)
@@ -95,7 +95,7 @@ class Masked(Sparse):
 class Mask(Masked):
     """S = W ⊙ M, and so dW = dS ⊙ M: a dead weight gets no gradient.
 
-    Example:
+    Examples:
         >>> Mask(torch.tensor([True, False]), keep=1)(torch.tensor([3.0, 4.0]))
         tensor([3., 0.])
     """
@@ -110,7 +110,7 @@ class DenseGradientMask(Masked):
     A dead weight gets the gradient that the effective weight has in its place. Methods that grow
     weights by their gradient read it there, without a second backward pass.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([3.0, 4.0], requires_grad=True)
         >>> DenseGradientMask(torch.tensor([True, False]), keep=1)(weight).sum().backward()
         >>> weight.grad

@@ -130,7 +130,7 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
     Raises:
         InputError: the model does not run on such an input.
 
-    Example:
+    Examples:
         >>> report(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32)).total.macs
         221184
     """

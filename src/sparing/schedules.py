@@ -21,7 +21,7 @@ def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
 
     Source: the paper's code (schedulers.py), which counts in epochs.
 
-    Example:
+    Examples:
         >>> [warmup_cosine(epoch, 3, 1) for epoch in range(4)]
         [1.0, 1.0, 0.5, 0.0]
     """
@@ -47,7 +47,7 @@ def cubic(step: int, begin: int, end: int, final: float) -> float:
 
     Source: Zhu & Gupta, "To prune, or not to prune", 2017, equation 1 with s_i = 0.
 
-    Example:
+    Examples:
         >>> [round(cubic(step, 0, 10, 0.8), 3) for step in (0, 5, 10)]
         [0.0, 0.7, 0.8]
     """
@@ -63,7 +63,7 @@ def cosine(step: int, end: int, initial: float) -> float:
 
     Source: Evci et al., "Rigging the Lottery", ICML 2020, section 3.
 
-    Example:
+    Examples:
         >>> [round(cosine(step, 10, 0.3), 3) for step in (0, 5, 10)]
         [0.3, 0.15, 0.0]
     """
@@ -73,7 +73,7 @@ def cosine(step: int, end: int, initial: float) -> float:
 def to_step(position: int | float, steps: int) -> int:
     """An optimizer step from a step (int) or from a fraction of the run (float in [0, 1]).
 
-    Example:
+    Examples:
         >>> to_step(0.25, 1000), to_step(40, 1000)
         (250, 40)
     """
@@ -83,7 +83,7 @@ def to_step(position: int | float, steps: int) -> int:
 def is_update(step: int, begin: int, end: int, every: int) -> bool:
     """Whether a mask is made anew at this step: every so many steps from `begin`, and at `end` in any case.
 
-    Example:
+    Examples:
         >>> [step for step in range(12) if is_update(step, 2, 9, 3)]
         [2, 5, 8, 9]
     """

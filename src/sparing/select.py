@@ -121,7 +121,7 @@ class Layer:
 def default(name: str, module: nn.Module) -> bool:
     """Every convolution, transposed convolution, Linear, and recurrent layer or cell.
 
-    Example:
+    Examples:
         >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
         (True, False)
     """
@@ -131,7 +131,7 @@ def default(name: str, module: nn.Module) -> bool:
 def of_type(*types: type[nn.Module]) -> Predicate:
     """A predicate that takes the modules of these classes, `nn.Embedding` for example.
 
-    Example:
+    Examples:
         >>> of_type(nn.Embedding)("tokens", nn.Embedding(2, 2))
         True
     """
@@ -141,7 +141,7 @@ def of_type(*types: type[nn.Module]) -> Predicate:
 def excluding(*patterns: str) -> Predicate:
     """The default selection but for modules whose name matches one of these shell patterns.
 
-    Example:
+    Examples:
         >>> excluding("conv1", "head.*")("conv1", nn.Conv2d(3, 8, 3))
         False
     """
@@ -181,7 +181,7 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
         model: the model to walk.
         predicate: which modules to take; None takes `default` and whatever is sparsified.
 
-    Example:
+    Examples:
         >>> list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LSTM(2, 2))))
         ['0', '2.weight_ih_l0', '2.weight_hh_l0']
     """

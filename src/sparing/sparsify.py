@@ -56,7 +56,7 @@ class Sparsifier:
         model: a model that has been sparsified.
         method: the method it was sparsified with.
 
-    Example:
+    Examples:
         >>> sparsifier = sparsify_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), STR(init=-5.0))
         >>> list(sparsifier.layers)
         ['0', '2']
@@ -194,7 +194,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
             model is sparsified already; a weight is not finite, not floating point, not
             initialized, or carries another parametrization.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         >>> sparsifier = sparsify_(model, STR(init=-5.0), select=["0"])
         >>> model[0].weight.shape, sparsifier.layers["0"].weight.shape
@@ -232,7 +232,7 @@ def densify_(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> _ = sparsify_(model, STR(init=-2.0))
         >>> densify_(model)
@@ -256,7 +256,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     It loads strictly into the model as it was before `sparsify_`. Tied weights share one tensor.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2)
         >>> _ = sparsify_(model, STR(init=-2.0))
         >>> sorted(dense_state_dict(model))
@@ -277,7 +277,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def sparse_layers(model: nn.Module) -> dict[str, Layer]:
     """The sparsified layers of a model by name, whoever sparsified it.
 
-    Example:
+    Examples:
         >>> sparse_layers(nn.Linear(4, 2))
         {}
     """

@@ -40,7 +40,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
     Raises:
         InputError: the weight is not floating point; the shape of `threshold` does not broadcast to its shape.
 
-    Example:
+    Examples:
         >>> soft_threshold(torch.tensor([-0.5, 0.1, 0.3]), 0.2)
         tensor([-0.3000,  0.0000,  0.1000])
     """

@@ -95,7 +95,7 @@ def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> 
     Raises:
         InputError: a class has too few examples.
 
-    Example:
+    Examples:
         >>> stratified_split(torch.tensor([0, 0, 1, 1]), (1, 1))[0].shape
         torch.Size([2])
     """

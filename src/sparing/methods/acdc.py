@@ -48,7 +48,7 @@ class ACDC(Method):
         InputError: a value is out of range (see `check_target` and `check_schedule`); there is no dense
             step before `begin`; two phases do not fit between `begin` and `end`.
 
-    Example:
+    Examples:
         >>> ACDC(steps=1000, sparsity=0.9)
         ACDC(steps=1000, sparsity=0.9, begin=0.1, end=0.85, phase=0.05)
     """
@@ -88,7 +88,7 @@ class ACDC(Method):
     def is_compressed(self, step: int) -> bool:
         """Whether training is compressed after that many steps.
 
-        Example:
+        Examples:
             >>> method = ACDC(steps=20, sparsity=0.9, begin=2, end=15, phase=3)
             >>> "".join("C" if method.is_compressed(step) else "d" for step in range(20))
             'ddCCCdddCCCddddCCCCC'

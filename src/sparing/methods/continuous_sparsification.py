@@ -76,7 +76,7 @@ class ContinuousSparsification(Method):
     Raises:
         InputError: a value is out of range; see `check_schedule`.
 
-    Example:
+    Examples:
         >>> ContinuousSparsification(steps=1000, penalty=1e-8)
         ContinuousSparsification(steps=1000, penalty=1e-08, init=0.05, final_temperature=200.0)
     """

@@ -41,7 +41,7 @@ class DNW(Method):
     Raises:
         InputError: a value is out of range; see `check_target`.
 
-    Example:
+    Examples:
         >>> DNW(sparsity=0.9)
         DNW(sparsity=0.9, budget=None, every=1)
     """

@@ -68,7 +68,7 @@ class DSR(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> DSR(steps=1000, sparsity=0.9).threshold
         0.001
     """

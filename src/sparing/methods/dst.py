@@ -38,7 +38,7 @@ class StepMask(Sparse):
     Args:
         t: the thresholds, float32, of a shape that broadcasts to the weight.
 
-    Example:
+    Examples:
         >>> StepMask(nn.Parameter(torch.tensor([0.2])))(torch.tensor([-0.5, 0.1, 0.3])).detach().abs()
         tensor([0.5000, 0.0000, 0.3000])
     """
@@ -90,7 +90,7 @@ class DST(Method):
         InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose
             filters are no slices of its weight.
 
-    Example:
+    Examples:
         >>> DST(alpha=1e-4)
         DST(alpha=0.0001)
     """

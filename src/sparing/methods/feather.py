@@ -47,7 +47,7 @@ class Feather(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> Feather(steps=1000, sparsity=0.9)
         Feather(steps=1000, sparsity=0.9, begin=0.0, end=0.5, theta=None)
     """

@@ -43,7 +43,7 @@ class GlobalMagnitude(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> GlobalMagnitude(steps=1000, sparsity=0.9)
         GlobalMagnitude(steps=1000, sparsity=0.9, begin=0.2, end=0.8, every=100)
     """

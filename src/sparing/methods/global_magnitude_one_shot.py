@@ -42,7 +42,7 @@ class GlobalMagnitudeOneShot(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(100, 10), nn.Linear(10, 10))
         >>> _ = sparsify_(model, GlobalMagnitudeOneShot(steps=1000, sparsity=0.9))
         >>> report(model).total.nonzero

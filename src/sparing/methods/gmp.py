@@ -40,7 +40,7 @@ class GMP(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> GMP(steps=1000, sparsity=0.9)
         GMP(steps=1000, sparsity=0.9, budget=None, begin=0.2, end=0.8, every=100)
     """

@@ -70,7 +70,7 @@ class GraSP(Method):
     Raises:
         InputError: `probe` is not a positive number; the sparsity is refused by `check_target`.
 
-    Example:
+    Examples:
         >>> model, method = nn.Sequential(nn.Linear(100, 10), nn.Tanh()), GraSP(sparsity=0.9)
         >>> inputs = torch.randn(8, 100)
         >>> method.prune(sparsify_(model, method), lambda: model(inputs).square().mean())

@@ -41,7 +41,7 @@ class Magnitude(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(100, 10)
         >>> _ = sparsify_(model, Magnitude(steps=1000, sparsity=0.9))
         >>> report(model).total.nonzero

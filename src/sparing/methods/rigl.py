@@ -43,7 +43,7 @@ class RigL(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> RigL(steps=1000, sparsity=0.9)
         RigL(steps=1000, sparsity=0.9, budget='erk', end=0.75, every=100, fraction=0.3, seed=0)
     """

@@ -45,7 +45,7 @@ class SET(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> SET(steps=1000, sparsity=0.9)
         SET(steps=1000, sparsity=0.9, budget='erk', end=0.75, every=100, fraction=0.3, seed=0)
     """

@@ -68,7 +68,7 @@ class SNFS(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> SNFS(steps=1000, sparsity=0.9).final_fraction
         0.005
     """

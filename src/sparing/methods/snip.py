@@ -40,7 +40,7 @@ class SNIP(Method):
     Raises:
         InputError: a value is out of range; see `check_target`.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(100, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> sparsify_(model, SNIP(sparsity=0.9)).attach(optimizer)

@@ -57,7 +57,7 @@ class Spartan(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> Spartan(steps=1000, sparsity=0.9)
         Spartan(steps=1000, sparsity=0.9, begin=0.2, end=0.8, beta_first=1.0, beta_last=20.0)
     """
@@ -87,7 +87,7 @@ class Spartan(Method):
     def beta(self, step: int) -> float:
         """β after that many steps.
 
-        Example:
+        Examples:
             >>> [Spartan(steps=10, sparsity=0.9).beta(step) for step in (0, 4, 9)]
             [1.0, 10.5, 20.0]
         """
@@ -176,7 +176,7 @@ def soft_top_k(values: list[Tensor], count: int, beta: float) -> list[Tensor]:
         count: k, from 0 to the number of values.
         beta: β > 0.
 
-    Example:
+    Examples:
         >>> [m.sum().round().item() for m in soft_top_k([torch.linspace(0, 1, 100)], 20, beta=20.0)]
         [20.0]
     """

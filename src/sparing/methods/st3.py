@@ -46,7 +46,7 @@ class ST3(Method):
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
 
-    Example:
+    Examples:
         >>> ST3(steps=1000, sparsity=0.9)
         ST3(steps=1000, sparsity=0.9, begin=0.05, end=0.5, every=1)
     """

@@ -34,7 +34,7 @@ class StaticRandom(Method):
     Raises:
         InputError: a value is out of range; see `check_target`.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(100, 10)
         >>> _ = sparsify_(model, StaticRandom(sparsity=0.9))
         >>> report(model).total.nonzero

@@ -50,7 +50,7 @@ class STR(Method):
         InputError: a value is of the wrong type or out of range; "filter" on a grouped transposed
             convolution, whose filters are no slices of its weight.
 
-    Example:
+    Examples:
         >>> STR(init=-5.0)
         STR(init=-5.0, g='sigmoid', scale=1.0, granularity='layer')
     """

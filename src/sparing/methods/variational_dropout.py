@@ -87,7 +87,7 @@ class VariationalDropout(Method):
     Raises:
         InputError: a value is out of range; see `check_schedule`.
 
-    Example:
+    Examples:
         >>> VariationalDropout(steps=1000, kl_weight=1 / 60000)
         VariationalDropout(steps=1000, kl_weight=1.6666666666666667e-05, begin=0.0, end=0.5, init=-10.0, cut=3.0)
     """

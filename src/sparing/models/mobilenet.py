@@ -22,7 +22,7 @@ def mobilenet_v1(num_classes: int = 1000, width: float = 1.0) -> nn.Module:
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
 
-    Example:
+    Examples:
         >>> mobilenet_v1(num_classes=10).fc
         Linear(in_features=1024, out_features=10, bias=False)
     """

@@ -19,7 +19,7 @@ def resnet18(num_classes: int = 1000) -> nn.Module:
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
 
-    Example:
+    Examples:
         >>> sum(p.numel() for p in resnet18(num_classes=10).fc.parameters())
         5120
     """
@@ -35,7 +35,7 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
 
-    Example:
+    Examples:
         >>> resnet50().layer1[0].conv2.weight.shape
         torch.Size([64, 64, 3, 3])
     """

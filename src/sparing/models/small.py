@@ -20,7 +20,7 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
-    Example:
+    Examples:
         >>> resnet8().fc
         Linear(in_features=64, out_features=10, bias=False)
     """
@@ -30,7 +30,7 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.
 def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> nn.Module:
     """Three stages of three blocks; arguments as `resnet8`.
 
-    Example:
+    Examples:
         >>> len(resnet20().layer1)
         3
     """
