@@ -28,7 +28,7 @@ TARGET = 0.9
 SETTINGS = {
     "str": ({"init": -20.0}, ["optimizer.threshold_weight_decay=0.0145"]),
     "dst": ({"alpha": 7e-4}, ["optimizer.threshold_weight_decay=0"]),
-    "continuous_sparsification": ({"penalty": 6e-5}, ["optimizer.threshold_weight_decay=0"]),
+    "continuous_sparsification": ({"penalty": 4e-5}, ["optimizer.threshold_weight_decay=0"]),
     "variational_dropout": ({"kl_weight": 3e-4}, ["optimizer.threshold_weight_decay=0"]),
 }
 

@@ -59,7 +59,13 @@ def runs_table():
 
 def methods_table():
     """Every method at 90 % on one recipe, best first, beside static random and dense."""
-    rows = ["| method | test accuracy, % | sparsity, % | MACs | above static random |", "|---|---|---|---|---|"]
+    rows = [
+        "| method | test accuracy, % | sparsity, % | MACs | above static random | step time, of dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    timed = json.loads(ROOT.joinpath("results/step_overhead/methods.json").read_text())
+    step = {row["variant"]: row["ratio"] for row in timed["rows"]}
+    model = f"{timed['rows'][0]['model']}, batch {timed['rows'][0]['batch']}, {timed['options']['rounds']} rounds"
     entries = [json.loads(path.read_text()) for path in ROOT.joinpath("results/all_methods").glob("*.json")]
     by_method = {}
     for entry in sorted(entries, key=lambda entry: entry["seed"]):
@@ -71,26 +77,30 @@ def methods_table():
         above = "" if name in ("dense", "static_random") else ("yes" if mean[name] > floor else "no")
         rows.append(
             f"| {name} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
-            f"| {round(statistics.mean(values['macs'])):,} | {above} |"
+            f"| {round(statistics.mean(values['macs'])):,} | {above} | {step[name]:.2f} |"
         )
     notes = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
     count = {len(runs) for runs in by_method.values()}
-    return [*rows, "", f"Recipe gmp with one word swapped; {min(count, default=0)} seeds; {'; '.join(sorted(notes))}."]
+    seeds = f"{min(count, default=0)} seed(s)"
+    return [*rows, "", f"Recipe gmp with one word swapped; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."]
 
 
 def overhead_table():
     """The cost of a step as ratios to dense."""
     rows = ["| step time, of dense | STR | formula left to autograd |", "|---|---|---|"]
     notes = set()
-    for path in sorted(ROOT.joinpath("results/step_overhead").glob("*.json")):
+    for path in sorted(ROOT.joinpath("results/step_overhead").glob("cpu*.json")):
         result = json.loads(path.read_text())
         notes.add(f"{result['device']}, torch {result['torch']}, {result['options']['rounds']} interleaved rounds")
         for model in dict.fromkeys(row["model"] for row in result["rows"]):
             mine = {row["variant"]: row for row in result["rows"] if row["model"] == model}
-            cells = [f"{mine[kind]['ratio']:.3f}" for kind in ("str", "naive")]
+            cells = [
+                f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+                for row in (mine["str"], mine["naive"])
+            ]
             rows.append(f"| {model}, batch {mine['str']['batch']}, {mine['str']['size']}² | {' | '.join(cells)} |")
-        rows.append(f"| `import sparing`, of `import torch` | {result['import']['ratio']:.3f} | |")
-    return [*rows, "", f"Medians; {'; '.join(sorted(notes))}."]
+        rows.append(f"| `import sparing`, of `import torch` | {result['import']['ratio']:.2f} | |")
+    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
 
 
 TABLES = {"runs": runs_table, "overhead": overhead_table, "methods": methods_table}

@@ -54,7 +54,7 @@ def naive_(model):
 def sparse_(name):
     """Sparsify with a method, at 90 % where it can be asked for, over a run of 1000 steps."""
     fields = sparing.METHODS[name].__dataclass_fields__
-    wanted = {"sparsity": 0.9, "steps": 1000}
+    wanted = {"sparsity": 0.9, "steps": 1000, "alpha": 1e-4, "penalty": 1e-5, "kl_weight": 1e-4}
     return lambda model: sparing.sparsify_(
         model, sparing.METHODS[name](**{key: value for key, value in wanted.items() if key in fields})
     )
