@@ -91,7 +91,10 @@ def overhead_table():
     notes = set()
     for path in sorted(ROOT.joinpath("results/step_overhead").glob("cpu*.json")):
         result = json.loads(path.read_text())
-        notes.add(f"{result['device']}, torch {result['torch']}, {result['options']['rounds']} interleaved rounds")
+        notes.add(
+            f"{result['device']}, torch {result['torch']}, {result['options']['rounds']} interleaved rounds, "
+            f"commit {result['commit'][:7]}"
+        )
         for model in dict.fromkeys(row["model"] for row in result["rows"]):
             mine = {row["variant"]: row for row in result["rows"] if row["model"] == model}
             cells = [

@@ -178,7 +178,10 @@ def main():
     print(
         f"import sparing / import torch: {imports['ratio']:.3f} ({imports['lowest']:.3f} to {imports['highest']:.3f})"
     )
-    result = {"torch": torch.__version__, "device": where, "options": vars(options), "import": imports, "rows": []}
+    chosen = {key: value for key, value in vars(options).items() if key != "json"}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    result = {"commit": commit.stdout.strip() or None, "torch": torch.__version__, "device": where}
+    result |= {"options": chosen, "import": imports, "rows": []}
     for name in options.model:
         how = (options.batch, options.size, options.rounds, options.amp, options.compile, device)
         rows = measure(name, options.variant, *how)
