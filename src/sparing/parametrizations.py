@@ -136,3 +136,61 @@ class MaskStraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad_output, None
+
+
+# --8<-- [start:rescaled]
+class RescaledSoftThreshold(Masked):
+    """S = c ⊙ sign(W) ⊙ relu(|W| − th) ⊙ M forward, but dW = dS.
+
+    One threshold th, and a scale c a filter: what ST-3 and ST-3σ train. `keep` is what the layer has
+    now, as no layer has a number of its own to arrive at.
+
+    Args:
+        weight: gives shape and device.
+    """
+
+    th: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
+        per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
+        self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
+        self.register_buffer("scale", torch.ones(per_filter, dtype=torch.float32, device=weight.device))
+
+    def renew(self, mask: Tensor, th: Tensor, size: Tensor) -> None:
+        """Take a new mask and threshold, and the scales that follow for weights of these sizes |W|."""
+        self.mask.copy_(mask)
+        self.keep.copy_(mask.sum())
+        self.th.copy_(th)
+        size = size.reshape(len(size), -1).to(torch.promote_types(size.dtype, torch.float32))
+        # The small number is the code's: it keeps a filter of zeros from dividing by zero.
+        q = ((size * mask.reshape(size.shape)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
+        self.scale.copy_((1.01 / (q + 0.01)).reshape(self.scale.shape))
+
+    def threshold(self) -> Tensor:
+        return self.th
+
+    def forward(self, weight: Tensor) -> Tensor:
+        result: Tensor = RescaledStraightThrough.apply(weight, self.mask, self.th, self.scale)
+        return result
+
+
+class RescaledStraightThrough(torch.autograd.Function):
+    """The formula of `RescaledSoftThreshold`, with the identity for a backward."""
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, th: Tensor, scale: Tensor) -> Tensor:
+        th = th.to(weight.dtype)
+        return torch.where(mask, scale.to(weight.dtype) * (weight - weight.clamp(-th, th)), 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad_output, None, None, None
+
+
+# --8<-- [end:rescaled]

@@ -103,8 +103,6 @@ class FeatherThreshold(Masked):
 
     def __init__(self, weight: Tensor, theta: float) -> None:
         super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
-        # Beside the mask, so that an update every step does not wait for the GPU.
-        self.keep = self.keep.to(weight.device)
         self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
         self.theta = theta
 

@@ -145,8 +145,6 @@ class SoftTopK(Masked):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
-        # Beside the mask, so that an update every step does not wait for the GPU.
-        self.keep = self.keep.to(weight.device)
         self.register_buffer("soft", torch.ones_like(weight, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:

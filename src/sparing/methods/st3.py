@@ -16,14 +16,13 @@ to the end of the run, and that is all.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from sparing.budget import check_target
 from sparing.masks import count_kept, keep_top_together
-from sparing.parametrizations import Masked, Sparse
+from sparing.parametrizations import RescaledSoftThreshold, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
@@ -78,56 +77,3 @@ class ST3(Method):
         th = torch.stack([size.masked_fill(mask, 0).amax() for size, mask in zip(sizes, masks, strict=True)]).amax()
         for part, size, mask in zip(parts, sizes, masks, strict=True):
             part.renew(mask, th, size)
-
-
-class RescaledSoftThreshold(Masked):
-    """S = c ⊙ sign(W) ⊙ relu(|W| − th) ⊙ M forward, but dW = dS.
-
-    `keep` is what the layer has now, as no layer has a number of its own to arrive at.
-
-    Args:
-        weight: gives shape and device.
-    """
-
-    th: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
-        # Beside the mask, so that an update every step does not wait for the GPU.
-        self.keep = self.keep.to(weight.device)
-        per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
-        self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
-        self.register_buffer("scale", torch.ones(per_filter, dtype=torch.float32, device=weight.device))
-
-    def renew(self, mask: Tensor, th: Tensor, size: Tensor) -> None:
-        """Take a new mask and threshold, and the scales that follow for weights of these sizes |W|."""
-        self.mask.copy_(mask)
-        self.keep.copy_(mask.sum())
-        self.th.copy_(th)
-        size = size.reshape(len(size), -1).to(torch.promote_types(size.dtype, torch.float32))
-        # The small number is the code's: it keeps a filter of zeros from dividing by zero.
-        q = ((size * mask.reshape(size.shape)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
-        self.scale.copy_((1.01 / (q + 0.01)).reshape(self.scale.shape))
-
-    def threshold(self) -> Tensor:
-        return self.th
-
-    def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _StraightThrough.apply(weight, self.mask, self.th, self.scale)
-        return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, th: Tensor, scale: Tensor) -> Tensor:
-        th = th.to(weight.dtype)
-        return torch.where(mask, scale.to(weight.dtype) * (weight - weight.clamp(-th, th)), 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_output, None, None, None
