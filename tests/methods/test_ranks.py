@@ -1,5 +1,6 @@
 """Data-parallel training: ranks of other seeds and other data hold the same masks and weights after every step."""
 
+import gc
 from datetime import timedelta
 
 import torch
@@ -23,6 +24,9 @@ def train_all(rank, meeting):
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
     for name in METHODS:
         train(name, rank)
+    # Neither rank may hang up, nor a wrapper outlive its group, while the other still talks: gloo aborts then.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
