@@ -31,6 +31,7 @@ FROZEN = {
     "eval": {"--part", "--weights", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
     "methods": {"--json", "--help"},
+    "convert": {"--arch", "--out", "--keep-thresholds", "--names", "--json", "--help"},
     "budget list": {"--help"},
     "budget show": {"--model", "--json", "--help"},
     "budget extract": {"--out", "--weights", "--help"},

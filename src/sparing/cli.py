@@ -1,4 +1,4 @@
-"""The command line: `sparing train | eval | report | budget | methods`."""
+"""The command line: `sparing train | eval | report | budget | methods | convert`."""
 
 import inspect
 import json
@@ -17,7 +17,8 @@ from rich.table import Table
 
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.files import write_text
+from sparing.export import official
+from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.masks import count_kept
 from sparing.methods import METHODS
@@ -55,6 +56,14 @@ class Weights(str, Enum):
     last = "last"
     best = "best"
     dense = "dense"
+
+
+class Names(str, Enum):
+    """Whose names of tensors."""
+
+    sparing = "sparing"
+    torchvision = "torchvision"
+    timm = "timm"
 
 
 budget_app = typer.Typer(help="Budgets: the sparsity of each layer.", no_args_is_help=True)
@@ -164,6 +173,44 @@ def methods(as_json: Json = False) -> None:
     for row in rows:
         table.add_row(row["name"], row["summary"], row["source"], row["file"])
     Console().print(table, highlight=False)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the 2020 release of STR.")],
+    arch: Annotated[str, typer.Option(help=f"Its network: {', '.join(official.ARCHITECTURES)}.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    keep_thresholds: Annotated[
+        bool, typer.Option("--keep-thresholds", help="Keep weights and thresholds apart, for a model after sparsify_.")
+    ] = False,
+    names: Annotated[Names, typer.Option(help="For whose ResNet; theirs have a classifier bias.")] = Names.sparing,
+    as_json: Json = False,
+) -> None:
+    """Make a safetensors file of a checkpoint of the 2020 release."""
+    from safetensors.torch import save_file
+
+    state = official.convert(file, arch, keep_thresholds=keep_thresholds)
+    if names is not Names.sparing:
+        state = official.with_bias(state, arch)
+    try:
+        with replacing(out) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
+    answer = {
+        "out": str(out),
+        "arch": arch,
+        "weights": sum(weight.numel() for weight in weights),
+        "nonzero": None if keep_thresholds else sum(int(torch.count_nonzero(weight)) for weight in weights),
+        "thresholds": sum(key.endswith(".s") for key in state),
+    }
+    if as_json:
+        print(json.dumps(answer))
+    elif keep_thresholds:
+        print(f"Written to {out}: {arch}, {answer['weights']:,} weights and {answer['thresholds']} thresholds")
+    else:
+        print(f"Written to {out}: {arch}, {answer['nonzero']:,} of {answer['weights']:,} weights are not zero")
 
 
 @budget_app.command("list")
