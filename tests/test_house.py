@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "schedules": {"errors"},
+    "decay": {"errors"},
     "masks": {"errors"},
     "published": set(),
     "threshold": {"errors"},
@@ -29,20 +30,20 @@ MAY_IMPORT = {
     "plots": {"report"},
     "models": set(),
     "methods": {
-        "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
+        "errors", "budget", "decay", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
     "data": {"errors"},
     "export": {"errors", "models", "select", "threshold"},
     "train": {
-        "errors", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods",
-        "data",
+        "errors", "data", "decay", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots",
+        "models", "methods", "threshold",
     },
     "cli": {
         "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
-CORE += ["budget", "masks", "optim", "models", "methods", "published"]
+CORE += ["budget", "decay", "masks", "optim", "models", "methods", "published"]
 
 
 def room(path):

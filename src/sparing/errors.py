@@ -14,4 +14,4 @@ class CheckpointError(InputError):
 
 
 class SparsityWarning(UserWarning):
-    """A layer holds no weight at all, so nothing can pass through it or train it."""
+    """A layer holds no weight at all, so nothing can pass through it or train it; or a run can prune nothing."""
