@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "plots": {"report"},
     "models": set(),
     "methods": {
-        "errors", "budget", "decay", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
+        "errors", "budget", "decay", "masks", "optim", "parametrizations", "schedules", "select", "sparsify",
+        "threshold",
     },
     "data": {"errors"},
     "export": {"errors", "models", "select", "threshold"},

@@ -5,7 +5,8 @@ momentum μ is v ← μ v + λ s, s ← s − η v; summed over many steps every
 
     s(t) ≈ s(0) · exp(−E(t)),      E(t) = λ · Σ η / (1 − μ)          the e-folds of the decay
 
-AdamW multiplies by (1 − η λ) beside its momentum, so there E(t) = λ · Σ η.
+as long as η λ is small beside (1 − μ)². AdamW multiplies s by (1 − η λ) beside its momentum, so there
+E(t) = λ · Σ η.
 
 Pruning can begin where g(s) reaches about 1e-3, for sigmoid and exp alike at s = −7: after
 E₁ = ln(|s(0)| / 7) e-folds. What decay goes on to pull from there, against the loss, decides how
@@ -14,8 +15,8 @@ sparse the network becomes. For the 16 ResNet-50 rows of the paper, 79.55 % to 9
 
     E − E₁ ≈ 0.75 · (1 − sparsity)^−0.85
 
-to within 10 %; read the other way it gives the sparsity of every row to 1.4 points, and of those
-above 90 % to 0.7. As shares c = E₁ / E the rows with s(0) = −3200 read 0.69 at 80 %, 0.52 at 90 % and
+to within 12 %; read the other way it gives the sparsity of every row to 1.3 points, and of those
+above 90 % to 0.8. As shares c = E₁ / E the rows with s(0) = −3200 read 0.69 at 80 %, 0.52 at 90 % and
 0.38 at 95 %.
 
 Sources: the momentum sum is that of a geometric series. The rows are the appendix of Kusupati et al.,
@@ -68,8 +69,8 @@ def weight_decay_for(sparsity: float, learning_rates: Iterable[float], momentum:
         init: where s starts, below −7; the lower, the more of the run is over when pruning begins.
 
     Raises:
-        InputError: a value is out of range; the learning rates sum to nothing, or to so little that
-            a step at the highest would take s to zero.
+        InputError: a value is out of range; the run is so short that momentum would carry s past
+            zero, which is where η λ > (1 − √μ)².
 
     Examples:
         >>> from sparing.schedules import warmup_cosine
@@ -83,7 +84,13 @@ def weight_decay_for(sparsity: float, learning_rates: Iterable[float], momentum:
         raise InputError(f"init must be below {ONSET:g}, where pruning begins, got {init!r}")
     rates = list(learning_rates)
     given = e_folds(rates, 1.0, momentum)
-    needed = math.log(init / ONSET) + 0.75 * (1 - sparsity) ** -0.85
-    if not 0 < needed * max(rates, default=0.0) < given * (1 - momentum):
-        raise InputError(f"{len(rates)} steps whose learning rates sum to {sum(rates):g} are too few for this sparsity")
-    return needed / given
+    if not 0 < given < math.inf:
+        raise InputError(f"the learning rates of a run must sum to a positive number, got {sum(rates)!r}")
+    decay: float = (math.log(init / ONSET) + 0.75 * (1 - sparsity) ** -0.85) / given
+    # The step above has two real roots up to here; beyond, s oscillates around zero instead of creeping up to it.
+    if decay * max(rates) > (1 - math.sqrt(momentum)) ** 2:
+        raise InputError(
+            f"{len(rates)} steps are too few for sparsity {sparsity:g} from init {init:g}: at the weight decay that "
+            f"takes, {decay:.2g}, s would swing past zero; train longer, or start higher than {init:g}"
+        )
+    return decay

@@ -84,7 +84,7 @@ class STR(Method):
 
     @classmethod
     def for_schedule(
-        cls, sparsity: float, learning_rates: Iterable[float], momentum: float, init: float = -3200.0
+        cls, sparsity: float, learning_rates: Iterable[float], momentum: float, init: float = -20.0
     ) -> tuple["STR", float]:
         """The method, and the weight decay on s that takes a run to about the sparsity wished for.
 
@@ -96,7 +96,7 @@ class STR(Method):
         Examples:
             >>> method, decay = STR.for_schedule(0.9, [0.1] * 1000, momentum=0.9)
             >>> method.init, round(decay, 4)
-            (-3200.0, 0.0114)
+            (-20.0, 0.0064)
         """
         return cls(init=init), weight_decay_for(sparsity, learning_rates, momentum, init)
 

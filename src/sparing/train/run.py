@@ -18,7 +18,7 @@ from sparing.macs import count_uses
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.sparsify import dense_state_dict
-from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
+from sparing.train.build import build_data, build_model, build_sparsifier, pick_device, warn_if_nothing_prunes
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.distributed import Ranks, join
 from sparing.train.evaluate import Evaluation, evaluate
@@ -63,7 +63,9 @@ def _train(
 ) -> dict[str, Any] | None:
     # Built once before anything is written, so that what cannot work leaves no directory behind.
     data = build_data(recipe.data)
-    _check_fits(recipe, data, ranks)
+    steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
+    recipe = recipe.settled(steps)
+    _check_fits(recipe, data, ranks, steps)
     # Known to every rank before any goes on.
     finished = ranks.ask_first(lambda: _open(out, recipe, resume))
     if finished is not None:
@@ -85,16 +87,17 @@ def _train(
     return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
-def _check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
+def _check_fits(recipe: Recipe, data: Data, ranks: Ranks, steps_an_epoch: int) -> None:
     if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
         raise InputError(
             f"data.batch_size={recipe.data.batch_size} must be at least the number of ranks ({ranks.count}) times "
             f"data.accumulate ({recipe.data.accumulate})"
         )
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
-    steps = recipe.schedule.epochs * len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    build_sparsifier(recipe, trial, steps)
+    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps_an_epoch)
     count_uses(trial, data.input_size)
+    if ranks.first:
+        warn_if_nothing_prunes(recipe, steps_an_epoch)
 
 
 def _finish(
