@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
+import sparing
 from sparing.train.build import build_data, build_model, build_optimizer, build_sparsifier
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.distributed import Ranks
@@ -62,7 +65,8 @@ def epochs(run):
 
 def test_two_ranks_train_resume_on_one_and_report(recipe, tmp_path):
     out = tmp_path / "run"
-    finish(torchrun(2, recipe, "--out", out, "--stop-after", 1))
+    output = finish(torchrun(2, recipe, "--out", out, "--stop-after", 1))
+    assert output.count("epoch   1/2") == output.count("stopped early") == 1
     saved = load_checkpoint(out / "checkpoint.pt")
     assert saved["progress"]["epoch"] == 1
     assert len(saved["random"]) == 2
@@ -130,3 +134,51 @@ def test_a_killed_rank_is_started_again_from_the_last_checkpoint(recipe, tmp_pat
         range(1, 13)
     )
     assert json.loads((out / "metrics.json").read_text())["ranks"] == 2
+
+
+def test_fully_sharded_training_saves_the_state_of_one_process(tmp_path):
+    states = []
+    for ranks in (1, 2):
+        torch.multiprocessing.spawn(sharded_steps, args=(ranks, tmp_path), nprocs=ranks)
+        states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
+    model = two_layers()
+    sparing.sparsify_(model, sparing.STR(init=-3.0))
+    model.load_state_dict(states[1])
+    assert 0.05 < sparing.report(model).total.sparsity < 0.95
+    for key, alone in states[0].items():
+        torch.testing.assert_close(states[1][key], alone, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def two_layers():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def sharded_steps(rank, count, folder):
+    """STR under FSDP2, or alone: 110 steps, past a look for dead layers."""
+    torch.set_num_threads(1)
+    model = two_layers()
+    sparsifier = sparing.sparsify_(model, sparing.STR(init=-3.0))
+    if count > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/sharded", rank=rank, world_size=count)
+        mesh = torch.distributed.init_device_mesh("cpu", (count,))
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+    groups = sparing.param_groups(model, weight_decay=1e-3, threshold_weight_decay=1e-2)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    torch.manual_seed(4)
+    for _ in range(110):
+        inputs = torch.randn(8, 12)
+        labels = inputs[:, :4].argmax(dim=1)
+        own = slice(8 * rank // count, 8 * (rank + 1) // count)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs[own]), labels[own]).backward()
+        optimizer.step()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole) if count > 1 else model.state_dict()
+    if rank == 0:
+        torch.save(state, folder / f"{count}.pt")
+    if count > 1:
+        torch.distributed.barrier()
+        os._exit(0)
