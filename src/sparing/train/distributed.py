@@ -74,7 +74,8 @@ class Ranks:
         # gradients do. The statistics of batch normalization are handed out before they are used.
         wrapper = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # from torch 2.11 or so
-        return wrapper(model, ids, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+        option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return wrapper(model, ids, **option)
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
