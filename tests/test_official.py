@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import sparing
 from sparing import STR, CheckpointError, InputError
+from sparing.data import DATASETS, ImageData, Images
 from sparing.export.official import ARCHITECTURES, convert, with_bias
 from test_cli import sparing as run_cli
 
@@ -253,6 +254,31 @@ def test_what_has_no_counterpart_elsewhere_is_refused(folder):
         with_bias({}, "mobilenet_v1")
     with pytest.raises(InputError, match="with thresholds is for sparing alone"):
         with_bias(convert(folder / "resnet18.pth", "resnet18", keep_thresholds=True), "resnet18")
+
+
+def test_a_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
+    net = trained(old_mobilenet(STRConv, classes=10))
+    save(net, tmp_path / "old.pth")
+    images = Images(torch.randint(0, 256, (30, 3, 224, 224), dtype=torch.uint8), torch.arange(30) % 10)
+    data = ImageData(images, images, images, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
+    monkeypatch.setitem(DATASETS, "noise", lambda: data)
+    (tmp_path / "recipe.yaml").write_text("model: {name: mobilenet_v1}\ndata: {name: noise}\n")
+    with torch.no_grad():
+        logits = net.forward((images.pixels / 255 - 0.5) / 0.25)
+    answers = []
+    for options in ([], ["--keep-thresholds"]):
+        done = run_cli("convert", "old.pth", "--arch", "mobilenet_v1", "--out", "new.safetensors", *options,
+                       cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        done = run_cli("eval", "new.safetensors", "--recipe", "recipe.yaml", "--json", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        answers.append(json.loads(done.stdout))
+    assert answers[0] == answers[1]
+    assert answers[0]["correct"] == int((logits.argmax(1) == images.labels).sum())
+    assert answers[0]["top5_accuracy"] == sum(
+        int(label) in row.topk(5).indices for row, label in zip(logits, images.labels, strict=True)
+    ) / len(images)
+    assert 0.3 < answers[0]["sparsity"] < 0.9
 
 
 class Opaque:

@@ -27,7 +27,7 @@ from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
 from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
-from sparing.train.run import evaluate_run, load_run, report_run, train_run
+from sparing.train.run import evaluate_file, evaluate_run, load_run, report_run, train_run
 
 app = typer.Typer(
     help="Train sparse neural networks whose layers learn how much of themselves to keep.",
@@ -117,15 +117,31 @@ def train(
 
 @app.command("eval")
 def eval_(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run directory; or, with --recipe, a .safetensors file of weights.")],
     part: Annotated[Part, typer.Option(help="Part of the data to evaluate on.")] = Part.test,
     weights: WhichWeights = Weights.last,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="For a file: the recipe whose model and data to use.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate the model of a run."""
-    result, account = evaluate_run(run, part.value, weights.value)
+    """Evaluate the model of a run, or a file of weights."""
+    if recipe is not None:
+        if run.is_dir():
+            raise InputError(f"{run} is a run directory, which has a recipe of its own; leave --recipe out")
+        result, account = evaluate_file(run, load_recipe(recipe, set_ or []), part.value)
+    elif run.is_file():
+        raise InputError(f"{run} is a file; say with --recipe which model and data it is for")
+    elif set_:
+        raise InputError("--set changes the recipe given with --recipe, and a run keeps its own")
+    else:
+        result, account = evaluate_run(run, part.value, weights.value)
     answer = {
         "accuracy": result.accuracy,
+        "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
         "correct": result.correct,
         "count": result.count,
@@ -138,8 +154,9 @@ def eval_(
     if as_json:
         print(json.dumps(answer))
     else:
+        top5 = "" if result.top5_accuracy is None else f"top-5 {100 * result.top5_accuracy:.2f} %  "
         print(
-            f"accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}, {part.value})  "
+            f"accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}, {part.value})  {top5}"
             f"loss {result.loss:.4f}  sparsity {100 * account.total.sparsity:.2f} %"
         )
 
