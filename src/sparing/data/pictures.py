@@ -62,6 +62,8 @@ class Decoded(NamedTuple):
     """uint8, (N, 3, H, W); None if no picture of the batch can be read."""
     labels: Tensor
     unreadable: list[Unreadable]
+    failure: str | None = None
+    """Why the run cannot go on, where that came up in the worker."""
 
 
 class Source(Protocol):
@@ -131,14 +133,12 @@ class Loaded:
         clock = time.perf_counter()
         batches = iter(self._batches)
         while True:
-            try:
-                decoded = next(batches, None)
-            except InputError as error:
-                # A worker's arrives with the traceback in its message; the sentence is at the end.
-                raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from error
+            decoded = next(batches, None)
             self.waited_seconds += time.perf_counter() - clock
             if decoded is None:
                 return
+            if decoded.failure is not None:
+                raise InputError(decoded.failure)
             for unreadable in decoded.unreadable:
                 self._skip(unreadable)
             if decoded.pixels is not None:

@@ -258,6 +258,9 @@ class Mixed(IterableDataset[Decoded]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Decoded]:
+        return failing_last(self._batches())
+
+    def _batches(self) -> Iterator[Decoded]:
         worker, workers = _worker()
         epoch = self.epoch
         generator = torch.Generator().manual_seed(hashed(self._seed, epoch))
@@ -300,11 +303,25 @@ class Once(IterableDataset[Decoded]):
         self._num_classes = num_classes
 
     def __iter__(self) -> Iterator[Decoded]:
+        return failing_last(self._batches())
+
+    def _batches(self) -> Iterator[Decoded]:
         worker, workers = _worker()
         raw = ({**sample, "seed": ()} for sample in read_shards(self._shards[worker::workers]))
         examples = decoded(raw, self._transform, self._num_classes, stand_ins=0)
         while batch := list(itertools.islice(examples, EVALUATION_BATCH)):
             yield collate(batch)
+
+
+def failing_last(batches: Iterator[Decoded]) -> Iterator[Decoded]:
+    """The batches, and as the last one the InputError that ends them, if one does.
+
+    Between processes an exception loses its type and gets a traceback in its message; a batch arrives as it is.
+    """
+    try:
+        yield from batches
+    except InputError as error:
+        yield Decoded(None, torch.empty(0, dtype=torch.int64), [], failure=str(error))
 
 
 def expand_shards(part: str, shards: str | list[str]) -> list[str]:
