@@ -370,8 +370,7 @@ def read_shards(shards: Iterable[str]) -> Iterator[Raw]:
             with gopen(shard) as stream:
                 yield from group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            # webdataset adds more to `args`, of which the first is what happened.
-            raise InputError(f"data webdataset: shard {shard} cannot be read ({error.args[0]})") from error
+            raise InputError(f"data webdataset: shard {shard} cannot be read ({_why(error)})") from error
 
 
 def decoded(raw: Iterable[Raw], transform: Transform, num_classes: int, stand_ins: int) -> Iterator[Example]:
@@ -414,6 +413,15 @@ def _picture(sample: Raw) -> bytes:
             content: bytes = sample[ending]
             return content
     raise ValueError(f"none of .{', .'.join(PICTURES)}")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # webdataset adds more to `args`, of which the first is what happened; of curl it is the whole command.
+    said = str(error.args[0])
+    status = re.search(r"'curl'.*exit (\d+)", said)
+    return f"curl ended with status {status[1]}" if status else said
 
 
 def _worker() -> tuple[int, int]:
