@@ -22,7 +22,8 @@ from PIL import Image
 from sparing import InputError, SparsityWarning
 from sparing.data import DATASETS
 from sparing.data.pictures import MEAN, STD, allowed, decode, default_workers
-from sparing.train.recipe import Recipe
+from sparing.data.shards import read_shards
+from sparing.train.recipe import Recipe, load_recipe
 from sparing.train.run import train_run
 
 ROOT = Path(__file__).parent.parent
@@ -759,6 +760,26 @@ def test_a_shard_without_examples_is_refused_and_not_read_forever(shards, tmp_pa
         passed(webdataset(shards, train=f"{tmp_path}/none.tar", train_examples=10).training(5, 0))
 
 
+def test_shards_written_from_folders_hold_the_same_pictures_and_labels(textures, tmp_path):
+    script = ROOT / "examples" / "write_shards.py"
+    command = [sys.executable, str(script), str(textures / "train"), str(tmp_path / "train"), "3"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    names = [f"{tmp_path}/train-000{number}.tar" for number in range(3)]
+    assert printed == [
+        *(f"{n}: {c}" for n, c in zip(names, (12, 12, 11), strict=True)),
+        "35 pictures of 5 classes in 3 shards",
+    ]
+    assert sorted(map(str, tmp_path.iterdir())) == names
+    tars = DATASETS["webdataset"](names[:2], names[2], 24, 11, 5, size=32, workers=0)
+    folders = imagenet(textures, validation_per_class=0).parts["train"]
+    wanted = {(label, str(decode(folders.path(i)).tobytes())) for i, label in enumerate(folders.labels)}
+    found = {(int(s["cls"]), str(decode(io.BytesIO(s["jpeg"])).tobytes())) for s in read_shards(names)}
+    assert found == wanted
+    assert tars.size("test") == sum(len(labels) for _, labels in tars.evaluation("test"))
+    keys = [sample["__key__"] for sample in read_shards(names)]
+    assert sorted(keys) != keys
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
@@ -775,7 +796,9 @@ def test_shards_behind_a_web_server(shards, workers):
         # An epoch may end in the middle of a shard, and a connection with it.
         assert len(passed(webdataset(shards, train=f"{address}/train-000.tar", train_examples=5).training(5, 0))) == 1
         data = webdataset(shards, train=f"{address}/nowhere.tar", train_examples=20, workers=workers)
-        with pytest.raises(InputError, match=rf"^data webdataset: shard {address}/nowhere.tar cannot be read \([^/]*\)$"):
+        with pytest.raises(
+            InputError, match=rf"^data webdataset: shard {address}/nowhere.tar cannot be read \([^/]*\)$"
+        ):
             passed(data.training(5, 0))
         server.shutdown()
 
@@ -832,3 +855,17 @@ def test_a_recipe_trains(colors, shards, tmp_path, layout):
     metrics = train_run(recipe, tmp_path / "run")
     assert metrics["test_count"] == {"folders": CLASSES * VAL, "shards": 35}[layout]
     assert metrics["weights"] > 0
+
+
+def test_the_checking_recipe_goes_through_folders(textures, tmp_path):
+    changes = {
+        "model.name": "resnet8",
+        "data.root": textures,
+        "data.workers": 0,
+        "data.validation_per_class": 1,
+        "device": "cpu",
+    }
+    recipe = load_recipe(
+        ROOT / "recipes" / "imagenet" / "check-folders.yaml", [f"{key}={value}" for key, value in changes.items()]
+    )
+    assert train_run(recipe, tmp_path / "run")["test_count"] == 15
