@@ -30,6 +30,9 @@ from sparing.train.run import train_run
 ROOT = Path(__file__).parent.parent
 CLASSES, TRAIN, VAL = 100, 4, 2
 
+# On a machine of fewer cores than a test has workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _torchvision():
@@ -656,6 +659,11 @@ def test_equal_shards_give_each_picture_once_an_epoch(shards, ranks, workers):
     assert all(torch.equal(labels, torch.tensor(number(pixels)) // 10) for share in shares for pixels, labels in share)
 
 
+def test_workers_beyond_the_shards_of_a_rank_are_not_started(shards):
+    data = webdataset(shards, train=f"{shards}/train-{{000..002}}.tar", train_examples=30, workers=5)
+    assert sorted(numbers(passed(data.training(10, 0)))) == list(range(30))
+
+
 def test_unequal_shards_fill_every_batch_of_every_rank(shards):
     # 3 shards for one rank and 2 for the other.
     data = webdataset(shards, train=f"{shards}/train-{{000..004}}.tar", train_examples=50)
@@ -755,8 +763,11 @@ def test_a_damaged_shard_stops_the_run_in_words(shards, tmp_path, damage, worker
     whole = path.read_bytes()
     damages = {"cut in a picture": whole[: 4 * 1024 + 700], "empty": b"", "no tar": b"no tar " * 1000}
     path.unlink() if damage == "gone" else path.write_bytes(damages[damage])
-    with pytest.raises(InputError, match=rf"^data webdataset: shard {re.escape(str(path))} cannot be read \([^\n]*\)$"):
+    with pytest.raises(
+        InputError, match=rf"^data webdataset: shard {re.escape(str(path))} cannot be read \([^\n]*\)$"
+    ) as raised:
         passed(data.training(10, 0))
+    assert (damage == "gone") == ("No such file" in str(raised.value))
 
 
 def test_a_shard_without_examples_is_refused_and_not_read_forever(shards, tmp_path):
