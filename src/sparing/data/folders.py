@@ -131,7 +131,8 @@ class Files:
             hidden = [name for name in names if not os.access(folder / name, os.R_OK | os.X_OK)]
             why = f"; no permission to read {_some(hidden)}" if hidden else ""
             raise InputError(f"data imagenet: no picture in {len(empty)} classes of {folder}: {_some(names)}{why}")
-        encoded = [os.fsencode(os.path.relpath(path, folder)) for path, _ in samples]
+        prefix = os.path.join(folder, "")
+        encoded = [os.fsencode(path.removeprefix(prefix)) for path, _ in samples]
         return cls(folder, np.array(encoded, dtype=np.bytes_), labels)
 
     def __len__(self) -> int:
