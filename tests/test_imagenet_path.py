@@ -1,0 +1,109 @@
+"""The way of the paper's recipes from end to end, on a small tree of real JPEG files: two ranks, stopped,
+resumed on one, evaluated, reported; and a checkpoint of the 2020 release evaluated on the same pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparing.export.official import convert
+from sparing.train.recipe import load_recipe
+from sparing.train.run import evaluate_file, evaluate_run, report_run
+from test_imagenet import _torchvision, noise, plant  # noqa: F401
+from test_official import STRConv, old_resnet, save, trained
+
+ROOT = Path(__file__).parent.parent
+CLASSES = 100
+
+# What `sparing` runs, after the operators that torchvision cannot load beside a torch without CUDA are declared.
+PROGRAM = """
+import torch
+from sparing.cli import main
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """100 classes of two pictures to train on and one to test with."""
+    root = tmp_path_factory.mktemp("pictures")
+    return plant(root, CLASSES, train=2, val=1, picture=lambda number: noise(number, 72, 66))
+
+
+@pytest.fixture(scope="module")
+def shards(pictures):
+    """The same pictures in four shards of 50 and two of 50."""
+    for part, count in (("train", 4), ("val", 2)):
+        command = [sys.executable, ROOT / "examples" / "write_shards.py", pictures / part, pictures / "shards" / part]
+        subprocess.run([*command, str(count)], check=True, capture_output=True)
+    return pictures / "shards"
+
+
+def sparing(*arguments, ranks=1):
+    command = [sys.executable, "-c", PROGRAM]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+        command = [*launcher, "--no-python", *command]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def changes(**values):
+    return [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+SHORT = {
+    "data__size": 64, "data__workers": 0, "data__batch_size": 40, "method__init": -3, "schedule__epochs": 2,
+    "schedule__warmup_epochs": 0, "optimizer__lr": 0.02, "tensorboard": "false", "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["folders", "shards"])
+def test_two_ranks_stop_and_one_goes_on(pictures, tmp_path, layout, request):
+    if layout == "folders":
+        recipe, more, test = "resnet50-str-90.23", {"data__root": pictures}, CLASSES
+    else:
+        shards = request.getfixturevalue("shards")
+        data = (
+            f"{{name: webdataset, train: '{shards}/train-*.tar', train_examples: 200, "
+            f"test: '{shards}/val-*.tar', test_examples: 100, num_classes: {CLASSES}}}"
+        )
+        recipe, more, test = "mobilenet_v1-str-75.28", {"data": data}, CLASSES
+    options = [ROOT / "recipes" / "imagenet" / f"{recipe}.yaml", *changes(**more, **SHORT), "--out", tmp_path / "run"]
+    said = sparing("train", *options, "--stop-after", 1, ranks=2)
+    assert said.count("stopped early") == 1
+    metrics = json.loads(sparing("train", *options, "--resume", "auto", "--json"))
+    assert metrics["test_count"] == test
+    assert metrics["ranks"] == 1
+    assert 0.1 < metrics["sparsity"] < 1
+    evaluated, account = evaluate_run(tmp_path / "run", weights="dense")
+    assert evaluated.correct == metrics["test_correct"]
+    assert evaluated.top5_accuracy == metrics["top5_accuracy"]
+    assert account.total.nonzero == report_run(tmp_path / "run").total.nonzero == metrics["nonzero"]
+    classifier = 2048 * CLASSES if layout == "folders" else 1024 * CLASSES
+    assert account.total.weights == {"folders": 23_454_912, "shards": 3_185_088}[layout] + classifier
+
+
+def test_a_checkpoint_of_the_release_is_evaluated_on_pictures(pictures, tmp_path):
+    torch.manual_seed(1)
+    save(trained(old_resnet(STRConv, (2, 2, 2, 2), False, CLASSES)), tmp_path / "old.pth")
+    save_file(convert(tmp_path / "old.pth", "resnet18"), tmp_path / "new.safetensors")
+    overrides = ["model.name=resnet18", f"data.root={pictures}", "data.size=64", "data.workers=0", "device=cpu"]
+    recipe = load_recipe(ROOT / "recipes" / "imagenet" / "resnet50-dense.yaml", overrides)
+    result, account = evaluate_file(tmp_path / "new.safetensors", recipe)
+    assert result.count == CLASSES
+    assert 0.2 < account.total.sparsity < 0.9
