@@ -262,7 +262,7 @@ def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
         )
     before, now = (_flatten(each.model_dump(mode="json")) for each in (_read_recipe(out), recipe))
     # Where it runs and what it shows are no part of what is computed.
-    compared = (now | before).keys() - {"device", "tensorboard"}
+    compared = (now | before).keys() - {"device", "tensorboard", "data.root", "data.workers"}
     different = sorted(key for key in compared if before.get(key) != now.get(key))
     if different:
         raise InputError(
