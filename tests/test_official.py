@@ -259,7 +259,7 @@ def test_what_has_no_counterpart_elsewhere_is_refused(folder):
 def test_a_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
     net = trained(old_mobilenet(STRConv, classes=10))
     save(net, tmp_path / "old.pth")
-    images = Images(torch.randint(0, 256, (30, 3, 224, 224), dtype=torch.uint8), torch.arange(30) % 10)
+    images = Images(torch.randint(0, 256, (10, 3, 224, 224), dtype=torch.uint8), torch.arange(10))
     data = ImageData(images, images, images, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
     monkeypatch.setitem(DATASETS, "noise", lambda: data)
     (tmp_path / "recipe.yaml").write_text("model: {name: mobilenet_v1}\ndata: {name: noise}\n")
