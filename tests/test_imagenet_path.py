@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparing.export.official import convert
+from sparing.train.log import read_history
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, report_run
 from test_imagenet import _torchvision, noise, plant  # noqa: F401
@@ -91,6 +92,9 @@ def test_two_ranks_stop_and_one_goes_on(pictures, tmp_path, layout, request):
     assert metrics["ranks"] == 1
     assert 0.1 < metrics["sparsity"] < 1
     evaluated, account = evaluate_run(tmp_path / "run", weights="dense")
+    assert [line["waited_seconds"] > 0 and line["skipped"] == 0 for line in read_history(tmp_path / "run")] == [
+        True
+    ] * 2
     assert evaluated.correct == metrics["test_correct"]
     assert evaluated.top5_accuracy == metrics["top5_accuracy"]
     assert account.total.nonzero == report_run(tmp_path / "run").total.nonzero == metrics["nonzero"]

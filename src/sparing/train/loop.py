@@ -166,6 +166,9 @@ def fit(
                     "sparsity": account.total.sparsity,
                     "seconds": progress["seconds"],
                     "examples_per_second": speed,
+                    # Of batches that come from files; those in memory wait for nothing.
+                    "waited_seconds": getattr(train, "waited_seconds", 0.0),
+                    "skipped": len(getattr(train, "skipped", ())),
                     "layers": {r.name: {"threshold": r.threshold, "sparsity": r.sparsity} for r in account.layers},
                 },
                 schedule.epochs,
