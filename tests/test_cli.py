@@ -30,6 +30,8 @@ FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
     "eval": {"--part", "--weights", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
+    "export": {"--to", "--out", "--json", "--help"},
+    "bench": {"--threads", "--batch", "--json", "--help"},
     "methods": {"--json", "--help"},
     "budget list": {"--help"},
     "budget show": {"--model", "--json", "--help"},

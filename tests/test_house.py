@@ -32,13 +32,14 @@ MAY_IMPORT = {
         "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
     "data": {"errors"},
-    "export": {"errors", "files", "macs", "plots", "select", "sparsify"},
+    "export": {"errors", "files", "macs", "select", "sparsify"},
     "train": {
-        "errors", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods",
-        "data",
+        "errors", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models",
+        "methods", "data",
     },
     "cli": {
-        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
+        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "select", "sparsify",
+        "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]

@@ -3,3 +3,7 @@
 `compressed` needs torch and safetensors alone (and NumPy, as safetensors does to write); every other
 module names in its own docstring what it needs of the extra `sparing[export]`.
 """
+
+from sparing.export import compressed
+
+__all__ = ["compressed"]

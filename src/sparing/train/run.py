@@ -13,6 +13,7 @@ from torch import nn
 import sparing
 from sparing.data import DATASETS, Batches, ImageData
 from sparing.errors import CheckpointError, InputError
+from sparing.export import compressed
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.plots import budget_by_depth, layers_over_time
@@ -90,6 +91,8 @@ def train_run(
         "nonzero": account.total.nonzero,
         "dense_macs": account.total.dense_macs,
         "macs": account.total.macs,
+        "dense_bytes": (out / "model.safetensors").stat().st_size,
+        "compressed_bytes": (out / "compressed.safetensors").stat().st_size,
         "test_correct": test.correct,
         "test_count": test.count,
         "validation_accuracy": fitted.validation_accuracy,
@@ -241,6 +244,7 @@ def _write_model(out: Path, model: nn.Module) -> None:
     }
     with replacing(out / "model.safetensors") as temporary:
         save_file(plain, temporary)
+    compressed.save(plain, out / "compressed.safetensors")
 
 
 def _read_model(path: Path) -> dict[str, torch.Tensor]:
