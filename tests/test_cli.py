@@ -30,7 +30,7 @@ FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
     "eval": {"--part", "--weights", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
-    "export": {"--to", "--out", "--json", "--help"},
+    "export": {"--to", "--out", "--shrink", "--json", "--help"},
     "bench": {"--threads", "--batch", "--json", "--help"},
     "methods": {"--json", "--help"},
     "budget list": {"--help"},

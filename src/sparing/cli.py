@@ -19,6 +19,7 @@ from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.export import latency
 from sparing.export.formats import FORMATS
+from sparing.export.shrink import shrink
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.masks import count_kept
@@ -171,10 +172,17 @@ def export(
     run: Run,
     to: Annotated[Format, typer.Option(help="The format.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write. [default: in RUN]")] = None,
+    smaller: Annotated[bool, typer.Option("--shrink", help="Cut dead filters out first, for another runtime.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the network of a run as a file for other programs, and check it."""
     model, _, data = load_run(run, Weights.dense.value)
+    if smaller:
+        if to in (Format.compressed, Format.safetensors):
+            raise InputError(
+                f"--shrink changes the layers, and a file of --to {to.value} holds none; use another format"
+            )
+        model = shrink(model, data["input_size"])
     name, save = FORMATS[to.value]
     written = save(model, out or run / name, data["input_size"])
     dense = (run / "model.safetensors").stat().st_size
