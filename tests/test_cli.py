@@ -159,7 +159,7 @@ def test_report_in_every_format(place):
         (["export", "runs/recipe", "--to", "compressed", "--out", "nowhere/x"], "nowhere/x cannot be written"),
         (["export", "runs/recipe", "--to", "compressed", "--shrink"], "--shrink changes the layers"),
         (["bench", "absent"], "absent is not a run directory"),
-        (["bench", "runs/recipe", "--batch", "0"], "0 is not in the range"),
+        (["bench", "runs/recipe", "--batch", "0"], "Invalid value for .--batch."),
         (["explode"], "No such command 'explode'"),
     ],
 )
