@@ -176,9 +176,80 @@ def wishes_table():
     return [*rows, "", f"Recipe mnist5k/gmp with the method swapped, seed 0, one run each; {'; '.join(sorted(notes))}."]
 
 
-TABLES = {"runs": runs_table, "overhead": overhead_table, "methods": methods_table}
-TABLES |= {"paper": paper_table, "wishes": wishes_table}
-PAGES = ("README.md", "docs/comparison.md", "docs/paper.md", "docs/methods/str.md")
+def sizes_table():
+    """Bytes on disk of published and uniform networks, and how near the bound they are."""
+    result = json.loads(ROOT.joinpath("results/export/size.json").read_text())
+    rows = [
+        "| network | budget | sparsity, % | dense, bytes | compressed, bytes | smaller | bf16 values, bytes | smaller "
+        "| weights, of the bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        dense = row["dense_bytes"]
+        cells = [f"{row['compressed_bytes']:,} | {dense / row['compressed_bytes']:.1f}x"]
+        cells.append(f"{row['bf16_bytes']:,} | {dense / row['bf16_bytes']:.1f}x | {row['ratio_to_bound']:.3f}")
+        rows.append(
+            f"| {row['model']} | {row['budget']} | {100 * row['sparsity']:.2f} | {dense:,} | {' | '.join(cells)} |"
+        )
+    note = f"Random weights thresholded to the budget, seed {result['seed']}; commit {result['commit'][:7]}."
+    return [*rows, "", note]
+
+
+# As in bench/latency.py, which writes a file for each.
+LATENCIES = (
+    "resnet50-str-90.23", "resnet50-uniform-90.23", "resnet50-str-95.15", "resnet50-uniform-95.15",
+    "resnet50-str-98.05", "resnet50-uniform-98.05", "mobilenet_v1-uniform-90", "mobilenet_v1-uniform-95",
+)  # fmt: skip
+RIVALS = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "OpenVINO bf16", "torch eager", "torch compiled")
+
+
+def latency_table():
+    """How many times as fast MNN sparse is as each rival, and below which sparsity it is none."""
+    rows = [
+        f"| network | batch | threads | MNN sparse, ms | {' | '.join(f'of {rival}' for rival in RIVALS)} |",
+        f"|---|---|---|---|{'---|' * len(RIVALS)}",
+    ]
+    notes, sweeps = set(), []
+    for name in LATENCIES:
+        path = ROOT / "results" / "export" / f"latency-{name}.json"
+        if not path.is_file():
+            rows.append(f"| {name} | not run | | | {' | ' * (len(RIVALS) - 1)}|")
+            continue
+        result = json.loads(path.read_text())
+        versions = ", ".join(f"{package} {version}" for package, version in result["machine"]["versions"].items())
+        notes.add(
+            f"{result['machine']['processor']}, {result['machine']['processors']} processors, {result['rounds']} "
+            f"interleaved rounds, {versions}, commit {result['commit'][:7]}"
+        )
+        if result["sweep"]:
+            shares = ", ".join(f"{100 * float(share):g} %: {ratio:.2f}" for share, ratio in result["sweep"].items())
+            sweeps.append(f"{result['network'].split('/')[0]}: {shares}")
+        for batch, threads in dict.fromkeys((row["batch"], row["threads"]) for row in result["rows"]):
+            mine = {r["name"]: r for r in result["rows"] if (r["batch"], r["threads"]) == (batch, threads)}
+            sparse = mine["MNN sparse"]["seconds"]
+            cells = [_ratio(mine.get(rival)) for rival in RIVALS]
+            rows.append(f"| {name} | {batch} | {threads} | {1000 * sparse:.2f} | {' | '.join(cells)} |")
+    swept = "; ".join(sweeps) or "not run"
+    text = f"Zeros at random places, every layer alike, times as fast as the fastest of three fp32 rivals: {swept}."
+    return [*rows, "", text, "", f"Seconds of the rival / seconds of MNN sparse, medians; {'; '.join(sorted(notes))}."]
+
+
+def _ratio(row):
+    if row is None:
+        return "not run"
+    return row["note"] if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+TABLES = {
+    "runs": runs_table,
+    "overhead": overhead_table,
+    "methods": methods_table,
+    "paper": paper_table,
+    "wishes": wishes_table,
+    "sizes": sizes_table,
+    "latency": latency_table,
+}
+PAGES = ("README.md", "docs/comparison.md", "docs/paper.md", "docs/export.md", "docs/methods/str.md")
 
 
 def filled(text):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: a process, its output, its exit status."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
     "eval": {"--part", "--weights", "--recipe", "--set", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
+    "export": {"--to", "--out", "--shrink", "--json", "--help"},
+    "bench": {"--threads", "--batch", "--json", "--help"},
     "methods": {"--json", "--help"},
     "convert": {"--arch", "--out", "--keep-thresholds", "--names", "--json", "--help"},
     "budget list": {"--help"},
@@ -70,7 +74,15 @@ def place(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert "epoch   2/2" in done.stdout
     assert "Test part, evaluated once" in done.stdout
+    assert re.search(r"On disk: [\d,]+ bytes without the zeros, of [\d,]+ with them", done.stdout)
+    assert re.search(r"Latency[:,] (not measured|batch 1, one thread: .* ms sparse in MNN)", done.stdout)
     return place
+
+
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch):
+    """Once, in the process that makes `place`, is enough."""
+    monkeypatch.setattr("sparing.cli.latency.available", lambda: False)
 
 
 def test_the_options_are_frozen():
@@ -161,6 +173,12 @@ def test_report_in_every_format(place):
         (["budget", "show", "resnet50-str-90.23", "--model", "resnet18"], "model 'resnet18' has no layer"),
         (["budget", "extract", "runs/recipe", "--out", "b.txt"], "suffix must be .json or .csv"),
         (["train", "recipe.yaml", "--out", "x", "--set", SHORT], "the budget misses 9 of 10 layers"),
+        (["export", "absent", "--to", "onnx"], "absent is not a run directory"),
+        (["export", "runs/recipe", "--to", "tflite"], "is not one of 'compressed'"),
+        (["export", "runs/recipe", "--to", "compressed", "--out", "nowhere/x"], "nowhere/x cannot be written"),
+        (["export", "runs/recipe", "--to", "compressed", "--shrink"], "--shrink changes the layers"),
+        (["bench", "absent"], "absent is not a run directory"),
+        (["bench", "runs/recipe", "--batch", "0"], "Invalid value for .--batch."),
         (["explode"], "No such command 'explode'"),
     ],
 )
@@ -208,6 +226,48 @@ def test_a_learned_budget_is_extracted_and_spent_exactly(place):
         assert done.returncode == 0, done.stderr
         spent = json.loads(sparing("report", f"runs/{name}", "--json", cwd=place).stdout)["layers"]
         assert [row["nonzero"] for row in spent] == [row["nonzero"] for row in rows]
+
+
+@pytest.mark.parametrize("to", ["compressed", "safetensors"])
+def test_weights_are_exported_with_and_without_zeros(place, to):
+    from safetensors.torch import load_file
+
+    from sparing.export import compressed
+
+    done = sparing("export", "runs/recipe", "--to", to, "--out", f"{to}.file", "--json", cwd=place)
+    answer = json.loads(done.stdout)
+    assert answer["path"] == f"{to}.file"
+    assert answer["bytes"] == (place / f"{to}.file").stat().st_size
+    expected = load_file(place / "runs/recipe/model.safetensors")
+    got = (compressed.load if to == "compressed" else load_file)(place / f"{to}.file")
+    assert {key: tensor.tolist() for key, tensor in got.items()} == {key: t.tolist() for key, t in expected.items()}
+    metrics = json.loads((place / "runs/recipe/metrics.json").read_text())
+    assert answer["bytes"] == metrics["compressed_bytes" if to == "compressed" else "dense_bytes"]
+
+
+def test_networks_are_exported_shrunk_or_not(place):
+    pytest.importorskip("onnxscript", reason="sparing[export] is not installed")
+    pytest.importorskip("torch_pruning", reason="sparing[export] is not installed")
+    done = sparing("export", "runs/recipe", "--to", "onnx", "--shrink", cwd=place)
+    assert re.match(
+        r"Written to runs/recipe/model.onnx: [\d,]+ bytes, of [\d,]+ dense; largest difference", done.stdout
+    )
+
+
+def test_bench_prints_and_writes_what_it_measured(place, monkeypatch):
+    from sparing.export import latency
+
+    if not all(map(find_spec, ("MNN", "onnx", "onnxscript", "onnxruntime"))):
+        pytest.skip("sparing[export] is not installed")
+    quick = functools.partial(latency.measure, contestants=("ONNX Runtime",), sweep=(), rounds=1, turn=0.001)
+    monkeypatch.setattr(latency, "measure", quick)
+    done = sparing("bench", "runs/recipe", "--threads", "1", "--batch", "3", "--json", cwd=place)
+    answer = json.loads(done.stdout)
+    assert [(row["name"], row["batch"], row["threads"]) for row in answer["rows"]] == [
+        ("MNN sparse", 3, 1), ("ONNX Runtime", 3, 1)
+    ]  # fmt: skip
+    assert answer == json.loads((place / "runs/recipe/latency.json").read_text())
+    assert (place / "runs/recipe/figures/latency.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_methods_are_listed_with_what_where_and_whence(place):

@@ -34,13 +34,14 @@ MAY_IMPORT = {
         "threshold",
     },
     "data": {"errors"},
-    "export": {"errors", "models", "select", "threshold"},
+    "export": {"errors", "files", "macs", "models", "select", "sparsify", "threshold"},
     "train": {
-        "errors", "data", "decay", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots",
-        "models", "methods", "threshold",
+        "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim",
+        "plots", "models", "methods", "threshold",
     },
     "cli": {
-        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
+        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "select", "sparsify",
+        "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]

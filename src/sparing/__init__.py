@@ -1,6 +1,6 @@
 """sparing: neural networks that learn how much of themselves to keep."""
 
-from sparing import models, select
+from sparing import export, models, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.macs import count_uses
@@ -71,6 +71,7 @@ __all__ = [
     "count_uses",
     "dense_state_dict",
     "densify_",
+    "export",
     "models",
     "param_groups",
     "report",

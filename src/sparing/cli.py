@@ -1,4 +1,4 @@
-"""The command line: `sparing train | eval | report | budget | methods | convert`."""
+"""The command line: `sparing train | eval | report | export | bench | budget | methods | convert`."""
 
 import inspect
 import json
@@ -17,12 +17,15 @@ from rich.table import Table
 
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.export import official
+from sparing.export import latency, official
+from sparing.export.formats import FORMATS
+from sparing.export.shrink import shrink
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.masks import count_kept
 from sparing.methods import METHODS
 from sparing.models import MODELS
+from sparing.plots import latency_bars
 from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
 from sparing.train.distributed import is_first_process
@@ -65,6 +68,16 @@ class Names(str, Enum):
     sparing = "sparing"
     torchvision = "torchvision"
     timm = "timm"
+
+
+class Format(str, Enum):
+    """What to write a network as."""
+
+    compressed = "compressed"
+    safetensors = "safetensors"
+    onnx = "onnx"
+    mnn = "mnn"
+    openvino = "openvino"
 
 
 budget_app = typer.Typer(help="Budgets: the sparsity of each layer.", no_args_is_help=True)
@@ -112,6 +125,8 @@ def train(
         return
     print(report_run(out))
     console.print(_comparison(metrics))
+    console.print(_sizes(metrics), highlight=False, soft_wrap=True)
+    console.print(_latency(out), highlight=False, soft_wrap=True)
     console.print(f"Written to {out}", highlight=False, soft_wrap=True)
 
 
@@ -178,6 +193,54 @@ def report(
             except OSError as error:
                 raise InputError(f"{path} cannot be written: {error.strerror}") from error
     print(account.to_json() if as_json else account)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Format, typer.Option(help="The format.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write. [default: in RUN]")] = None,
+    smaller: Annotated[bool, typer.Option("--shrink", help="Cut dead filters out first, for another runtime.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the network of a run as a file for other programs, and check it."""
+    model, _, data = load_run(run, Weights.dense.value)
+    if smaller:
+        if to in (Format.compressed, Format.safetensors):
+            raise InputError(
+                f"--shrink changes the layers, and a file of --to {to.value} holds none; use another format"
+            )
+        model = shrink(model, data["input_size"])
+    name, save = FORMATS[to.value]
+    written = save(model, out or run / name, data["input_size"])
+    dense = (run / "model.safetensors").stat().st_size
+    if as_json:
+        answer = {"path": str(written.path), "bytes": written.bytes, "dense_bytes": dense, "error": written.error}
+        print(json.dumps(answer))
+        return
+    checked = f"; largest difference to torch {written.error:.1g} of the largest output" if written.error else ""
+    print(f"Written to {written.path}: {written.bytes:,} bytes, of {dense:,} dense{checked}")
+
+
+@app.command()
+def bench(
+    run: Run,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 and all there are]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 and 16]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the sparse network of a run against the same network dense, in the runtimes installed."""
+    model, _, data = load_run(run, Weights.dense.value)
+    measured = latency.measure(model, data["input_size"], batches=batch or (1, 16), threads=threads)
+    write_text(run / "latency.json", measured.to_json() + "\n")
+    (run / "figures").mkdir(exist_ok=True)
+    with replacing(run / "figures" / "latency.png") as temporary:
+        latency_bars(measured.bars()).savefig(temporary, format="png", dpi=120)
+    if as_json:
+        print(measured.to_json())
+        return
+    print(measured)
+    print(f"Written to {run / 'latency.json'} and {run / 'figures' / 'latency.png'}")
 
 
 @app.command()
@@ -335,6 +398,25 @@ def _comparison(metrics: dict[str, Any]) -> Table:
         f"{100 * metrics['sparsity']:.2f} %", f"{metrics['macs']:,}", f"{metrics['seconds']:.0f}",
     )  # fmt: skip
     return table
+
+
+def _sizes(metrics: dict[str, Any]) -> str:
+    if "compressed_bytes" not in metrics:  # a run of an older version
+        return "On disk: see sparing export --to compressed"
+    dense, small = metrics["dense_bytes"], metrics["compressed_bytes"]
+    return f"On disk: {small:,} bytes without the zeros, of {dense:,} with them: {dense / small:.1f} times smaller"
+
+
+def _latency(run: Path) -> str:
+    """A short look at the speed, where there is something to look with."""
+    if not latency.available():
+        return "Latency: not measured; pip install 'sparing[export]', then sparing bench"
+    model, _, data = load_run(run, Weights.dense.value)
+    try:
+        brief = latency.measure_briefly(model, data["input_size"])
+    except InputError as error:
+        return f"Latency: not measured: {error}"
+    return f"Latency, batch 1, one thread: {brief}; all rivals: sparing bench {run}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,26 @@ def budget_by_depth(report: Report) -> "Figure":
     return figure
 
 
+def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> "Figure":
+    """A bar a contestant in each group, with a whisker from the lowest to the highest.
+
+    Args:
+        groups: title of the group → contestant → median, lowest and highest seconds.
+    """
+    figure = _figure()
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    names = list(dict.fromkeys(name for timings in groups.values() for name in timings))
+    for axes, (title, timings) in zip(panels, groups.items(), strict=True):
+        for name, (median, lowest, highest) in timings.items():
+            whisker = [[1000 * (median - lowest)], [1000 * (highest - median)]]
+            axes.barh(name, 1000 * median, xerr=whisker, color=_shade(names.index(name), len(names)))
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize="small")
+        axes.set_xlabel("ms")
+        axes.tick_params(labelsize="small", labelleft=axes is panels[0])
+    return figure
+
+
 def _figure() -> "Figure":
     # Not through pyplot, which keeps every figure in a global list.
     from matplotlib.figure import Figure

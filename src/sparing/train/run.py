@@ -13,6 +13,7 @@ from torch import nn
 import sparing
 from sparing.data import Data, check_part
 from sparing.errors import CheckpointError, InputError
+from sparing.export import compressed
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.methods import STR
@@ -120,6 +121,8 @@ def _finish(
         "dense_macs": account.total.dense_macs,
         "macs": account.total.macs,
         **({"top5_accuracy": test.top5_accuracy} if test.top5_accuracy is not None else {}),
+        "dense_bytes": (out / "model.safetensors").stat().st_size,
+        "compressed_bytes": (out / "compressed.safetensors").stat().st_size,
         "test_correct": test.correct,
         "test_count": test.count,
         "validation_accuracy": fitted.validation_accuracy,
@@ -305,6 +308,7 @@ def _write_model(out: Path, model: nn.Module) -> None:
     }
     with replacing(out / "model.safetensors") as temporary:
         save_file(plain, temporary)
+    compressed.save(plain, out / "compressed.safetensors")
 
 
 def _read_model(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,100 @@
+"""Bytes on disk: ResNet-50 and MobileNetV1 at published and uniform budgets, in every form sparing writes.
+
+    python bench/export_size.py [--json results/export/size.json]
+
+Weights are random, thresholded to the budget: the size depends on how many live and hardly on where. The bound
+is the entropy of where they are and the bytes of what they are (`sparing.export.compressed.entropy_bound`);
+the tensors of batch normalization, which nobody can leave out, count with their bytes.
+Exit status 1 if a file is more than 1.10 times the bound.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import sparing
+from sparing.export import compressed
+from sparing.masks import count_kept, keep_top
+
+PUBLISHED = ("81.27", "90.23", "95.15", "98.05", "98.98")
+UNIFORM = {"resnet50": (0.9, 0.95), "mobilenet_v1": (0.9, 0.95)}  # MobileNetV1's budgets are not published as data
+
+
+def networks():
+    """(model name, budget name, model) for every row."""
+    for share in PUBLISHED:
+        model = sparing.models.resnet50()
+        yield "resnet50", f"str-{share}", thinned_(model, sparing.Budget.published(f"resnet50-str-{share}"))
+    for name, shares in UNIFORM.items():
+        for share in shares:
+            model = sparing.models.MODELS[name]()
+            yield name, f"uniform-{100 * share:g}", thinned_(model, sparing.Budget.uniform(model, share))
+
+
+@torch.no_grad()
+def thinned_(model, budget):
+    """The model with the smallest weights of each layer set to zero, as many as the budget says."""
+    for name, layer in sparing.select.find_layers(model).items():
+        mask = keep_top(layer.weight.abs(), count_kept(layer.weight.numel(), budget[name]))
+        layer.weight.copy_(torch.where(mask, layer.weight, 0.0))
+    return model
+
+
+def measure(name, budget, model, folder):
+    """One row."""
+    layers = sparing.select.find_layers(model)
+    state = model.state_dict()
+    weights = {f"{layer}.weight": state[f"{layer}.weight"] for layer in layers}
+    sizes = {}
+    for key, content, values in (
+        ("weights_only", weights, None), ("full", state, None), ("bf16", state, torch.bfloat16),
+    ):  # fmt: skip
+        path = Path(folder, key)
+        compressed.save(content, path, values=values)
+        sizes[key] = path.stat().st_size
+    back = compressed.load(Path(folder, "full"))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    bound = compressed.entropy_bound(weights)
+    total = sum(tensor.numel() for tensor in weights.values())
+    live = sum(int(torch.count_nonzero(tensor)) for tensor in weights.values())
+    return {
+        "model": name, "budget": budget, "weights": total, "nonzero": live, "sparsity": 1 - live / total,
+        "dense_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        "bound_bytes": bound, "weights_bytes": sizes["weights_only"], "ratio_to_bound": sizes["weights_only"] / bound,
+        "compressed_bytes": sizes["full"], "bf16_bytes": sizes["bf16"],
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, budget, model in networks():
+            rows.append(measure(name, budget, model, folder))
+            row = rows[-1]
+            print(
+                f"{name:<13}{budget:<12}{100 * row['sparsity']:6.2f} %  dense {row['dense_bytes']:>11,}  compressed "
+                f"{row['compressed_bytes']:>11,}  bf16 {row['bf16_bytes']:>11,}  weights, of the bound: "
+                f"{row['ratio_to_bound']:.4f}",
+                flush=True,
+            )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    result = {"recipe": "bench/export_size.py", "commit": commit.stdout.strip() or None, "seed": options.seed}
+    result |= {"torch": torch.__version__, "runs": 1, "hardware": "any: sizes do not depend on it", "rows": rows}
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(1 if any(row["ratio_to_bound"] > 1.10 for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

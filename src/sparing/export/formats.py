@@ -1,0 +1,47 @@
+"""The formats of `sparing export`, by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from sparing.errors import InputError
+from sparing.export import compressed, mnn, onnx, openvino
+from sparing.export.network import Written
+from sparing.files import replacing
+from sparing.macs import Example
+from sparing.sparsify import dense_state_dict
+
+Save = Callable[[nn.Module, Path, Example], Written]
+
+
+def save_compressed(model: nn.Module, path: Path, example: Example) -> Written:
+    """The weights without their zeros; the example is not needed."""
+    compressed.save(dense_state_dict(model), path)
+    return Written(path, path.stat().st_size, 0.0)
+
+
+def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
+    """The weights with their zeros, for any reader of safetensors; the example is not needed."""
+    from safetensors.torch import save_file
+
+    # Cloned, since safetensors refuses tensors that share memory.
+    state: dict[str, Tensor] = {
+        name: t.detach().cpu().contiguous().clone() for name, t in dense_state_dict(model).items()
+    }
+    try:
+        with replacing(path) as temporary:
+            save_file(state, temporary)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    return Written(path, path.stat().st_size, 0.0)
+
+
+FORMATS: dict[str, tuple[str, Save]] = {
+    "compressed": ("compressed.safetensors", save_compressed),
+    "safetensors": ("model.safetensors", save_safetensors),
+    "onnx": ("model.onnx", onnx.save),
+    "mnn": ("model.mnn", mnn.save),
+    "openvino": ("model.xml", openvino.save),
+}
+"""Name → the file's name in a run directory, and the function that writes it."""
