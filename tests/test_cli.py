@@ -28,6 +28,7 @@ SHORT = "method={name: gmp, budget: short.json, every: 2}"
 
 FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
+    "sweep": {"--trials", "--out", "--storage", "--json", "--help"},
     "eval": {"--part", "--weights", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
     "methods": {"--json", "--help"},

@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "methods": {
         "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "train": {
         "errors", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods",
         "data",
     },
+    "sweep": {"errors", "files", "plots", "train"},
     "cli": {
-        "errors", "budget", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
+        "errors", "budget", "files", "macs", "masks", "methods", "models", "select", "sparsify", "sweep", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]

@@ -63,7 +63,7 @@ def _train(
 ) -> dict[str, Any] | None:
     # Built once before anything is written, so that what cannot work leaves no directory behind.
     data = build_data(recipe.data)
-    _check_fits(recipe, data, ranks)
+    check_fits(recipe, data, ranks)
     # Known to every rank before any goes on.
     finished = ranks.ask_first(lambda: _open(out, recipe, resume))
     if finished is not None:
@@ -85,7 +85,12 @@ def _train(
     return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
-def _check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
+def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
+    """Go through a run without computing anything.
+
+    Raises:
+        InputError: model, method and batch size do not fit the data and one another.
+    """
     if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
         raise InputError(
             f"data.batch_size={recipe.data.batch_size} must be at least the number of ranks ({ranks.count}) times "
@@ -218,10 +223,7 @@ def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"{out} exists already; continue it with --resume auto, or choose another directory with --out"
         )
-    before, now = (_flatten(each.model_dump(mode="json")) for each in (_read_recipe(out), recipe))
-    # Where it runs and what it shows are no part of what is computed.
-    compared = (now | before).keys() - {"device", "tensorboard"}
-    different = sorted(key for key in compared if before.get(key) != now.get(key))
+    different = differing_keys(*(what_is_computed(each) for each in (_read_recipe(out), recipe)))
     if different:
         raise InputError(
             f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
@@ -245,6 +247,17 @@ def _read_metrics(out: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path}: unreadable ({error}); remove it to finish the run again") from error
     return metrics
+
+
+def what_is_computed(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe without those that say where it runs and what it shows."""
+    return recipe.model_dump(mode="json", exclude={"device", "tensorboard"})
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys, with dots, in which two nested mappings differ."""
+    before, now = _flatten(before), _flatten(now)
+    return sorted(key for key in (now | before) if before.get(key) != now.get(key))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
