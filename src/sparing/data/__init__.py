@@ -3,9 +3,12 @@
 from collections.abc import Callable
 
 from sparing.data.base import Batches, Data, Part, check_part
+from sparing.data.cifar import cifar10, cifar10_jpeg
 from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, mnist5k
 
 __all__ = ["DATASETS", "Batches", "Data", "ImageBatches", "ImageData", "Images", "Part", "check_part"]
 
-DATASETS: dict[str, Callable[..., Data]] = {data.__name__: data for data in (mnist5k, fashion_mnist)}
+DATASETS: dict[str, Callable[..., Data]] = {
+    data.__name__: data for data in (mnist5k, fashion_mnist, cifar10, cifar10_jpeg)
+}
 """The data sets by the name a recipe uses; the other keys of its `data:` are the arguments."""
