@@ -3,8 +3,8 @@
     python bench/all_methods.py [--seeds 0 1] [--methods gmp rigl] [--out runs/all_methods]
 
 Runs recipes/mnist5k/gmp.yaml with one word swapped, dense and with each method of METHODS. A run is
-one directory, finished ones are kept, so an interrupted benchmark goes on where it stopped. When all
-are there it writes results/all_methods/<method>-seed<n>.json; `bench/results.py table` builds the table.
+one directory, finished ones are kept, so an interrupted benchmark goes on where it stopped. Of each
+it writes results/all_methods/<method>-seed<n>.json; `bench/results.py table` builds the table.
 
 Methods that learn their sparsity cannot be told 90 %; SETTINGS has what brings them near it here, found
 by their validation accuracy and sparsity. The others run with their defaults.
@@ -16,11 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ledger import ROOT, train_into
 from sparing import METHODS
-from sparing.train.recipe import load_recipe
-from sparing.train.run import train_run
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "mnist5k" / "gmp.yaml"
 TARGET = 0.9
 
@@ -33,13 +31,9 @@ SETTINGS = {
 }
 
 
-def recipe(name, seed):
-    """The recipe with the method swapped; None is the dense run."""
-    if name == "dense":
-        return load_recipe(RECIPE, ["method=null", f"seed={seed}", "tensorboard=false"])
-    arguments, changes = SETTINGS.get(name, ({"sparsity": TARGET}, []))
-    method = json.dumps({"name": name, **arguments})
-    return load_recipe(RECIPE, [f"method={method}", f"seed={seed}", "tensorboard=false", *changes])
+def method(name):
+    """Arguments of the method, and changes of the recipe beside it."""
+    return ({}, []) if name == "dense" else SETTINGS.get(name, ({"sparsity": TARGET}, []))
 
 
 def main():
@@ -49,17 +43,20 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "all_methods")
     options = parser.parse_args()
     ledger = ROOT / "results" / "all_methods"
-    ledger.mkdir(parents=True, exist_ok=True)
     console = Console()
     for seed in options.seeds:
         for name in options.methods:
             console.print(f"{name}, seed {seed}")
-            metrics = train_run(
-                recipe(name, seed), options.out / f"{name}-seed{seed}", resume=True, console=Console(quiet=True)
+            arguments, changes = method(name)
+            chosen = "null" if name == "dense" else json.dumps({"name": name, **arguments})
+            metrics = train_into(
+                ledger / f"{name}-seed{seed}.json",
+                RECIPE,
+                [f"method={chosen}", f"seed={seed}", "tensorboard=false", *changes],
+                options.out / f"{name}-seed{seed}",
+                arguments=arguments,
+                changes=changes,
             )
-            arguments, changes = SETTINGS.get(name, ({} if name == "dense" else {"sparsity": TARGET}, []))
-            entry = {"recipe": str(RECIPE.relative_to(ROOT)), "arguments": arguments, "changes": changes, **metrics}
-            (ledger / f"{name}-seed{seed}.json").write_text(json.dumps(entry, indent=2) + "\n")
             console.print(f"  accuracy {100 * metrics['accuracy']:.2f} %  sparsity {100 * metrics['sparsity']:.2f} %")
 
 

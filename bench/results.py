@@ -15,6 +15,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
+FRONTIER = {
+    "dense": "dense",
+    "str": "STR",
+    "str_sparsity": "STR, asked for the sparsity",
+    "gmp": "GMP, uniform",
+    "gmp_str_budget": "GMP, with the budget STR learned",
+    "rigl": "RigL, ERK",
+    "st3": "ST-3",
+    "feather": "Feather",
+    "global_magnitude": "global magnitude",
+    "acdc": "AC/DC",
+}
+"""What bench/frontier.py trains: name → what the tables call it."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
 
 
@@ -117,6 +131,78 @@ def methods_table():
     count = {len(runs) for runs in by_method.values()}
     seeds = f"{min(count, default=0)} seed(s)"
     return [*rows, "", f"Recipe gmp with one word swapped; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."]
+
+
+def frontier(data):
+    """The runs of the frontier study on one data set: (name, asked sparsity) → entries by seed; 0 for dense."""
+    found = {}
+    for path in sorted(ROOT.joinpath("results/frontier", data).glob("*.json")):
+        entry = json.loads(path.read_text())
+        found.setdefault((entry["variant"], entry["asked"]), []).append(entry)
+    return found
+
+
+def frontier_table():
+    """Accuracy and MACs of every method at every sparsity; "not run" where there is no run."""
+    folders = {path.name for path in ROOT.joinpath("results/frontier").glob("*/")} | {"fashion_mnist"}
+    rows = []
+    for data in sorted(folders, key=lambda name: (name != "fashion_mnist", name)):
+        found = frontier(data)
+        columns = [f"{100 * sparsity:g} %" for sparsity in SPARSITIES]
+        for title, cell in (("test accuracy, %", frontier_accuracy), ("MACs, millions", frontier_macs)):
+            rows += [f"| {data}: {title} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+            for name, label in FRONTIER.items():
+                asked = [0 if name == "dense" else sparsity for sparsity in SPARSITIES]
+                cells = [cell(found[name, a], a) if (name, a) in found else "not run" for a in asked]
+                rows.append(f"| {label} | {' | '.join(cells)} |")
+            rows.append("")
+        entries = [entry for group in found.values() for entry in group]
+        machines = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
+        seeds = sorted({len(group) for group in found.values()})
+        if entries:
+            count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
+            rows += [f"Mean ± standard deviation; {count} seed(s) a cell; {'; '.join(sorted(machines))}.", ""]
+    return rows[:-1]
+
+
+def frontier_accuracy(entries, asked):
+    reached = statistics.mean(entry["sparsity"] for entry in entries)
+    # To the last digit that is shown.
+    at = f" (at {100 * reached:.2f} %)" if round(100 * reached, 2) != round(100 * asked, 2) else ""
+    return spread([entry["accuracy"] for entry in entries], 100) + at
+
+
+def frontier_macs(entries, asked):
+    return f"{statistics.mean(entry['macs'] for entry in entries) / 1e6:.3f}"
+
+
+def frontier_figure():
+    """Accuracy against the weights kept and against MACs, a line a method, where there are runs."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    found = frontier("fashion_mnist")
+    if not found:
+        return
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
+    for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+        for index, (name, label) in enumerate(FRONTIER.items()):
+            groups = [entries for (variant, _), entries in found.items() if variant == name]
+            points = sorted(
+                (statistics.mean(map(cost, group)), statistics.mean(e["accuracy"] for e in group)) for group in groups
+            )
+            if name == "dense" and points:
+                axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--", label=label)
+            elif points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, marker=".", linewidth=1, color=colormaps["tab10"](index), label=label)
+        axes.set(xlabel=title, xscale="log")
+    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[1].legend(frameon=False, fontsize="small")
+    path = ROOT / "docs" / "figures" / "frontier.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def overhead_table():
@@ -248,8 +334,16 @@ TABLES = {
     "wishes": wishes_table,
     "sizes": sizes_table,
     "latency": latency_table,
+    "frontier": frontier_table,
 }
-PAGES = ("README.md", "docs/comparison.md", "docs/paper.md", "docs/export.md", "docs/methods/str.md")
+PAGES = (
+    "README.md",
+    "docs/comparison.md",
+    "docs/choosing.md",
+    "docs/paper.md",
+    "docs/export.md",
+    "docs/methods/str.md",
+)
 
 
 def filled(text):
@@ -272,6 +366,7 @@ def main():
                 path.write_text(filled(path.read_text()))
         case ["figures"]:
             budget_figure()
+            frontier_figure()
         case _:
             raise SystemExit(__doc__)
 

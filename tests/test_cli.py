@@ -30,6 +30,7 @@ SHORT = "method={name: gmp, budget: short.json, every: 2}"
 
 FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
+    "sweep": {"--trials", "--out", "--storage", "--json", "--help"},
     "eval": {"--part", "--weights", "--recipe", "--set", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
     "export": {"--to", "--out", "--shrink", "--json", "--help"},

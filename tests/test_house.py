@@ -33,15 +33,16 @@ MAY_IMPORT = {
         "errors", "budget", "decay", "masks", "optim", "parametrizations", "schedules", "select", "sparsify",
         "threshold",
     },
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "export": {"errors", "files", "macs", "models", "select", "sparsify", "threshold"},
     "train": {
         "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim",
         "plots", "models", "methods", "threshold",
     },
+    "sweep": {"errors", "files", "plots", "train"},
     "cli": {
         "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "select", "sparsify",
-        "train",
+        "sweep", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]

@@ -9,7 +9,8 @@ from sparing import InputError
 from sparing.data import DATASETS
 from sparing.train.recipe import Recipe, build_method, load_recipe
 
-RECIPES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
+FILES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
+RECIPES = [path for path in FILES if path.parent.name != "sweeps"]  # those have a test of their own
 MINIMAL = "model: {name: resnet8, width: 2}\ndata: {name: mnist5k}\n"
 
 

@@ -1,4 +1,4 @@
-"""The command line: `sparing train | eval | report | export | bench | budget | methods | convert`."""
+"""The command line: `sparing train | sweep | eval | report | export | bench | budget | methods | convert`."""
 
 import inspect
 import json
@@ -28,6 +28,7 @@ from sparing.models import MODELS
 from sparing.plots import latency_bars
 from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
+from sparing.sweep import load_sweep, run_sweep
 from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, load_run, report_run, train_run
@@ -128,6 +129,35 @@ def train(
     console.print(_sizes(metrics), highlight=False, soft_wrap=True)
     console.print(_latency(out), highlight=False, soft_wrap=True)
     console.print(f"Written to {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    sweep: Annotated[Path, typer.Argument(help="A sweep, as those under recipes/sweeps/.")],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many in all, finished ones included. [default: the sweep's]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The study's directory. [default: runs/NAME-OF-SWEEP]")] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="A database for many machines. [default: SQLite in the directory]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search settings of a recipe for accuracy and few weights or MACs; run again to continue or to help."""
+    loaded = load_sweep(sweep)
+    out = out or Path("runs") / sweep.stem
+    options = [("--trials", trials), ("--out", out), ("--storage", storage)]
+    given = [part for name, value in options if value is not None for part in (name, str(value))]
+    try:
+        result = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json))
+    except KeyboardInterrupt:
+        again = shlex.join(["sparing", "sweep", str(sweep), *given])
+        print(f"sparing: interrupted; finished trials are kept, continue with: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps({"out": str(out), **result}))
+    else:
+        print(f"Written to {out}")
 
 
 @app.command("eval")

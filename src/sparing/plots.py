@@ -8,7 +8,12 @@ from sparing.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-AXIS = {"sparsity": "sparsity", "threshold": "threshold (units of the weight)"}
+AXIS = {
+    "sparsity": "sparsity",
+    "threshold": "threshold (units of the weight)",
+    "nonzero": "weights that are not zero",
+    "macs": "multiply-accumulates",
+}
 
 
 def layers_over_time(history: Sequence[Mapping[str, Any]], quantity: str) -> "Figure":
@@ -63,6 +68,25 @@ def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float]]])
         axes.set_title(title, fontsize="small")
         axes.set_xlabel("ms")
         axes.tick_params(labelsize="small", labelleft=axes is panels[0])
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float]], cost: str) -> "Figure":
+    """What each trial of a sweep costs and how accurate it is, and the best accuracy for a cost as steps.
+
+    Args:
+        points: cost and validation accuracy, in [0, 1], of each trial.
+        front: those of them that no other beats in both, from the lowest cost up.
+        cost: "nonzero" or "macs".
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    costs, accuracies = zip(*points, strict=True)
+    axes.scatter(costs, accuracies, color=_shade(1, 2), label="trials")
+    costs, accuracies = zip(*front, strict=True)
+    axes.step(costs, accuracies, where="post", color=_shade(0, 2), marker="o", label="front")
+    axes.set(xlabel=AXIS[cost], ylabel="validation accuracy", xscale="log")
+    axes.legend(frameon=False)
     return figure
 
 

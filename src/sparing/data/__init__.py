@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sparing.data.base import Batches, Data, Part, check_part
+from sparing.data.cifar import cifar10, cifar10_jpeg
 from sparing.data.folders import imagenet
 from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, mnist5k
 from sparing.data.shards import webdataset
@@ -10,6 +11,6 @@ from sparing.data.shards import webdataset
 __all__ = ["DATASETS", "Batches", "Data", "ImageBatches", "ImageData", "Images", "Part", "check_part"]
 
 DATASETS: dict[str, Callable[..., Data]] = {
-    data.__name__: data for data in (mnist5k, fashion_mnist, imagenet, webdataset)
+    data.__name__: data for data in (mnist5k, fashion_mnist, cifar10, cifar10_jpeg, imagenet, webdataset)
 }
 """The data sets by the name a recipe uses; the other keys of its `data:` are the arguments."""

@@ -95,7 +95,7 @@ def join(device: str) -> Iterator[Ranks]:
     Raises:
         InputError: there is no such device here, or a host has more ranks than GPUs.
     """
-    if not _from_torchrun():
+    if not from_torchrun():
         yield Ranks(pick_device(device))
         return
     here = pick_device(device)
@@ -115,8 +115,9 @@ def join(device: str) -> Iterator[Ranks]:
 
 def is_first_process() -> bool:
     """Whether this process is rank 0, or alone: the one that prints."""
-    return not _from_torchrun() or os.environ["RANK"] == "0"
+    return not from_torchrun() or os.environ["RANK"] == "0"
 
 
-def _from_torchrun() -> bool:
+def from_torchrun() -> bool:
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -19,7 +19,7 @@ from sparing.data import Data
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.schedules import warmup_cosine
-from sparing.train.build import build_model, build_optimizer, build_sparsifier
+from sparing.train.build import build_model, build_optimizer, build_sparsifier, warn_if_nothing_prunes
 from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from sparing.train.distributed import Ranks
 from sparing.train.evaluate import evaluate
@@ -92,6 +92,8 @@ def fit(
     progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "best": None, "sparsest": 0.0, "validation_accuracy": 0.0}
     path = out / "checkpoint.pt"
     saved = load_checkpoint(path) if path.exists() else None
+    if saved is None and ranks.first:
+        warn_if_nothing_prunes(recipe, len(train))
     if saved is not None:
         try:
             for name, thing in stateful.items():

@@ -229,25 +229,52 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: the file is missing or is no YAML; a key is unknown (the nearest known one is
             named), a value of the wrong type or out of range; an override is not `key=value`.
     """
+    return build_recipe(read_mapping(path, "recipe"), overrides, f"recipe {path}")
+
+
+def build_recipe(content: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """The recipe that a mapping describes, as `load_recipe` makes it from a file.
+
+    Args:
+        content: the keys of a recipe; left as it is.
+        overrides: `key=value`, applied in order.
+        where: what error messages begin with.
+
+    Raises:
+        InputError: as `load_recipe`.
+    """
+    for override in overrides:
+        content = _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, Recipe)}") from error
+
+
+def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
+    """The keys of a YAML file.
+
+    Args:
+        path: the file.
+        kind: what it is, for error messages.
+
+    Raises:
+        InputError: the file is missing, is no YAML or holds no mapping.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"recipe {path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{kind} {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"recipe {path}: is not a text file") from error
+        raise InputError(f"{kind} {path}: is not a text file") from error
     try:
-        raw = yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"recipe {path}: must be a mapping of keys, such as 'model:', not {type(raw).__name__}")
-    for override in overrides:
-        raw = _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise InputError(f"recipe {path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+        raise InputError(f"{kind} {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(content).__name__}")
+    return content
 
 
 class _Loader(yaml.SafeLoader):
@@ -279,11 +306,21 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     return raw
 
 
-def _explain(error: Any) -> str:
+def explain(error: ValidationError, root: type[Part]) -> str:
+    """What is wrong, in words: all of it, with the nearest known key for an unknown one.
+
+    Args:
+        error: of pydantic.
+        root: what was being read.
+    """
+    return "; ".join(_explain(each, root) for each in error.errors())
+
+
+def _explain(error: Any, root: type[Part]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, last = error["loc"]
-        return f"unknown key {where!r}; {nearest(str(last), _keys_at(parents))}"
+        return f"unknown key {where!r}; {nearest(str(last), _keys_at(root, parents))}"
     if error["type"] == "missing":
         return f"the key {where!r} is missing"
     if error["type"] == "value_error":
@@ -292,8 +329,8 @@ def _explain(error: Any) -> str:
     return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-def _keys_at(location: list[Any]) -> list[str]:
-    part: Any = Recipe
+def _keys_at(root: type[Part], location: list[Any]) -> list[str]:
+    part: Any = root
     for key in location:
         part = part.model_fields[key].annotation
     return list(part.model_fields)

@@ -20,7 +20,7 @@ from sparing.methods import STR
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.sparsify import dense_state_dict, sparsify_
-from sparing.train.build import build_data, build_model, build_sparsifier, pick_device, warn_if_nothing_prunes
+from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.distributed import Ranks, join
 from sparing.train.evaluate import Evaluation, evaluate
@@ -65,9 +65,7 @@ def _train(
 ) -> dict[str, Any] | None:
     # Built once before anything is written, so that what cannot work leaves no directory behind.
     data = build_data(recipe.data)
-    steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    recipe = recipe.settled(steps)
-    _check_fits(recipe, data, ranks, steps)
+    recipe = check_fits(recipe, data, ranks)
     # Known to every rank before any goes on.
     finished = ranks.ask_first(lambda: _open(out, recipe, resume))
     if finished is not None:
@@ -89,17 +87,26 @@ def _train(
     return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
-def _check_fits(recipe: Recipe, data: Data, ranks: Ranks, steps_an_epoch: int) -> None:
+def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> Recipe:
+    """Go through a run without computing anything.
+
+    Returns:
+        The recipe, with what follows from the length of the run worked out.
+
+    Raises:
+        InputError: model, method and batch size do not fit the data and one another.
+    """
     if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
         raise InputError(
             f"data.batch_size={recipe.data.batch_size} must be at least the number of ranks ({ranks.count}) times "
             f"data.accumulate ({recipe.data.accumulate})"
         )
+    steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
+    recipe = recipe.settled(steps)
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
-    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps_an_epoch)
+    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps)
     count_uses(trial, data.input_size)
-    if ranks.first:
-        warn_if_nothing_prunes(recipe, steps_an_epoch)
+    return recipe
 
 
 def _finish(
@@ -263,10 +270,7 @@ def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"{out} exists already; continue it with --resume auto, or choose another directory with --out"
         )
-    before, now = (_flatten(each.model_dump(mode="json")) for each in (_read_recipe(out), recipe))
-    # Where it runs and what it shows are no part of what is computed.
-    compared = (now | before).keys() - {"device", "tensorboard", "data.root", "data.workers"}
-    different = sorted(key for key in compared if before.get(key) != now.get(key))
+    different = differing_keys(*(what_is_computed(each) for each in (_read_recipe(out), recipe)))
     if different:
         raise InputError(
             f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
@@ -290,6 +294,17 @@ def _read_metrics(out: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path}: unreadable ({error}); remove it to finish the run again") from error
     return metrics
+
+
+def what_is_computed(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe without those that say where it runs and what it shows."""
+    return recipe.model_dump(mode="json", exclude={"device": True, "tensorboard": True, "data": {"root", "workers"}})
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys, with dots, in which two nested mappings differ."""
+    before, now = _flatten(before), _flatten(now)
+    return sorted(key for key in (now | before) if before.get(key) != now.get(key))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,423 @@
+"""Sweeps: exact counts whatever happens to the workers, a true front, and bad input before any run."""
+
+import csv
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from matplotlib.figure import Figure
+
+import sparing.sweep
+from sparing import InputError
+from sparing.cli import main
+from sparing.data import DATASETS
+from sparing.sweep import DEATHS, Range, Sweep, _after_death, _run_of, _Worker, load_sweep, run_sweep
+from sparing.train.log import read_history
+
+SWEEPS = sorted(Path(__file__).parent.parent.joinpath("recipes", "sweeps").glob("*.yaml"))
+RECIPE = {
+    "model": {"name": "resnet8", "width": 2},
+    "data": {"name": "mnist5k", "batch_size": 350},
+    "method": {"name": "str", "init": -4.0},
+    "optimizer": {"lr": 0.1, "threshold_weight_decay": 0.05},
+    "schedule": {"epochs": 1},
+    "tensorboard": False,
+}
+SEARCH = {
+    "optimizer.threshold_weight_decay": {"low": 1e-3, "high": 1e-1, "log": True},
+    "method.init": [-4, -3.5],
+}
+
+
+def sweep(**changes):
+    return Sweep.model_validate({"recipe": RECIPE, "search": SEARCH, "trials": 3, **changes})
+
+
+def write(place, **changes):
+    (place / "recipe.yaml").write_text(json.dumps(RECIPE))
+    content = {"recipe": "recipe.yaml", "search": SEARCH, "trials": 4} | changes
+    (place / "sweep.yaml").write_text(json.dumps(content))
+    return place / "sweep.yaml"
+
+
+def table(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def measured(recipe):
+    """Metrics that follow from the recipe: more decay, fewer weights, and the digits for it."""
+    decay = recipe.optimizer.threshold_weight_decay
+    nonzero = round(1 / decay)
+    cost = {"sparsity": 1 - nonzero / 1000, "weights": 1000, "nonzero": nonzero, "macs": 50 * nonzero}
+    return {"validation_accuracy": nonzero / 1000, "accuracy": 0.123456, "seconds": 1.0, **cost}
+
+
+@functools.cache
+def _read_once(name, arguments):
+    return DATASETS[name](**dict(arguments))
+
+
+@pytest.fixture(autouse=True)
+def _data_read_once(monkeypatch):
+    """Reading the digits takes longer than training on them."""
+    for module in (sparing.sweep, sparing.train.run):
+        monkeypatch.setattr(module, "build_data", lambda spec: _read_once(spec.name, tuple(spec.model_extra.items())))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Trials that take no time; the directories in the order of training."""
+    trained = []
+    monkeypatch.setattr(Sweep, "check", lambda self: None)
+    monkeypatch.setattr(sparing.sweep, "pareto_front", lambda points, front, cost: Figure())
+
+    def train_run(recipe, out, *, resume):
+        assert resume
+        trained.append(out)
+        out.mkdir(parents=True, exist_ok=True)
+        return measured(recipe)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    return trained
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_shipped_sweep_can_be_trained_and_says_what_to_expect(path):
+    load_sweep(path).check()
+    assert path.read_text().startswith("#")
+
+
+def test_a_sweep_trains_and_leaves_the_front(tmp_path):
+    result = run_sweep(sweep(trials=2), tmp_path / "out")
+    rows = table(tmp_path / "out" / "trials.csv")
+    assert [row["trial"] for row in rows] == ["0", "1"]
+    assert {row["state"] for row in rows} == {"finished"}
+    for row in rows:
+        metrics = json.loads((tmp_path / "out" / "trials" / f"{int(row['trial']):04d}" / "metrics.json").read_text())
+        assert float(row["validation_accuracy"]) == metrics["validation_accuracy"]
+        assert (int(row["nonzero"]), int(row["macs"])) == (metrics["nonzero"], metrics["macs"])
+        assert "accuracy" not in row, "nothing is to be chosen by the test part"
+    assert result["front"]
+    assert len(table(tmp_path / "out" / "front.csv")) == len(result["front"])
+    assert (tmp_path / "out" / "front.png").stat().st_size > 1000
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("objective", ["nonzero", "macs"])
+def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, objective):
+    def train_run(recipe, out, *, resume):
+        # Both costs fall and rise against each other, and the accuracy follows neither.
+        x = recipe.optimizer.threshold_weight_decay
+        cost = {"nonzero": int(1e4 * x), "macs": int(1e4 * (0.1 - x))}
+        return measured(recipe) | cost | {"validation_accuracy": abs(x - 0.05)}
+
+    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    result = run_sweep(sweep(trials=12, objective=objective), tmp_path / "out")
+    assert len(result["trials"]) == 12
+
+    def beats(a, b):
+        return (
+            a["validation_accuracy"] >= b["validation_accuracy"] and a[objective] <= b[objective]
+            and (a["validation_accuracy"], a[objective]) != (b["validation_accuracy"], b[objective])
+        )  # fmt: skip
+
+    on_front = [row["trial"] for row in result["front"]]
+    for row in result["trials"]:
+        assert (row["trial"] in on_front) == (not any(beats(other, row) for other in result["trials"]))
+    assert [row[objective] for row in result["front"]] == sorted(row[objective] for row in result["front"])
+
+
+def test_a_finished_sweep_is_left_as_it_is_and_can_be_made_longer(tmp_path, untrained):
+    run_sweep(sweep(), tmp_path / "out")
+    before = (tmp_path / "out" / "trials.csv").read_text()
+    run_sweep(sweep(), tmp_path / "out")
+    assert (len(untrained), (tmp_path / "out" / "trials.csv").read_text()) == (3, before)
+    result = run_sweep(sweep(), tmp_path / "out", trials=5)
+    assert [row["trial"] for row in result["trials"]] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "out" / "trials.csv").read_text().startswith(before)
+    assert len(run_sweep(sweep(trials=4), tmp_path / "out")["trials"]) == len(untrained) == 5
+
+
+def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_path):
+    result = run_sweep(sweep(set={"optimizer.lr": 1e30}, trials=2), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["failed", "failed"]
+    assert result["front"] == []
+    for row in table(tmp_path / "out" / "trials.csv"):
+        assert row["error"].startswith("the loss became nan in epoch 1: lower optimizer.lr")
+
+
+def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatch):
+    train_run = sparing.sweep.train_run
+    seen = []
+
+    def interrupted(recipe, out, *, resume):
+        seen.append((recipe, out))
+        if len(seen) == 2:
+            assert train_run(recipe, out, resume=resume, stop_after=1) is None
+            raise KeyboardInterrupt
+        return train_run(recipe, out, resume=resume)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    wanted = sweep(set={"schedule.epochs": 2}, trials=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(wanted, tmp_path / "out")
+    kept = table(tmp_path / "out" / "trials.csv")
+    assert [row["state"] for row in kept] == ["finished"]
+    result = run_sweep(wanted, tmp_path / "out")
+    assert [(row["trial"], row["state"]) for row in result["trials"]] == [(0, "finished"), (1, "finished")]
+    assert len(seen) == 3
+    assert seen[1] == seen[2]
+    assert [line["epoch"] for line in read_history(seen[2][1])] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "out" / "trials").iterdir()) == ["0000", "0001"]
+
+
+WORKER = """
+import json, sys, time, warnings
+import sparing.sweep
+from test_sweep import measured
+warnings.simplefilter("error")
+path, out, seconds = sys.argv[1:]
+def train_run(recipe, out, *, resume):
+    out.mkdir(parents=True)
+    (out / "begun").touch()
+    time.sleep(float(seconds))
+    return measured(recipe)
+sparing.sweep.HEARTBEAT = 1
+sparing.sweep.train_run = train_run
+sparing.sweep.Sweep.check = lambda self: None
+print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out)))
+"""
+
+
+def worker(path, out, seconds):
+    """A process at work on a sweep, whose trials take that many seconds."""
+    command = [sys.executable, "-c", WORKER, str(path), str(out), str(seconds)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
+
+
+def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untrained):
+    path = write(tmp_path, trials=2)
+    begun = tmp_path / "out" / "trials" / "0000" / "begun"
+    with worker(path, tmp_path / "out", 600) as killed:
+        deadline = time.monotonic() + 120
+        while not begun.exists() and killed.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        killed.kill()
+    assert begun.exists()
+    monkeypatch.setattr(sparing.sweep, "HEARTBEAT", 1)
+    result = run_sweep(load_sweep(path), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
+    # 0001 would be that of Optuna's new trial, which goes on in the old directory.
+    assert sorted(out.name for out in untrained) in (["0000", "0001"], ["0000", "0002"])
+
+
+def test_a_trial_in_which_workers_keep_dying_is_given_up():
+    study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
+    for _ in range(DEATHS):
+        trial = study.ask()
+        assert _run_of(trial) == 0
+        trial.suggest_float("x", 0, 1)
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        _after_death(study, study.trials[trial.number])
+    assert _run_of(study.ask()) == DEATHS
+    assert len({trial.params["x"] for trial in study.trials[:DEATHS]}) == 1
+
+
+def test_two_workers_at_once_make_exactly_the_trials_asked_for(tmp_path):
+    path = write(tmp_path, trials=9)
+    with worker(path, tmp_path / "out", 0.3) as first, worker(path, tmp_path / "out", 0.3) as second:
+        answers = [process.communicate(timeout=300) for process in (first, second)]
+    assert [err for _, err in answers] == ["", ""]
+    results = [json.loads(out) for out, _ in answers]
+    assert results[0] == results[1]
+    assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 9
+    assert len(list((tmp_path / "out" / "trials").glob("*/begun"))) == 9
+
+
+def test_a_trial_begun_after_the_last_is_not_trained(tmp_path, monkeypatch, untrained):
+    run_sweep(sweep(), tmp_path / "out")
+    read = _Worker._read
+
+    def late(worker):
+        """What a worker sees that looked just before another began the last trial."""
+        read(worker)
+        monkeypatch.setattr(_Worker, "_read", read)
+        worker.rows = worker.rows[:-1]
+
+    monkeypatch.setattr(_Worker, "_read", late)
+    result = run_sweep(sweep(), tmp_path / "out")
+    assert (len(result["trials"]), len(untrained)) == (3, 3)
+    result = run_sweep(sweep(), tmp_path / "out", trials=4)
+    assert [row["trial"] for row in result["trials"]] == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"search": {"method.init": [-4, -3.5]}}, "search.optimizer.threshold_weight_decay.high, "),
+        ({"search": SEARCH | {"method.init": [-4, -3]}}, r"\(they differ in search.method.init\)"),
+        ({"objective": "macs"}, r"\(they differ in objective\)"),
+        ({"set": {"optimizer.lr": 0.2}}, r"\(they differ in recipe.optimizer.lr\)"),
+    ],
+)
+def test_a_study_belongs_to_one_sweep(tmp_path, untrained, changes, names):
+    run_sweep(sweep(trials=1), tmp_path / "out")
+    with pytest.raises(InputError, match=f"out holds a study of another sweep .*{names}"):
+        run_sweep(sweep(**changes), tmp_path / "out")
+    assert len(untrained) == 1
+
+
+def test_where_it_runs_is_no_part_of_the_sweep(tmp_path, untrained):
+    run_sweep(sweep(trials=1), tmp_path / "out")
+    run_sweep(sweep(trials=2, set={"device": "cpu", "tensorboard": True}), tmp_path / "out")
+    assert len(untrained) == 2
+
+
+def test_directories_of_a_lost_study_are_not_mixed_with_a_new_one(tmp_path, untrained):
+    run_sweep(sweep(trials=1), tmp_path / "out")
+    (tmp_path / "out" / "study.db").unlink()
+    for _ in range(2):
+        with pytest.raises(InputError, match="out/trials holds runs of another study"):
+            run_sweep(sweep(trials=1), tmp_path / "out")
+
+
+def test_values_reach_the_recipe_as_what_they_are():
+    spaces = {"schedule.epochs": {"low": 1, "high": 3}, "optimizer.lr": {"low": 1, "high": 2.5}}
+    whole = Sweep.model_validate({"recipe": RECIPE, "search": spaces})
+    study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
+    for _ in range(5):
+        trial = study.ask()
+        values = {key: sparing.sweep._suggest(trial, key, space) for key, space in whole.search.items()}
+        assert isinstance(whole.recipe_with(values).schedule.epochs, int)
+        assert isinstance(whole.recipe_with(values).optimizer.lr, float)
+    methods = [{"name": "gmp"}, {"name": "magnitude"}, None]
+    chosen = sweep(search={"method.sparsity": [0.5], "method": methods[:2]})
+    values = {"method.sparsity": "0.5", "method": '{"name": "magnitude"}'}
+    assert chosen.recipe_with(values).method == {"name": "magnitude", "sparsity": 0.5}
+    assert sweep(search={"method": methods}).recipe_with({"method": "null"}).method is None
+
+
+def test_no_dense_network_is_trained_beside_every_trial():
+    assert not sweep(recipe=RECIPE | {"dense_baseline": True}).recipe_with({}).dense_baseline
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
+        ({"search": {}}, "search: .*at least 1 item"),
+        ({"search": {"method.init": []}}, "search: method.init: an empty list leaves nothing to choose"),
+        ({"search": {"method.init": -3}}, "search: method.init: write a range, {low: ..., high: ...}, or a list"),
+        ({"search": {"method.init": {"low": 1, "hihg": 2}}}, "method.init: .*unknown key 'hihg'; did you mean 'high'"),
+        ({"search": {"method.init": {"low": 2, "high": 1}}}, "method.init: low=2 must be below high=1"),
+        ({"search": {"method.init": {"low": 0, "high": 1, "log": True}}}, "log: true needs low above 0, got 0"),
+        ({"search": {"seed": {"low": 1, "high": 9, "log": True, "step": 2}}}, "step and log: true exclude each other"),
+        ({"search": {"seed": {"low": "a", "high": 9}}}, "seed: low.*valid"),
+        ({"objective": "flops"}, "objective: input should be 'nonzero' or 'macs', got 'flops'"),
+        ({"trials": 0}, "trials: input should be greater than or equal to 1, got 0"),
+        ({"recipe": "absent.yaml"}, "recipe .*absent.yaml: cannot be read: No such file"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        load_sweep(write(tmp_path, **changes))
+
+
+def test_a_value_that_is_none_of_a_recipe_is_named(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("recipe: {}\nset: {seed: 2020-02-20}\nsearch: {seed: [1]}\n")
+    with pytest.raises(InputError, match=r"set: seed: a value must be of numbers, text, lists and mappings \(.*date"):
+        load_sweep(tmp_path / "sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"optimizer.lrr": [0.1]}, "search.optimizer.lrr, at 0.1: .*unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        ({"method.int": [0.1]}, "search.method.int, at 0.1: .*no argument 'int'; did you mean 'init'"),
+        ({"model.widht": [2]}, "search.model.widht, at 2: model 'resnet8' has no argument 'widht'; .*'width'"),
+        ({"data.shift": {"low": 1, "high": 99}}, "search.data.shift, at 99: data: shift must be"),
+        ({"optimizer.lr": [0.1, "fast"]}, 'search.optimizer.lr, at "fast": .*optimizer.lr: .*valid number'),
+        ({"select": [["conv9"]]}, "search.select, at .*conv9"),
+    ],
+)
+def test_a_key_that_cannot_be_trained_is_found_before_any_run(tmp_path, search, message):
+    with pytest.raises(InputError, match=message):
+        run_sweep(sweep(search=search), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql+psycopg://u:secret@localhost:1/x", "storage postgresql.psycopg://u:...@localhost:1/x: "),
+        ("nonsense", "storage: .*parse.*; write sqlite:///FILE or postgresql.psycopg://HOST/DATABASE"),
+        ("sqlite:////dev/full/x.db", "storage sqlite:////dev/full/x.db: .*unable to open"),
+    ],
+)
+def test_a_database_out_of_reach_is_one_sentence_without_the_password(tmp_path, monkeypatch, url, message):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(InputError, match=message) as error:
+        run_sweep(sweep(), tmp_path / "out", storage=url)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be made: File exists"):
+        run_sweep(sweep(), tmp_path / "file")
+
+
+def test_torchrun_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(InputError, match="a sweep is not started by torchrun"):
+        run_sweep(sweep(), tmp_path / "out")
+
+
+def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r"a sweep needs Optuna: pip install 'sparing\[sweep\]'"):
+        run_sweep(sweep(), tmp_path / "out")
+
+
+def test_optuna_is_left_as_it_was(tmp_path, untrained):
+    before = optuna.logging.get_verbosity()
+    run_sweep(sweep(trials=1), tmp_path / "out")
+    assert optuna.logging.get_verbosity() == before
+
+
+def test_the_command_shows_the_front_and_says_how_to_continue(tmp_path, monkeypatch, capsys, untrained):
+    path = write(tmp_path, trials=1)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sparing", "sweep", str(path), "--trials", "2", "--out", "my study"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    assert "trial 1: validation accuracy" in shown
+    assert "2 finished, 0 running, 0 waiting, 0 failed, of 2 trials" in " ".join(shown.split())
+    assert shown.endswith("Written to my study\n")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparing.sweep, "train_run", interrupt)
+    monkeypatch.setattr(sys, "argv", [*arguments[:4], "3", *arguments[5:]])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert f"continue with: sparing sweep {path} --trials 3 --out 'my study'" in capsys.readouterr().err
+
+
+def test_a_range_is_of_whole_numbers_if_both_ends_are():
+    assert Range(low=1, high=5).whole
+    assert Range(low=1, high=5, step=2).whole
+    assert not Range(low=1, high=5.0).whole
+    assert not Range(low=1, high=5, step=0.5).whole
