@@ -43,9 +43,9 @@ def add(run, recipe):
 
 
 def spread(values, scale=1.0, digits=2):
-    """The mean, with the standard deviation if there are several values."""
+    """The mean, with the standard deviation if the values differ."""
     mean = f"{scale * statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
 def recipes():
