@@ -1,5 +1,6 @@
 """Runs on real digits: resume to the last bit, what a run directory holds, what damages it."""
 
+import gzip
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 
 import sparing
 from sparing import CheckpointError, InputError, SparsityWarning
-from sparing.data import Batches, Images
-from sparing.data.image import mnist5k, stratified_split
+from sparing.data import ImageBatches, Images
+from sparing.data.image import fashion_mnist, mnist5k, stratified_split
 from sparing.schedules import warmup_cosine
 from sparing.train.checkpoint import load_checkpoint, save_checkpoint
 from sparing.train.evaluate import evaluate
@@ -66,7 +67,7 @@ def test_ten_epochs_equal_five_and_five_more_to_the_last_bit(tmp_path, variant):
     assert same(weights(tmp_path / "straight"), weights(tmp_path / "halves"))
     straight, halves = (load_file(tmp_path / run / "model.safetensors") for run in ("straight", "halves"))
     assert same(straight, halves)
-    drop = ("seconds",)
+    drop = ("seconds", "examples_per_second")
     histories = [
         [{k: v for k, v in line.items() if k not in drop} for line in read_history(tmp_path / run)]
         for run in ("straight", "halves")
@@ -308,7 +309,7 @@ def images(count=7, size=5):
 
 def test_batches_cover_everything_once_in_an_order_that_follows_from_seed_and_epoch():
     part = images()
-    batches = Batches(part, (0.0,), (1.0,), 3, shuffle=True, seed=1)
+    batches = ImageBatches(part, (0.0,), (1.0,), 3, shuffle=True, seed=1)
     assert len(batches) == 3
     orders = []
     for epoch in (1, 2, 1):
@@ -316,14 +317,14 @@ def test_batches_cover_everything_once_in_an_order_that_follows_from_seed_and_ep
         orders.append(torch.cat([labels for _, labels in batches]).tolist())
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == list(range(7))
-    assert torch.cat([labels for _, labels in Batches(part, (0.0,), (1.0,), 3)]).tolist() == list(range(7))
+    assert torch.cat([labels for _, labels in ImageBatches(part, (0.0,), (1.0,), 3)]).tolist() == list(range(7))
 
 
 def test_batches_normalize_and_shift_by_whole_pixels():
     part = images()
-    plain = torch.cat([x for x, _ in Batches(part, (0.5,), (0.25,), 3)])
+    plain = torch.cat([x for x, _ in ImageBatches(part, (0.5,), (0.25,), 3)])
     torch.testing.assert_close(plain, (part.pixels.float() / 255 - 0.5) / 0.25)
-    shifted = torch.cat([x for x, _ in Batches(part, (0.0,), (1.0,), 3, shift=2)])
+    shifted = torch.cat([x for x, _ in ImageBatches(part, (0.0,), (1.0,), 3, shift=2)])
     padded = torch.nn.functional.pad(part.pixels.float() / 255, (2, 2, 2, 2))
     offsets = set()
     for image, wide in zip(shifted, padded, strict=True):
@@ -333,6 +334,61 @@ def test_batches_normalize_and_shift_by_whole_pixels():
     rows, columns = zip(*offsets, strict=True)
     assert len(set(rows)) > 1
     assert len(set(columns)) > 1
+
+
+def test_ranks_share_every_batch_and_none_is_left_without(tmp_path):
+    part = images(count=9)
+    alone = ImageBatches(part, (0.0,), (1.0,), 4, shuffle=True, shift=1, flip=True, seed=3)
+    shares = [
+        ImageBatches(part, (0.0,), (1.0,), 4, shuffle=True, shift=1, flip=True, seed=3, rank=rank, ranks=2)
+        for rank in range(2)
+    ]
+    # The last batch, of one image, has none for the second rank.
+    assert [len(each) for each in (alone, *shares)] == [3, 2, 2]
+    for whole, *parts in zip(alone, *shares, strict=False):
+        for index in range(2):
+            assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+    parts = [ImageBatches(part, (0.0,), (1.0,), 4, rank=rank, ranks=2) for rank in range(2)]
+    assert sorted(torch.cat([labels for each in parts for _, labels in each]).tolist()) == list(range(9))
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    part = images(count=200)
+    flipped = torch.cat([x for x, _ in ImageBatches(part, (0.0,), (1.0,), 50, flip=True)])
+    plain = part.pixels.float() / 255
+    mirrored = [torch.equal(new, old.flip(-1)) for new, old in zip(flipped, plain, strict=True)]
+    assert all(m or torch.equal(new, old) for m, new, old in zip(mirrored, flipped, plain, strict=True))
+    assert 70 < sum(mirrored) < 130
+
+
+def write_fashion(folder, name="train", count=60_000, kinds=("images-idx3", "labels-idx1")):
+    for kind in kinds:
+        shape = (count, 28, 28) if kind == "images-idx3" else (count,)
+        header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+        body = torch.arange(count, dtype=torch.int64).remainder(10).to(torch.uint8)
+        body = body[:, None].expand(count, 784).contiguous() if len(shape) == 3 else body
+        (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + body.numpy().tobytes(), 1))
+
+
+def test_fashion_mnist_reads_the_original_files(tmp_path):
+    write_fashion(tmp_path)
+    with pytest.raises(InputError, match=r"t10k-images-idx3-ubyte.gz: cannot be read \(No such file"):
+        fashion_mnist(str(tmp_path))
+    write_fashion(tmp_path, "t10k", 10_000)
+    data = fashion_mnist(str(tmp_path), shift=2, flip=True)
+    assert [data.size(part) for part in ("train", "validation", "test")] == [55_000, 5_000, 10_000]
+    assert data.model_arguments() == {"num_classes": 10, "in_channels": 1}
+    for part in (data.train, data.validation, data.test):
+        assert part.labels.bincount().tolist() == [len(part) // 10] * 10
+        assert torch.equal(part.pixels[:, 0, 13, 13], part.labels.to(torch.uint8))
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        fashion_mnist(str(tmp_path))
+    labels.write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(InputError, match="does not hold 10,000 items"):
+        fashion_mnist(str(tmp_path))
 
 
 def test_evaluate_counts_exactly_and_puts_the_mode_back():

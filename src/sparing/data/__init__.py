@@ -1,5 +1,11 @@
 """Data sets."""
 
-from sparing.data.image import DATASETS, Batches, ImageData, Images
+from collections.abc import Callable
 
-__all__ = ["DATASETS", "Batches", "ImageData", "Images"]
+from sparing.data.base import Batches, Data, Part, check_part
+from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, mnist5k
+
+__all__ = ["DATASETS", "Batches", "Data", "ImageBatches", "ImageData", "Images", "Part", "check_part"]
+
+DATASETS: dict[str, Callable[..., Data]] = {data.__name__: data for data in (mnist5k, fashion_mnist)}
+"""The data sets by the name a recipe uses; the other keys of its `data:` are the arguments."""

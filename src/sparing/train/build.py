@@ -1,23 +1,51 @@
 """From a recipe to the objects of a run."""
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from sparing.data import DATASETS, Data
 from sparing.errors import InputError
 from sparing.models import MODELS
 from sparing.optim import param_groups
 from sparing.select import nearest
 from sparing.sparsify import Sparsifier, sparsify_
+from sparing.train.recipe import Data as DataSpec
 from sparing.train.recipe import Model, Optimizer, Recipe, build_method
 
+FITTED = ("num_classes", "in_channels", "input_size")
+"""Arguments of models that follow from the data."""
 
-def build_model(spec: Model, in_channels: int, num_classes: int) -> nn.Module:
-    """The model a recipe names, fitted to the data.
+
+def build_data(spec: DataSpec) -> Data:
+    """The data set a recipe names.
 
     Raises:
-        InputError: an argument is none of the model's, or the model takes another kind of image.
+        InputError: an argument is none of the data set's, or the data is not there.
+    """
+    function = DATASETS[spec.name]
+    arguments = dict(spec.model_extra or {})
+    known = inspect.signature(function).parameters
+    for key in arguments:
+        if key not in known:
+            raise InputError(f"data {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
+    try:
+        return function(**arguments)
+    except TypeError as error:
+        raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {error}") from error
+
+
+def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
+    """The model a recipe names, fitted to the data.
+
+    Args:
+        spec: of the recipe.
+        fits: the data's `model_arguments()`.
+
+    Raises:
+        InputError: an argument is none of the model's, or the model takes another kind of input.
     """
     function = MODELS[spec.name]
     known = inspect.signature(function).parameters
@@ -25,24 +53,35 @@ def build_model(spec: Model, in_channels: int, num_classes: int) -> nn.Module:
     for key in arguments:
         if key not in known:
             raise InputError(f"model {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
-        if key in ("num_classes", "in_channels"):
+        if key in FITTED:
             raise InputError(f"model: {key!r} follows from the data; leave it out")
-    arguments["num_classes"] = num_classes
-    if "in_channels" in known:
-        arguments["in_channels"] = in_channels
-    elif in_channels != 3:
-        raise InputError(f"model {spec.name!r} takes images of 3 channels; the data has {in_channels}")
+    for key, value in fits.items():
+        if key in known:
+            arguments[key] = value
+        elif key == "in_channels":  # models that do not say take colors
+            if value != 3:
+                raise InputError(f"model {spec.name!r} takes images of 3 channels; the data has {value}")
+        else:
+            raise InputError(f"model {spec.name!r} does not take {key}={value}, which is what the data has")
+    missing = [
+        key for key in FITTED if key in known and key not in fits and known[key].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise InputError(f"model {spec.name!r} needs {missing[0]}, which the data does not have")
     try:
         return function(**arguments)
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
 
 
-def build_sparsifier(recipe: Recipe, model: nn.Module, training_images: int) -> Sparsifier | None:
-    """Sparsify the model as the recipe says; None for a dense run."""
+def build_sparsifier(recipe: Recipe, model: nn.Module, steps: int) -> Sparsifier | None:
+    """Sparsify the model as the recipe says; None for a dense run.
+
+    Args:
+        steps: optimizer steps of the run.
+    """
     if recipe.method is None:
         return None
-    steps = recipe.schedule.epochs * -(-training_images // recipe.data.batch_size)
     return sparsify_(model, build_method(recipe.method, steps), recipe.select)
 
 

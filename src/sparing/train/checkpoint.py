@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparing.errors import CheckpointError
 from sparing.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -39,13 +40,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's random generators, on the CPU and every GPU."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random generators of the CPU and of the device, as bytes."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_random_state(states: list[dict[str, Tensor]], rank: int, device: torch.device) -> None:
+    """Put back what `random_state` returned on the rank; a rank that there was not keeps its own."""
+    if rank < len(states):
+        torch.set_rng_state(states[rank]["cpu"])
+        if device.type == "cuda" and "cuda" in states[rank]:
+            torch.cuda.set_rng_state(states[rank]["cuda"], device)

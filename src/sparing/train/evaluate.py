@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparing.train.distributed import Ranks
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -29,15 +31,24 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Loss and accuracy in evaluation mode; the mode is put back afterwards."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ranks | None = None) -> Evaluation:
+    """Loss and accuracy in evaluation mode; the mode is put back afterwards.
+
+    Args:
+        model: gives logits (N, classes).
+        batches: of `(*inputs, labels)`; with several ranks, this rank's share of them.
+        ranks: sum over these, so that every rank returns the result over all examples.
+    """
     training = model.training
     model.eval()
     loss, correct, count = 0.0, 0, 0
-    for images, labels in batches:
-        logits = model(images)
+    for *inputs, labels in batches:
+        logits = model(*inputs)
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         correct += int((logits.argmax(dim=1) == labels).sum())
         count += len(labels)
     model.train(training)
+    if ranks is not None:
+        loss, *counts = ranks.sum(loss, correct, count)
+        correct, count = map(int, counts)
     return Evaluation(loss / count, correct, count)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from sparing.data import Batches, ImageData
+from sparing.data import Data
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.schedules import warmup_cosine
-from sparing.train.build import build_model, build_optimizer, build_sparsifier, pick_device
+from sparing.train.build import build_model, build_optimizer, build_sparsifier
 from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from sparing.train.distributed import Ranks
 from sparing.train.evaluate import evaluate
 from sparing.train.log import RunLog
 from sparing.train.recipe import Recipe
@@ -36,7 +38,9 @@ class Fitted:
     seconds: float
 
 
-def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after: int | None = None) -> Fitted | None:
+def fit(
+    recipe: Recipe, data: Data, ranks: Ranks, out: Path, console: Console, stop_after: int | None = None
+) -> Fitted | None:
     """Train as the recipe says, from the run's checkpoint if it has one, else from the start.
 
     After every epoch `checkpoint.pt` holds all that the rest of the run depends on: weights,
@@ -46,7 +50,9 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
 
     Args:
         recipe: what to do.
-        data: already on the recipe's device.
+        data: already on the device of this rank.
+        ranks: who trains with this process; rank 0 writes the files. A run may go on with another
+            number of ranks: batches are the same, and their sums differ by rounding.
         out: the run directory.
         console: where to print.
         stop_after: epochs to train now, fewer than the recipe's; None trains to the end.
@@ -58,21 +64,17 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
         InputError: the loss is not finite; the last checkpoint is kept.
         CheckpointError: the checkpoint cannot be read.
     """
-    device = pick_device(recipe.device)
+    device = ranks.device
     torch.manual_seed(recipe.seed)
-    in_channels = data.input_size[1]
-    model = build_model(recipe.model, in_channels, data.num_classes).to(device)
+    model = build_model(recipe.model, data.model_arguments()).to(device)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sparsifier = build_sparsifier(recipe, model, len(data.train))
+    train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
+    validation = data.evaluation("validation", ranks.rank, ranks.count)
+    sparsifier = build_sparsifier(recipe, model, recipe.schedule.epochs * len(train))
     optimizer = build_optimizer(recipe.optimizer, model)
     if sparsifier is not None:
         sparsifier.attach(optimizer)
-
-    train = Batches(
-        data.train, data.mean, data.std, recipe.data.batch_size, shuffle=True, shift=recipe.data.shift, seed=recipe.seed
-    )
-    validation = Batches(data.validation, data.mean, data.std, 1000)
     schedule = recipe.schedule
     unit = len(train) if schedule.update == "step" else 1
     scheduler = LambdaLR(
@@ -88,35 +90,39 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
 
     progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "best": None, "sparsest": 0.0, "validation_accuracy": 0.0}
     path = out / "checkpoint.pt"
-    if path.exists():
-        saved = load_checkpoint(path)
+    saved = load_checkpoint(path) if path.exists() else None
+    if saved is not None:
         try:
             for name, thing in stateful.items():
                 thing.load_state_dict(saved[name])
             progress = saved["progress"]
-            set_random_state(saved["random"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"checkpoint {path}: does not fit the recipe ({reason})") from error
         console.print(f"continuing after epoch {progress['epoch']} of {schedule.epochs}")
+    parallel = ranks.wrap(model)
+    # Last: what is built above must draw alike on every rank, what follows, such as dropout, must not.
+    if not ranks.first:
+        torch.manual_seed(recipe.seed + 1_000_003 * (ranks.rank + ranks.count * progress["epoch"]))
+    if saved is not None:
+        set_random_state(saved["random"], ranks.rank, device)
 
-    log = RunLog(out, progress["epoch"], recipe.tensorboard, console)
-    run_model = torch.compile(model) if recipe.compile else model
+    log = RunLog(out, progress["epoch"], recipe.tensorboard, console) if ranks.first else None
+    run_model: nn.Module = torch.compile(parallel) if recipe.compile else parallel  # type: ignore[assignment]
     trained = model if average is None else average.module
     clock = time.perf_counter() - progress["seconds"]
     last = min(schedule.epochs, progress["epoch"] + (stop_after or schedule.epochs))
     for epoch in range(progress["epoch"] + 1, last + 1):
         train.epoch = epoch
         rate = optimizer.param_groups[0]["lr"]
-        total_loss = torch.zeros((), device=device)
+        total_loss, examples = torch.zeros((), device=device), 0
+        began = time.perf_counter()
         model.train()
-        for images, labels in log.progress(train, epoch, schedule.epochs):
-            if recipe.channels_last:
-                images = images.to(memory_format=torch.channels_last)
-            with torch.autocast(device.type, AMP.get(recipe.amp), enabled=recipe.amp != "none"):
-                loss = F.cross_entropy(run_model(images), labels, label_smoothing=recipe.label_smoothing)
+        for batch in log.progress(train, epoch, schedule.epochs) if log else train:
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            # Summed on the device: reading it every step would make a GPU wait.
+            total_loss += backward(run_model, batch, recipe, ranks, scaler)
+            examples += len(batch[-1])
             if recipe.clip_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
@@ -126,12 +132,12 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
                 average.update_parameters(model)
             if schedule.update == "step":
                 scheduler.step()
-            # Summed on the device: reading it every step would make a GPU wait.
-            total_loss += loss.detach() * len(labels)
         if schedule.update == "epoch":
             scheduler.step()
 
-        train_loss = float(total_loss) / len(train.images)
+        loss_sum, seen = ranks.sum(float(total_loss), examples)
+        speed = seen / (time.perf_counter() - began)
+        train_loss = loss_sum / seen
         if not math.isfinite(train_loss):
             raise InputError(
                 f"the loss became {train_loss} in epoch {epoch}: lower optimizer.lr ({recipe.optimizer.lr:g}) or set "
@@ -139,38 +145,78 @@ def fit(recipe: Recipe, data: ImageData, out: Path, console: Console, stop_after
             )
         if sparsifier is not None:
             sparsifier.warn_collapsed()
-        result = evaluate(trained, validation)
+        ranks.share_buffers(trained)
+        result = evaluate(trained, validation, ranks)
         account = report(trained)
         progress |= {
             "epoch": epoch,
             "seconds": time.perf_counter() - clock,
             "validation_accuracy": result.accuracy,
         }
-        log.epoch(
-            {
-                "epoch": epoch,
-                "lr": rate,
-                "train_loss": train_loss,
-                "validation_loss": result.loss,
-                "validation_accuracy": result.accuracy,
-                "sparsity": account.total.sparsity,
-                "seconds": progress["seconds"],
-                "layers": {r.name: {"threshold": r.threshold, "sparsity": r.sparsity} for r in account.layers},
-            },
-            schedule.epochs,
-        )
+        if log:
+            log.epoch(
+                {
+                    "epoch": epoch,
+                    "lr": rate,
+                    "train_loss": train_loss,
+                    "validation_loss": result.loss,
+                    "validation_accuracy": result.accuracy,
+                    "sparsity": account.total.sparsity,
+                    "seconds": progress["seconds"],
+                    "examples_per_second": speed,
+                    "layers": {r.name: {"threshold": r.threshold, "sparsity": r.sparsity} for r in account.layers},
+                },
+                schedule.epochs,
+            )
         best = {"epoch": epoch, "validation_accuracy": result.accuracy, "sparsity": account.total.sparsity}
         progress["sparsest"] = max(progress["sparsest"], account.total.sparsity)
-        data_shape = {"input_size": list(data.input_size), "num_classes": data.num_classes, "images": len(data.train)}
-        if _is_better(best, progress["best"], progress["sparsest"]):
+        shape = {
+            "input_size": list(data.input_size),
+            "model_arguments": data.model_arguments(),
+            "steps": schedule.epochs * len(train),
+        }
+        better = _is_better(best, progress["best"], progress["sparsest"])
+        if better:
             progress["best"] = best
-            save_checkpoint(out / "best.pt", {"model": trained.state_dict(), "data": data_shape, "progress": progress})
-        states = {name: thing.state_dict() for name, thing in stateful.items()}
-        save_checkpoint(path, {**states, "data": data_shape, "progress": progress, "random": random_state()})
-    log.close()
+        random = ranks.gather(random_state(device))
+        if ranks.first and better:
+            save_checkpoint(out / "best.pt", {"model": trained.state_dict(), "data": shape, "progress": progress})
+        if ranks.first:
+            states = {name: thing.state_dict() for name, thing in stateful.items()}
+            save_checkpoint(path, {**states, "data": shape, "progress": progress, "random": random})
+    if log:
+        log.close()
     if progress["epoch"] < schedule.epochs:
         return None
     return Fitted(trained, progress["validation_accuracy"], progress["seconds"])
+
+
+def backward(
+    model: nn.Module, batch: tuple[Tensor, ...], recipe: Recipe, ranks: Ranks, scaler: torch.amp.GradScaler
+) -> Tensor:
+    """Leave the gradient of the mean loss over the global batch in the parameters.
+
+    L = Σ loss(example) / n, with n the examples of all ranks: shares of unequal sizes, and parts of a
+    share, weigh as much as their examples. Ranks average their gradients, hence the factor.
+
+    Returns:
+        The sum of the losses of this rank's examples, on the device.
+    """
+    n = ranks.sum_(torch.tensor(float(len(batch[-1])), device=ranks.device))
+    total = torch.zeros((), device=ranks.device)
+    parts = list(zip(*(tensor.chunk(recipe.data.accumulate) for tensor in batch), strict=True))
+    for index, (*inputs, labels) in enumerate(parts):
+        if recipe.channels_last:
+            inputs = [tensor.to(memory_format=torch.channels_last) for tensor in inputs]
+        last = index == len(parts) - 1
+        # Gradients go over the wire once a step, with the last part.
+        with nullcontext() if last or ranks.count == 1 else model.no_sync():  # type: ignore[operator]
+            with torch.autocast(ranks.device.type, AMP.get(recipe.amp), enabled=recipe.amp != "none"):
+                logits = model(*inputs)
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
+            scaler.scale(loss * (ranks.count / n)).backward()
+        total += loss.detach()
+    return total
 
 
 def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:

@@ -43,14 +43,15 @@ class Model(Part):
 
 
 class Data(Part):
-    """What to train on."""
+    """What to train on: `name` of `sparing.data`; other keys are the arguments of that function."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
-    """`name` of `sparing.data`."""
     batch_size: int = Field(default=64, ge=1)
-    """Images a step."""
-    shift: int = Field(default=0, ge=0, le=64)
-    """Augmentation: pixels by which a training image may move, in both directions."""
+    """Examples a step, over all ranks."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which a rank goes through its share of a batch, for batches that do not fit in memory."""
 
     @field_validator("name")
     @classmethod

@@ -11,18 +11,19 @@ from rich.console import Console
 from torch import nn
 
 import sparing
-from sparing.data import DATASETS, Batches, ImageData
+from sparing.data import Data, check_part
 from sparing.errors import CheckpointError, InputError
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.sparsify import dense_state_dict
-from sparing.train.build import build_model, build_sparsifier, pick_device
+from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
 from sparing.train.checkpoint import load_checkpoint
+from sparing.train.distributed import Ranks, join
 from sparing.train.evaluate import Evaluation, evaluate
 from sparing.train.log import read_history
-from sparing.train.loop import fit
+from sparing.train.loop import Fitted, fit
 from sparing.train.recipe import Recipe, load_recipe
 
 Weights = Literal["last", "best", "dense"]
@@ -53,14 +54,18 @@ def train_run(
     """
     out = Path(out)
     console = console or Console(quiet=True)
+    with join(recipe.device) as ranks:
+        return _train(recipe, out, ranks, resume, stop_after, console if ranks.first else Console(quiet=True))
+
+
+def _train(
+    recipe: Recipe, out: Path, ranks: Ranks, resume: bool, stop_after: int | None, console: Console
+) -> dict[str, Any] | None:
     # Built once before anything is written, so that what cannot work leaves no directory behind.
-    device = pick_device(recipe.device)
-    data = DATASETS[recipe.data.name]()
-    trial = build_model(recipe.model, data.input_size[1], data.num_classes).to("meta")
-    build_sparsifier(recipe, trial, len(data.train))
-    count_uses(trial, data.input_size)
-    _open(out, recipe, resume)
-    finished = _read_metrics(out)
+    data = build_data(recipe.data)
+    _check_fits(recipe, data, ranks)
+    # Known to every rank before any goes on.
+    finished = ranks.ask_first(lambda: _open(out, recipe, resume))
     if finished is not None:
         console.print(f"{out} is finished")
         return finished
@@ -68,16 +73,36 @@ def train_run(
     dense: dict[str, Any] | None = None
     if recipe.dense_baseline:
         console.print("dense:")
-        dense = train_run(recipe.dense(), out / "dense", resume=True, stop_after=stop_after, console=console)
+        dense = _train(recipe.dense(), out / "dense", ranks, True, stop_after, console)
         if dense is None:
             return None
         console.print(f"{recipe.method['name'] if recipe.method else ''}:")
-    data = data.to(device)
-    fitted = fit(recipe, data, out, console, stop_after)
+    data = data.to(ranks.device)
+    fitted = fit(recipe, data, ranks, out, console, stop_after)
     if fitted is None:
         return None
+    test = evaluate(fitted.model, data.evaluation("test", ranks.rank, ranks.count), ranks)
+    return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
+
+
+def _check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
+    if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
+        raise InputError(
+            f"data.batch_size={recipe.data.batch_size} must be at least the number of ranks ({ranks.count}) times "
+            f"data.accumulate ({recipe.data.accumulate})"
+        )
+    trial = build_model(recipe.model, data.model_arguments()).to("meta")
+    steps = recipe.schedule.epochs * len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
+    build_sparsifier(recipe, trial, steps)
+    count_uses(trial, data.input_size)
+
+
+def _finish(
+    recipe: Recipe, data: Data, ranks: Ranks, out: Path, fitted: Fitted, test: Evaluation, dense: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write what a finished run leaves behind; its metrics last."""
     account = report(fitted.model, data.input_size)
-    test = evaluate(fitted.model, _batches(data, "test"))
+    device = ranks.device
     _write_model(out, fitted.model)
     write_text(out / "report.json", account.to_json() + "\n")
     _write_figures(out, account)
@@ -103,6 +128,7 @@ def train_run(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count,
     }
     # Last: a run is finished when its metrics are there.
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -118,7 +144,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
             the exported tensors of `model.safetensors`.
 
     Returns:
-        The model, the recipe, and what the checkpoint says of the data: "input_size" and "num_classes".
+        The model, the recipe, and what the checkpoint says of the data: "input_size", "model_arguments", "steps".
 
     Raises:
         InputError: the directory is none of a run.
@@ -131,7 +157,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
     missing = [key for key in ("data", "model") if key not in saved]
     if missing:
         raise CheckpointError(f"checkpoint {path}: does not fit the recipe (it has no {missing[0]!r})")
-    model = build_model(recipe.model, saved["data"]["input_size"][1], saved["data"]["num_classes"])
+    model = build_model(recipe.model, saved["data"]["model_arguments"])
     if weights == "dense":
         path = run / "model.safetensors"
         state = _read_model(path)
@@ -139,7 +165,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
         # On the meta device while its weights are still the initial ones, for which a warning
         # about their thresholds would be noise.
         model = model.to("meta")
-        build_sparsifier(recipe, model, saved["data"]["images"])
+        build_sparsifier(recipe, model, saved["data"]["steps"])
         model = model.to_empty(device="cpu")
         state = saved["model"]
         if weights == "last" and "average" in saved:
@@ -160,8 +186,8 @@ def evaluate_run(run: str | Path, part: str = "test", weights: Weights = "last")
         device = pick_device(recipe.device)
     except InputError:  # trained on another machine
         device = pick_device("auto")
-    data = DATASETS[recipe.data.name]().to(device)
-    return evaluate(model.to(device), _batches(data, part)), report(model, data.input_size)
+    data = build_data(recipe.data).to(device)
+    return evaluate(model.to(device), data.evaluation(check_part(part))), report(model, data.input_size)
 
 
 def report_run(run: str | Path, weights: Weights = "last") -> Report:
@@ -170,17 +196,13 @@ def report_run(run: str | Path, weights: Weights = "last") -> Report:
     return report(model, data["input_size"])
 
 
-def _batches(data: ImageData, part: str) -> Batches:
-    if part not in ("test", "validation"):
-        raise InputError(f"unknown part {part!r}; choose from test, validation")
-    return Batches(getattr(data, part), data.mean, data.std, 1000)
-
-
-def _open(out: Path, recipe: Recipe, resume: bool) -> None:
+def _open(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Make the run directory, or check that it is this recipe's; its metrics if the run is finished."""
     try:
         _make_or_check(out, recipe, resume)
     except OSError as error:
         raise InputError(f"{out} cannot be made: {error.strerror}; choose another directory with --out") from error
+    return _read_metrics(out)
 
 
 def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
