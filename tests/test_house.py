@@ -27,21 +27,22 @@ MAY_IMPORT = {
     "budget": {"errors", "files", "masks", "select"},
     "optim": {"errors", "parametrizations", "select"},
     "plots": {"report"},
-    "models": set(),
+    "rnn": {"errors", "select", "sparsify"},
+    "models": {"rnn"},
     "methods": {
         "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
     "data": {"errors"},
     "train": {
         "errors", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods",
-        "data",
+        "data", "rnn",
     },
     "cli": {
         "errors", "budget", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
-CORE += ["budget", "masks", "optim", "models", "methods", "published"]
+CORE += ["budget", "masks", "optim", "rnn", "models", "methods", "published"]
 
 
 def room(path):

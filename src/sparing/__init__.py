@@ -1,6 +1,6 @@
 """sparing: neural networks that learn how much of themselves to keep."""
 
-from sparing import models, select
+from sparing import models, rnn, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.macs import count_uses
@@ -74,6 +74,7 @@ __all__ = [
     "models",
     "param_groups",
     "report",
+    "rnn",
     "select",
     "soft_threshold",
     "sparse_layers",

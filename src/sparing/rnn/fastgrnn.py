@@ -155,7 +155,8 @@ class FastGRNN(nn.Module):
             steepness + floor,
             *self._recurrent(len(h)),
         )
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            # Compilers and autocast know what to do with every step of the loop, and nothing of a backward by hand.
             outputs = _states(cell.gate, cell.update, *arguments)[0]
         else:
             outputs = _Sequence.apply(cell.gate, cell.update, *arguments)
