@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "methods": {
         "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
-    "data": {"errors"},
+    "data": {"errors", "files"},
     "train": {
         "errors", "files", "macs", "schedules", "select", "sparsify", "report", "optim", "plots", "models", "methods",
         "data", "rnn",
