@@ -1,7 +1,8 @@
 """The ledger of our own runs, and the tables of README and docs that are built from it.
 
     python bench/results.py add RUN RECIPE    copy the metrics of a finished run into results/
-    python bench/results.py table             write the tables into README.md and docs/comparison.md
+    python bench/results.py table             write the tables into README.md and the pages of docs/
+    python bench/results.py figures           draw docs/figures/
 
 A row of accuracy is the mean over the seeds of one recipe at one commit, with the sample standard
 deviation where there are several. Nothing in the tables is typed by hand.
@@ -21,7 +22,8 @@ def add(run, recipe):
     metrics = json.loads(Path(run, "metrics.json").read_text())
     folder = ROOT / "results" / Path(recipe).with_suffix("").relative_to("recipes")
     folder.mkdir(parents=True, exist_ok=True)
-    entry = {"recipe": str(recipe), **metrics}
+    layers = json.loads(Path(run, "report.json").read_text())["layers"]
+    entry = {"recipe": str(recipe), **metrics, "budget": {layer["name"]: layer["sparsity"] for layer in layers}}
     (folder / f"seed{metrics['seed']}.json").write_text(json.dumps(entry, indent=2) + "\n")
 
 
@@ -31,30 +33,61 @@ def spread(values, scale=1.0, digits=2):
     return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
+def recipes():
+    """The finished runs, a list of seeds for each recipe: dense first, then by sparsity."""
+    folders = {path.parent for path in ROOT.joinpath("results").rglob("seed*.json")}
+    found = [[json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))] for folder in folders]
+    return sorted(found, key=lambda entries: (Path(entries[0]["recipe"]).parent, entries[0]["sparsity"]))
+
+
 def runs_table():
-    """A dense row and a sparse row a recipe."""
+    """A sparse row a recipe, and a dense row where it was trained beside it."""
     rows = [
         "| recipe | | test accuracy, % | sparsity, % | weights kept | MACs | runs |",
         "|---|---|---|---|---|---|---|",
     ]
-    hardware = set()
-    for folder in sorted({path.parent for path in ROOT.joinpath("results").rglob("seed*.json")}):
-        entries = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
-        recipe, count = entries[0]["recipe"], len(entries)
+    hardware = {}
+    for entries in recipes():
+        first, recipe, count = entries[0], Path(entries[0]["recipe"]), len(entries)
         (commit,) = {entry["commit"] for entry in entries}
-        hardware |= {f"{e['device']}, {e['threads']} threads, torch {e['torch']}, commit {commit[:7]}" for e in entries}
-        dense = [entry["dense_accuracy"] for entry in entries]
-        first = entries[0]
-        rows.append(
-            f"| [{Path(recipe).stem}]({recipe}) | dense | {spread(dense, 100)} | 0 | {first['weights']:,} "
-            f"| {first['dense_macs']:,} | {count} |"
-        )
+        machine = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}, commit {commit[:7]}" for e in entries}
+        hardware.setdefault("; ".join(sorted(machine)), set()).add(recipe.parent.name)
+        cell = f"[{recipe.parent.name}/{recipe.stem}]({recipe})"
+        if "dense_accuracy" in first:
+            dense = spread([entry["dense_accuracy"] for entry in entries], 100)
+            rows.append(f"| {cell} | dense | {dense} | 0 | {first['weights']:,} | {first['dense_macs']:,} | {count} |")
+            cell = ""
         values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "nonzero", "macs")}
         rows.append(
-            f"| | {first['method']} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
+            f"| {cell} | {first['method']} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
             f"| {round(statistics.mean(values['nonzero'])):,} | {round(statistics.mean(values['macs'])):,} | {count} |"
         )
-    return [*rows, "", f"Seeds 0 up; mean ± standard deviation; {'; '.join(sorted(hardware))}."]
+    notes = [f"{', '.join(sorted(names))}: {machine}" for machine, names in hardware.items()]
+    return [*rows, "", f"Seeds 0 up; mean ± standard deviation; {'; '.join(notes)}."]
+
+
+def budget_figure():
+    """Learned budgets by depth, ours on Fashion-MNIST beside the paper's on ImageNet."""
+    from matplotlib.figure import Figure
+
+    from sparing import Budget
+
+    ours = [entries[0] for entries in recipes() if "fashion-mnist/str" in entries[0]["recipe"]]
+    left = {f"{100 * entry['sparsity']:.2f} %": entry["budget"] for entry in ours}
+    names = ("resnet50-str-90.23", "resnet50-str-95.15", "resnet50-str-98.05")
+    right = {f"{name.rpartition('-')[2]} %": dict(Budget.published(name)) for name in names}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    titles = ("ours: small ResNet, Fashion-MNIST, seed 0", "the paper's: ResNet-50, ImageNet")
+    for axes, title, budgets in zip(figure.subplots(1, 2, sharey=True), titles, (left, right), strict=True):
+        for label, budget in budgets.items():
+            depth = [index / (len(budget) - 1) for index in range(len(budget))]
+            axes.plot(depth, list(budget.values()), marker=".", linewidth=1, label=label)
+        axes.set(title=title, xlabel="depth, from the first layer to the last", ylim=(0, 1))
+        axes.legend(frameon=False, title="sparsity")
+    figure.axes[0].set_ylabel("sparsity of the layer")
+    path = ROOT / "docs" / "figures" / "budget_by_depth.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def methods_table():
@@ -128,6 +161,8 @@ def main():
             for page in PAGES:
                 path = ROOT / page
                 path.write_text(filled(path.read_text()))
+        case ["figures"]:
+            budget_figure()
         case _:
             raise SystemExit(__doc__)
 

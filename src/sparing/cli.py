@@ -24,6 +24,7 @@ from sparing.methods import METHODS
 from sparing.models import MODELS
 from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
+from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_run, load_run, report_run, train_run
 
@@ -90,6 +91,8 @@ def train(
     except KeyboardInterrupt:
         print(f"sparing: interrupted; finished epochs are kept, continue with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not is_first_process():
+        return
     if metrics is None:
         console.print(f"stopped early; continue with: {again}", highlight=False, soft_wrap=True)
         if as_json:

@@ -110,7 +110,7 @@ class Sparsifier:
             return []
         with torch.no_grad():
             # Stacked, so that a GPU is waited for once, not once a layer.
-            alive = torch.stack([(layer.effective_weight != 0).any().cpu() for layer in layers.values()])
+            alive = torch.stack([_whole((layer.effective_weight != 0).any()).cpu() for layer in layers.values()])
         return [name for name, lives in zip(layers, alive.tolist(), strict=True) if not lives]
 
     def warn_collapsed(self) -> None:
@@ -282,6 +282,12 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
         {}
     """
     return {name: layer for name, layer in find_layers(model).items() if layer.parametrization is not None}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from the ranks that FSDP2 (`fully_shard`) has spread it over."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()  # type: ignore[no-any-return]
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -31,11 +31,11 @@ SETTINGS = {
     "static_random": {"sparsity": SPARSITY},
     "snip": {"sparsity": SPARSITY},
     "grasp": {"sparsity": SPARSITY},
-    "st3": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10},
-    "st3_sigma": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10},
-    "feather": {"steps": STEPS, "sparsity": SPARSITY, "theta": 0.5},
+    "st3": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
+    "st3_sigma": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
+    "feather": {"steps": STEPS, "sparsity": SPARSITY, "every": 3, "theta": 0.5},
     "acdc": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 15, "phase": 3},
-    "spartan": {"steps": STEPS, "sparsity": SPARSITY},
+    "spartan": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
 }
 
 # Methods that end with exactly the number of weights asked for, in every layer.

@@ -16,7 +16,9 @@ def sparsified(weight, **settings):
     """A Linear layer of this weight after one step that moves nothing."""
     model = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     model.weight.data = weight.clone()
-    sparsifier = sparing.sparsify_(model, sparing.Feather(**{"steps": 10, "begin": 0, "end": 0, **settings}))
+    sparsifier = sparing.sparsify_(
+        model, sparing.Feather(**{"steps": 10, "begin": 0, "end": 0, "every": 1, **settings})
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparsifier.attach(optimizer)
     assert torch.equal(model.weight, weight)
@@ -67,7 +69,7 @@ def test_theta_is_a_half_above_95_percent(sparsity, theta):
 
 
 def test_the_total_follows_the_cubic_ramp_of_half_the_run_and_the_threshold_is_one():
-    run = Run("conv2d", sparing.Feather(steps=20, sparsity=0.75))
+    run = Run("conv2d", sparing.Feather(steps=20, sparsity=0.75, every=1))
     thresholds = []
     for done in range(1, 21):
         run.train(1)
@@ -91,6 +93,6 @@ def test_equal_weights_and_zeros_keep_the_count_and_stay_finite():
 def test_bad_input():
     for theta in (-0.1, 1.5, "half", True):
         with pytest.raises(sparing.InputError, match="theta must be None or a factor from 0 to 1, got"):
-            sparing.Feather(steps=10, sparsity=0.9, theta=theta)
-    with pytest.raises(sparing.InputError, match=r"Feather: begin=0.6 \(step 6\) comes after end=0.5 \(step 5\)"):
-        sparing.Feather(steps=10, sparsity=0.9, begin=0.6)
+            sparing.Feather(steps=100, sparsity=0.9, theta=theta)
+    with pytest.raises(sparing.InputError, match=r"Feather: begin=0.6 \(step 60\) comes after end=0.5 \(step 50\)"):
+        sparing.Feather(steps=100, sparsity=0.9, begin=0.6)

@@ -27,7 +27,7 @@ def sparsified(weights, **settings):
     model = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights)
     for layer, weight in zip(model, weights, strict=True):
         layer.weight.data = weight.clone()
-    sparsifier = sparing.sparsify_(model, sparing.Spartan(**settings))
+    sparsifier = sparing.sparsify_(model, sparing.Spartan(**{"every": 1, **settings}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparsifier.attach(optimizer)
 
@@ -100,7 +100,7 @@ def test_the_forward_weights_are_soft_values_on_the_hard_mask():
 
 
 def test_k_falls_until_begin_and_everything_but_the_weights_is_fixed_from_end_on():
-    run = Run("conv2d", sparing.Spartan(steps=20, sparsity=0.75, begin=5, end=15))
+    run = Run("conv2d", sparing.Spartan(steps=20, sparsity=0.75, begin=5, end=15, every=1))
     frozen = None
     for done in range(1, 21):
         run.train(1)
@@ -134,8 +134,8 @@ def test_beta_rises_linearly_to_end():
 def test_bad_input():
     for bad in (0.0, -1, "high", True, float("inf")):
         with pytest.raises(sparing.InputError, match="Spartan: beta_first must be a finite number, > 0, got"):
-            sparing.Spartan(steps=10, sparsity=0.9, beta_first=bad)
+            sparing.Spartan(steps=100, sparsity=0.9, beta_first=bad)
     with pytest.raises(sparing.InputError, match="beta_last must be a finite number, at least beta_first=5.0, got 2"):
-        sparing.Spartan(steps=10, sparsity=0.9, beta_first=5.0, beta_last=2)
-    with pytest.raises(sparing.InputError, match=r"Spartan: begin=0.9 \(step 9\) comes after end=0.8"):
-        sparing.Spartan(steps=10, sparsity=0.9, begin=0.9)
+        sparing.Spartan(steps=100, sparsity=0.9, beta_first=5.0, beta_last=2)
+    with pytest.raises(sparing.InputError, match=r"Spartan: begin=0.9 \(step 90\) comes after end=0.8"):
+        sparing.Spartan(steps=100, sparsity=0.9, begin=0.9)

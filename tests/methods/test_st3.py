@@ -17,7 +17,7 @@ def sparsified(weights, learning_rate=0.0, **settings):
     model = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights)
     for layer, weight in zip(model, weights, strict=True):
         layer.weight.data = weight.clone()
-    sparsifier = sparing.sparsify_(model, sparing.ST3(**settings))
+    sparsifier = sparing.sparsify_(model, sparing.ST3(**{"every": 1, **settings}))
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     sparsifier.attach(optimizer)
 
@@ -77,7 +77,7 @@ def test_dead_weights_are_moved_by_the_gradient_of_their_place_and_come_back():
 
 
 def test_the_total_follows_the_cubic_ramp_exactly_and_the_threshold_is_one():
-    run = Run("conv2d", sparing.ST3(steps=20, sparsity=0.75, begin=4, end=12))
+    run = Run("conv2d", sparing.ST3(steps=20, sparsity=0.75, begin=4, end=12, every=1))
     for done in range(1, 21):
         run.train(1)
         parts = [layer.parametrization for layer in run.sparsifier.layers.values()]

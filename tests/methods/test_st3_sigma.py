@@ -15,7 +15,7 @@ def sparsified(weights, **settings):
     model = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights)
     for layer, weight in zip(model, weights, strict=True):
         layer.weight.data = weight.clone()
-    sparsifier = sparing.sparsify_(model, sparing.ST3Sigma(**settings))
+    sparsifier = sparing.sparsify_(model, sparing.ST3Sigma(**{"every": 1, **settings}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparsifier.attach(optimizer)
     sum(layer.weight.sum() for layer in model).backward()
@@ -47,7 +47,7 @@ def test_layers_drawn_at_their_own_scale_end_equally_sparse():
 
 
 def test_the_sum_is_over_every_dimension_of_a_convolution():
-    run = Run("conv2d", sparing.ST3Sigma(steps=20, sparsity=0.75, begin=2, end=10)).train(15)
+    run = Run("conv2d", sparing.ST3Sigma(steps=20, sparsity=0.75, begin=2, end=10, every=1)).train(15)
     layers = list(run.sparsifier.layers.values())
     sums = [sum(layer.weight.shape) for layer in layers]
     assert sums == [8 + 4 + 3 + 3, 4 + 72]
@@ -70,7 +70,7 @@ def test_gradients_pass_straight_through():
 
 
 def test_the_total_follows_the_cubic_ramp_exactly():
-    run = Run("linear", sparing.ST3Sigma(steps=20, sparsity=0.75, begin=4, end=12))
+    run = Run("linear", sparing.ST3Sigma(steps=20, sparsity=0.75, begin=4, end=12, every=1))
     for done in range(1, 21):
         run.train(1)
         parts = [layer.parametrization for layer in run.sparsifier.layers.values()]

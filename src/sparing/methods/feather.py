@@ -1,7 +1,7 @@
 """Feather: a thresholding between soft and hard, straight-through gradients, one global threshold.
 
     r_t = r · (1 − (1 − (t − t0) / (t1 − t0))³)                the cubic ramp from 0 to r
-    M   = the (1 − r_t) share of largest |W|, all layers at once, every step
+    M   = the (1 − r_t) share of largest |W|, all layers at once
     th  = the largest |W| outside M
     S   = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M
     dW  = dS ⊙ (M + θ (1 − M)),   θ = ½ for r > 0.95, else 1
@@ -11,6 +11,7 @@ Sparsification", BMVC 2023, and its code (sparse_utils.py).
 Deviations: the code takes th from an interpolated quantile; here the count is exact and th is the
 largest weight left out, so a kept weight that ties with th is live and zero. When training is over the
 code replaces S by the hard threshold W ⊙ M; here the network stays the one that was trained.
+The code takes a new threshold every step (`every=1`); see ST-3.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ class Feather(Method):
         sparsity: the final one, r, of all layers together.
         begin: t0, where the ramp begins: a step (int) or a fraction of `steps` (float).
         end: t1, where it ends, likewise.
+        every: optimizer steps between two updates of threshold and masks.
         theta: θ in [0, 1], the factor on the gradient of dead weights; None takes ½ above a sparsity of
             0.95 and 1 up to it.
 
@@ -49,7 +51,7 @@ class Feather(Method):
 
     Examples:
         >>> Feather(steps=1000, sparsity=0.9)
-        Feather(steps=1000, sparsity=0.9, begin=0.0, end=0.5, theta=None)
+        Feather(steps=1000, sparsity=0.9, begin=0.0, end=0.5, every=16, theta=None)
     """
 
     name: ClassVar[str] = "feather"
@@ -58,11 +60,12 @@ class Feather(Method):
     sparsity: float
     begin: int | float = 0.0
     end: int | float = 0.5
+    every: int = 16
     theta: float | None = None
 
     def __post_init__(self) -> None:
         check_target("Feather", self.sparsity, None)
-        check_schedule("Feather", self.steps, self.begin, self.end, 1)
+        check_schedule("Feather", self.steps, self.begin, self.end, self.every)
         theta = self.theta
         if theta is None:
             return
@@ -76,7 +79,7 @@ class Feather(Method):
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier) -> None:
         begin, end = to_step(self.begin, self.steps), to_step(self.end, self.steps)
-        if not is_update(sparsifier.step, begin, self.steps, 1):
+        if not is_update(sparsifier.step, begin, self.steps, self.every):
             return
         layers, parts = zip(*sparsifier.parts(FeatherThreshold), strict=True)
         sizes = [layer.weight.abs() for layer in layers]

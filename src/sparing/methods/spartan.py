@@ -1,7 +1,7 @@
 """Spartan: a differentiable top-k of the whole network, sharpened while training.
 
     m  = σ(β |W| + μ),   μ such that Σ m = k                   a soft top-k: regularized transport
-    M  = the k largest |W|, all layers at once                 both every step
+    M  = the k largest |W|, all layers at once
     S  = W ⊙ m ⊙ M                                             dead weights are exactly zero
     dW = dS ⊙ m + β sign(W) ⊙ m (1 − m) ⊙ (dS ⊙ W − c)         as if S were W ⊙ m
     c  = Σ dS ⊙ W ⊙ m (1 − m) / Σ m (1 − m)                    over all layers; what keeps Σ m = k
@@ -30,7 +30,7 @@ from sparing.budget import check_target
 from sparing.errors import InputError
 from sparing.masks import count_kept, keep_top_together
 from sparing.parametrizations import Masked, Sparse
-from sparing.schedules import check_schedule, to_step
+from sparing.schedules import check_schedule, is_update, to_step
 from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
@@ -51,6 +51,7 @@ class Spartan(Method):
         sparsity: the final one, of all layers together.
         begin: t0, where k reaches its target: a step (int) or a fraction of `steps` (float).
         end: t1, where β reaches its last value and the masks are fixed, likewise.
+        every: optimizer steps between two updates of m and M.
         beta_first: β at the first step, > 0.
         beta_last: β at the last update, at least `beta_first`.
 
@@ -59,7 +60,7 @@ class Spartan(Method):
 
     Examples:
         >>> Spartan(steps=1000, sparsity=0.9)
-        Spartan(steps=1000, sparsity=0.9, begin=0.2, end=0.8, beta_first=1.0, beta_last=20.0)
+        Spartan(steps=1000, sparsity=0.9, begin=0.2, end=0.8, every=16, beta_first=1.0, beta_last=20.0)
     """
 
     name: ClassVar[str] = "spartan"
@@ -68,12 +69,13 @@ class Spartan(Method):
     sparsity: float
     begin: int | float = 0.2
     end: int | float = 0.8
+    every: int = 16
     beta_first: float = 1.0
     beta_last: float = 20.0
 
     def __post_init__(self) -> None:
         check_target("Spartan", self.sparsity, None)
-        check_schedule("Spartan", self.steps, self.begin, self.end, 1)
+        check_schedule("Spartan", self.steps, self.begin, self.end, self.every)
         for field, least in (("beta_first", 0.0), ("beta_last", self.beta_first)):
             value = getattr(self, field)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -88,7 +90,7 @@ class Spartan(Method):
         """β after that many steps.
 
         Examples:
-            >>> [Spartan(steps=10, sparsity=0.9).beta(step) for step in (0, 4, 9)]
+            >>> [Spartan(steps=100, sparsity=0.9).beta(step) for step in (0, 40, 90)]
             [1.0, 10.5, 20.0]
         """
         return self.beta_first + (self.beta_last - self.beta_first) * _progress(step, to_step(self.end, self.steps))
@@ -118,7 +120,7 @@ class Spartan(Method):
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier) -> None:
         step = sparsifier.step
-        if step > to_step(self.end, self.steps):
+        if not is_update(step, 0, to_step(self.end, self.steps), self.every):
             return
         layers, parts = zip(*sparsifier.parts(SoftTopK), strict=True)
         # At least float32: sums over all weights lose too much in bf16.

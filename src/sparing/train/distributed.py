@@ -5,6 +5,7 @@ does nothing. Every rank holds the whole model and trains on its share of each b
 average their gradients (DistributedDataParallel), so weights, thresholds and masks stay equal on all.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,10 @@ class Ranks:
         ids = [self.device] if self.device.type == "cuda" else None
         # Masks are computed alike everywhere: handing them out before each step would cost more than the
         # gradients do. The statistics of batch normalization are handed out before they are used.
-        return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
+        wrapper = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # from torch 2.11 or so
+        option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return wrapper(model, ids, **option)
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
@@ -91,7 +95,7 @@ def join(device: str) -> Iterator[Ranks]:
     Raises:
         InputError: there is no such device here, or a host has more ranks than GPUs.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _from_torchrun():
         yield Ranks(pick_device(device))
         return
     here = pick_device(device)
@@ -107,3 +111,12 @@ def join(device: str) -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, or alone: the one that prints."""
+    return not _from_torchrun() or os.environ["RANK"] == "0"
+
+
+def _from_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,0 +1,184 @@
+"""One run on several ranks: the same network as on one, and nothing lost when a rank dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import sparing
+from sparing.train.build import build_data, build_model, build_optimizer, build_sparsifier
+from sparing.train.checkpoint import load_checkpoint
+from sparing.train.distributed import Ranks
+from sparing.train.log import read_history
+from sparing.train.loop import backward
+from sparing.train.recipe import Recipe, load_recipe
+from sparing.train.run import train_run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+RECIPE = {
+    "model": {"name": "resnet8", "width": 2},
+    "data": {"name": "mnist5k", "batch_size": 175, "shift": 1},
+    "method": {"name": "str", "init": -4.0},
+    "optimizer": {"lr": 0.05, "weight_decay": 5e-4, "threshold_weight_decay": 0.05},
+    "schedule": {"epochs": 2},
+    "tensorboard": False,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def torchrun(ranks, *arguments, restarts=0):
+    """Start `sparing train` under torchrun, one thread a rank, on a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "--no-python", sys.executable, "-c"]
+    command += ["from sparing.cli import main; main()", "train", *map(str, arguments)]
+    # With a store shared over restarts, ranks look for each other where the dead ones were (torch issue 135712).
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def epochs(run):
+    return [line["epoch"] for line in read_history(run)]
+
+
+def test_two_ranks_train_resume_on_one_and_report(recipe, tmp_path):
+    out = tmp_path / "run"
+    output = finish(torchrun(2, recipe, "--out", out, "--stop-after", 1))
+    assert output.count("epoch   1/2") == output.count("stopped early") == 1
+    saved = load_checkpoint(out / "checkpoint.pt")
+    assert saved["progress"]["epoch"] == 1
+    assert len(saved["random"]) == 2
+    metrics = train_run(load_recipe(recipe), out, resume=True)
+    assert metrics["ranks"] == 1
+    assert metrics["test_count"] == 1000
+    assert epochs(out) == [1, 2]
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    states = []
+    for ranks in (1, 2):
+        torch.multiprocessing.spawn(twenty_steps, args=(ranks, tmp_path), nprocs=ranks)
+        states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
+    assert states[0].keys() == states[1].keys()
+    for key, alone in states[0].items():
+        torch.testing.assert_close(states[1][key], alone, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    masks = [{key: value == 0 for key, value in each.items() if key.startswith("effective.")} for each in states]
+    assert masks[0]
+    assert 0.1 < float(torch.cat([mask.flatten() for mask in masks[0].values()]).float().mean()) < 0.99
+    assert all(torch.equal(masks[0][key], masks[1][key]) for key in masks[0])
+
+
+def twenty_steps(rank, count, folder):
+    """Batches of 32 over all ranks, each share in two parts, with batch normalization frozen."""
+    torch.set_num_threads(1)
+    if count > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
+    ranks = Ranks(torch.device("cpu"), rank, count)
+    recipe = Recipe.model_validate(RECIPE | {"data": {"name": "mnist5k", "batch_size": 32, "accumulate": 2}})
+    torch.manual_seed(5)
+    data = build_data(recipe.data)
+    model = build_model(recipe.model, data.model_arguments())
+    train = data.training(32, 0, rank, count)
+    sparsifier = build_sparsifier(recipe, model, 20)
+    optimizer = build_optimizer(recipe.optimizer, model)
+    sparsifier.attach(optimizer)
+    parallel = ranks.wrap(model).eval()
+    for _, batch in zip(range(20), train, strict=False):
+        optimizer.zero_grad()
+        backward(parallel, batch, recipe, ranks, torch.amp.GradScaler("cpu", enabled=False))
+        optimizer.step()
+    if rank == 0:
+        effective = {f"effective.{name}": layer.effective_weight for name, layer in sparsifier.layers.items()}
+        torch.save({k: v.detach() for k, v in {**model.state_dict(), **effective}.items()}, folder / f"{count}.pt")
+    if count > 1:
+        torch.distributed.barrier()
+        os._exit(0)  # gloo may abort a rank whose peer is gone
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the rank to kill")
+def test_a_killed_rank_is_started_again_from_the_last_checkpoint(recipe, tmp_path):
+    out = tmp_path / "run"
+    changes = ["--set", "schedule.epochs=12"]
+    process = torchrun(2, recipe, "--out", out, "--resume", "auto", *changes, restarts=1)
+    deadline = time.time() + 120
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < deadline
+        time.sleep(0.02)
+    second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]
+    os.kill(int(second), signal.SIGKILL)
+    assert "continuing after epoch" in finish(process)
+    assert [json.loads(line)["epoch"] for line in (out / "history.jsonl").read_text().splitlines()] == list(
+        range(1, 13)
+    )
+    assert json.loads((out / "metrics.json").read_text())["ranks"] == 2
+
+
+def test_fully_sharded_training_saves_the_state_of_one_process(tmp_path):
+    states = []
+    for ranks in (1, 2):
+        torch.multiprocessing.spawn(sharded_steps, args=(ranks, tmp_path), nprocs=ranks)
+        states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
+    model = two_layers()
+    sparing.sparsify_(model, sparing.STR(init=-3.0))
+    model.load_state_dict(states[1])
+    assert 0.05 < sparing.report(model).total.sparsity < 0.95
+    for key, alone in states[0].items():
+        torch.testing.assert_close(states[1][key], alone, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def two_layers():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def sharded_steps(rank, count, folder):
+    """STR under FSDP2, or alone: 110 steps, past a look for dead layers."""
+    torch.set_num_threads(1)
+    model = two_layers()
+    sparsifier = sparing.sparsify_(model, sparing.STR(init=-3.0))
+    if count > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/sharded", rank=rank, world_size=count)
+        mesh = torch.distributed.init_device_mesh("cpu", (count,))
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+    groups = sparing.param_groups(model, weight_decay=1e-3, threshold_weight_decay=1e-2)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    sparsifier.attach(optimizer)
+    torch.manual_seed(4)
+    for _ in range(110):
+        inputs = torch.randn(8, 12)
+        labels = inputs[:, :4].argmax(dim=1)
+        own = slice(8 * rank // count, 8 * (rank + 1) // count)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs[own]), labels[own]).backward()
+        optimizer.step()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole) if count > 1 else model.state_dict()
+    if rank == 0:
+        torch.save(state, folder / f"{count}.pt")
+    if count > 1:
+        torch.distributed.barrier()
+        os._exit(0)
