@@ -51,8 +51,8 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
     uses = dict.fromkeys(layers, 0)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        told = module.uses_of_parts(*args, **kwargs) if hasattr(module, "uses_of_parts") else {}
-        of_parts = {id(part): number for part, number in told.items()}
+        tell = getattr(module, "uses_of_parts", None)
+        of_parts = {} if tell is None else {id(part): number for part, number in tell(*args, **kwargs).items()}
         for (identity, _), name in by_place.items():
             if identity in of_parts:
                 uses[name] += of_parts[identity]

@@ -7,7 +7,21 @@ from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, m
 from sparing.data.sequence import SequenceBatches, SequenceData, Sequences, har2, har6, watch
 from sparing.data.speech import google12, spoken_digits
 
-__all__ = ["DATASETS", "Batches", "Data", "ImageBatches", "ImageData", "Images", "Part", "SequenceBatches", "SequenceData", "Sequences", "check_part"]
+__all__ = [
+    "DATASETS",
+    "Batches",
+    "Data",
+    "ImageBatches",
+    "ImageData",
+    "Images",
+    "Part",
+    "SequenceBatches",
+    "SequenceData",
+    "Sequences",
+    "check_part",
+]
 
-DATASETS: dict[str, Callable[..., Data]] = {data.__name__: data for data in (mnist5k, fashion_mnist, har2, har6, watch, google12, spoken_digits)}
+DATASETS: dict[str, Callable[..., Data]] = {
+    data.__name__: data for data in (mnist5k, fashion_mnist, har2, har6, watch, google12, spoken_digits)
+}
 """The data sets by the name a recipe uses; the other keys of its `data:` are the arguments."""

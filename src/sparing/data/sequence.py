@@ -135,9 +135,7 @@ class SequenceBatches:
                 yield part.values[:, : int(part.lengths.max())], part.lengths, part.labels
 
 
-def normalized(
-    name: str, train: Sequences, validation: Sequences, test: Sequences, num_classes: int
-) -> SequenceData:
+def normalized(name: str, train: Sequences, validation: Sequences, test: Sequences, num_classes: int) -> SequenceData:
     """A data set in which each feature has mean 0 and standard deviation 1 over the steps of the training part.
 
     Raises:
@@ -158,13 +156,11 @@ def normalized(
     steps = train.steps()
     # A sensor that never moves stays at zero.
     mean, std = steps.mean(0), steps.std(0).clamp(min=1e-6)
-    scaled = [replace(part, values=(part.values - mean) / std) for part in (train, validation, test)]
-    return SequenceData(*scaled, num_classes=num_classes)
+    train, validation, test = (replace(part, values=(part.values - mean) / std) for part in (train, validation, test))
+    return SequenceData(train, validation, test, num_classes)
 
 
-HAR_SIGNALS = tuple(
-    f"{signal}_{axis}" for signal in ("body_acc", "body_gyro", "total_acc") for axis in ("x", "y", "z")
-)
+HAR_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
 HAR_STEPS = 128
 HAR_PAGE = "https://archive.ics.uci.edu/dataset/240/human+activity+recognition+using+smartphones"
 
@@ -214,7 +210,7 @@ def _read_har(root: Path, part: str) -> Sequences:
     missing = [path for path in (*paths, labels) if not path.is_file()]
     if missing:
         raise InputError(
-            f"data UCI HAR: {missing[0]} is missing ({len(missing)} of {len(paths) + 1} files of this part are); unpack "
+            f"data UCI HAR: {missing[0]} is missing ({len(missing)} of {len(paths) + 1} files of the part are); unpack "
             f'"UCI HAR Dataset.zip" from {HAR_PAGE} and name its folder with data.root'
         )
     numbers = [_read_table(path) for path in paths]

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +70,8 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
     absent = [name for name in (*WORDS, NOISE) if not (folder / name).is_dir()]
     if absent:
         raise InputError(
-            f"data google12: {folder} has no folder {absent[0]!r}{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}"
-            f"; unpack the Speech Commands archive ({SPEECH_COMMANDS_PAGE}) and name its folder with data.root"
+            f"data google12: {folder} lacks the folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
+            f"unpack the Speech Commands archive ({SPEECH_COMMANDS_PAGE}) and name its folder with data.root"
         )
     clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
     others: dict[str, list[Path]] = {part: [] for part in clips}
@@ -124,8 +124,8 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
         clips[part].append((Clip(path, 0, 8_000, False), int(match[1])))
     if not all(clips.values()):
         raise InputError(
-            f"data spoken_digits: {folder} holds {sum(map(len, clips.values()))} recordings, which is not all; get them "
-            f"from {FSDD_PAGE} and name their folder with data.root"
+            f"data spoken_digits: {folder} holds {sum(map(len, clips.values()))} recordings, which is not all; get "
+            f"them from {FSDD_PAGE} and name their folder with data.root"
         )
     return _spectra("spoken_digits", clips, 8_000, Path(cache) if cache else folder / "spoken_digits.safetensors", 10)
 
@@ -146,7 +146,7 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
     try:
         from kaldi_native_fbank import FbankOptions, OnlineFbank
     except ImportError as error:
-        raise InputError("spectra of speech need the package kaldi-native-fbank: pip install kaldi-native-fbank") from error
+        raise InputError("spectra of speech need kaldi-native-fbank: pip install kaldi-native-fbank") from error
     if not len(samples):
         raise InputError("a recording without samples has no spectrum")
     window, stride = round(WINDOW * rate), round(STRIDE * rate)
@@ -205,7 +205,7 @@ def which_part(name: str, validation: float = 10.0, testing: float = 10.0) -> st
     return "validation" if share < validation else "test" if share < testing + validation else "train"
 
 
-def _speech_commands_parts(folder: Path):  # type: ignore[no-untyped-def]
+def _speech_commands_parts(folder: Path) -> Callable[[Path], str]:
     files = {"validation": folder / "validation_list.txt", "test": folder / "testing_list.txt"}
     there = [path for path in files.values() if path.is_file()]
     if not there:
@@ -242,14 +242,18 @@ def _spectra(
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    described = repr([(part, _relative(c.path), c.path.stat().st_size, c, label) for part in clips for c, label in clips[part]])
-    key = hashlib.sha256(f"1 {rate} {FILTERS} {WINDOW} {STRIDE} {described}".encode()).hexdigest()
+    described = [
+        (part, _relative(clip.path), clip.path.stat().st_size, clip.start, clip.samples, clip.fill, clip.volume)
+        for part, examples in clips.items()
+        for clip, _ in examples
+    ]
+    key = hashlib.sha256(repr((1, rate, FILTERS, WINDOW, STRIDE, described)).encode()).hexdigest()
     tensors: dict[str, Tensor] = {}
     if cache.is_file():
         try:
             with safe_open(cache, "pt") as file:
                 if (file.metadata() or {}).get("key") == key:
-                    tensors = {entry: file.get_tensor(entry) for entry in file.keys()}
+                    tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118, no dict
         except (OSError, SafetensorError):
             pass  # damaged: made anew
     if not tensors:
@@ -263,7 +267,8 @@ def _spectra(
                 save_file(tensors, temporary, {"key": key})
         except OSError as error:
             raise InputError(
-                f"data {name}: the spectra cannot be kept in {cache} ({error.strerror}); name another file with data.cache"
+                f"data {name}: the spectra cannot be kept in {cache} ({error.strerror}); name another file with "
+                "data.cache"
             ) from error
     parts = []
     for part, examples in clips.items():

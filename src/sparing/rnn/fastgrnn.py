@@ -174,12 +174,12 @@ class FastGRNN(nn.Module):
         hidden = self.cell.hidden
         if isinstance(hidden, LowRankLinear):
             right, left = hidden.factors
-            if batch * (len(left) ** 2 - right.numel() - left.numel()) > THIN_SAVES:
-                return right, left
+            saved = batch * (left.shape[0] * right.shape[1] - left.numel() - right.numel())
+            return (right, left) if saved > THIN_SAVES else (left @ right,)
         return (hidden.weight,)
 
 
-def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned: bool) -> nn.Module:
+def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned: bool) -> nn.Linear | LowRankLinear:
     if rank is None and not learned:
         return linear(0.1 * torch.randn(outputs, inputs))
     try:
@@ -190,13 +190,16 @@ def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned:
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     if lengths.shape != x.shape[:1] or lengths.is_floating_point():
-        raise InputError(f"lengths must be whole numbers of shape ({len(x)},), not {lengths.dtype} of {tuple(lengths.shape)}")
+        found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+        raise InputError(f"lengths must be whole numbers of shape ({len(x)},), not {found}")
     if torch.compiler.is_compiling() or lengths.is_meta:
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > x.shape[1]:
         wrong = shortest if shortest < 1 else longest
-        raise InputError(f"a sequence of length {wrong} in a batch of {x.shape[1]} steps: lengths must be from 1 to that")
+        raise InputError(
+            f"a sequence of length {wrong} in a batch of {x.shape[1]} steps; choose from 1 to {x.shape[1]}"
+        )
 
 
 def _states(

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sparing.errors import InputError
 from sparing.select import Layer, Select, find_layers, resolve
@@ -317,7 +316,7 @@ def _shrink(layer: Layer) -> None:
     left, right = _alive(*parts(layer))
     made_by = layer.places[0].parametrizations  # one list for all places
     assert made_by is not None
-    made_by[0].diagonal = None
+    made_by[0].diagonal = None  # type: ignore[assignment]
     made_by.original0, made_by.original1 = nn.Parameter(left.clone()), nn.Parameter(right.clone())
 
 

@@ -48,17 +48,23 @@ class Ranks:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Name → the row in plain Python values."""
-        return {row.name: {k: v for k, v in asdict(row).items() if k != "name"} | {"full": row.full} for row in self.rows}
+        values = {row.name: {**asdict(row), "full": row.full} for row in self.rows}
+        return {name: {key: value for key, value in row.items() if key != "name"} for name, row in values.items()}
 
     def __str__(self) -> str:
-        lines = [f"{'matrix':<28}{'shape':>10}{'rank':>12}{'parameters':>14}{'compact':>10}{'MACs/step':>12}{'compact':>10}"]
+        cells = [("matrix", "shape", "rank", "parameters", "compact", "MACs a step", "compact")]
         for row in self.rows:
-            shape, rank = "x".join(map(str, row.shape)), f"{row.rank} of {row.full}"
-            lines.append(
-                f"{row.name:<28}{shape:>10}{rank:>12}{row.parameters:>14,}{row.compact_parameters:>10,}"
-                f"{row.macs:>12,}{row.compact_macs:>10,}"
+            counts = (row.parameters, row.compact_parameters, row.macs, row.compact_macs)
+            shape = "x".join(map(str, row.shape))
+            cells.append((row.name, shape, f"{row.rank} of {row.full}", *(f"{count:,}" for count in counts)))  # type: ignore[arg-type]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if index else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
-        return "\n".join(lines)
+            for line in cells
+        )
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """From a recipe to the objects of a run."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,10 +10,11 @@ from sparing.data import DATASETS, Data
 from sparing.errors import InputError
 from sparing.models import MODELS
 from sparing.optim import param_groups
+from sparing.schedules import warmup_cosine, warmup_drops
 from sparing.select import nearest
 from sparing.sparsify import Sparsifier, sparsify_
 from sparing.train.recipe import Data as DataSpec
-from sparing.train.recipe import Model, Optimizer, Recipe, build_method
+from sparing.train.recipe import Model, Optimizer, Recipe, Schedule, build_method
 
 FITTED = ("num_classes", "in_channels", "input_size")
 """Arguments of models that follow from the data."""
@@ -91,6 +92,19 @@ def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+
+
+def build_learning_rate(spec: Schedule, unit: int) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of how often it has moved.
+
+    Args:
+        unit: how often it moves in an epoch.
+    """
+    warmup = round(spec.warmup_epochs * unit)
+    if spec.drops is not None:
+        drops = [drop * unit for drop in spec.drops]
+        return lambda t: warmup_drops(t, drops, warmup)
+    return lambda t: warmup_cosine(t, spec.epochs * unit, warmup)
 
 
 def pick_device(name: str) -> torch.device:

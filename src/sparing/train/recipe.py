@@ -78,17 +78,28 @@ class Optimizer(Part):
 
 
 class Schedule(Part):
-    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero."""
+    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero, or drops."""
 
     epochs: int = Field(default=20, ge=1)
     warmup_epochs: NotNegative = 0
     update: Literal["step", "epoch"] = "step"
     """How often the learning rate moves; the paper moves it once an epoch."""
+    drops: list[Positive] | None = None
+    """Epochs after which the learning rate is divided by ten, in place of the cosine."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Schedule":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _drops_within(self) -> "Schedule":
+        for drop in self.drops or []:
+            if not self.warmup_epochs <= drop < self.epochs:
+                raise ValueError(
+                    f"drops: {drop:g} must be from warmup_epochs={self.warmup_epochs:g} to epochs={self.epochs}"
+                )
         return self
 
 
