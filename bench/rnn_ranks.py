@@ -3,8 +3,10 @@
     python bench/rnn_ranks.py [--data watch har2 spoken_digits] [--seeds 0 1 2] [--root har2=PATH ...] [--until HH:MM]
 
 For each data set and seed: a network of full rank; one with learned ranks at each of PRESSURES, the weight
-decays of the threshold that set its budget; and for each of these one of fixed low rank, trained from scratch at
-the very ranks that were learned. All else is equal, as the recipes recipes/rnn/<data>.yaml have it.
+decays of the threshold that set its budget; and for each of these two of fixed low rank, trained from scratch at
+the very ranks that were learned: `fixed` starts from small random factors, as in EdgeML, and `fixed_svd` from the
+largest singular values of the matrix that the learned one starts from, which tells the learning of ranks from the
+start. All else is equal, as the recipes recipes/rnn/<data>.yaml have it.
 
 Every run ends in results/rnn/<data>/<kind>-seed<n>.json and is not repeated while that file is there, so an
 interrupted study goes on where it stopped. `bench/results.py table` builds the table of docs/rnn.md.
@@ -25,7 +27,8 @@ from sparing.train.run import train_run
 
 ROOT = Path(__file__).parent.parent
 PRESSURES = (0.6, 1.0, 1.6)
-FIXED = ["method=null", "select=null", "model.learned_rank=false"]
+DENSE = ["method=null", "select=null"]
+SMALL_RANDOM = [*DENSE, "model.learned_rank=false"]
 
 
 def run(data, kind, seed, changes, root, console):
@@ -66,15 +69,16 @@ def main():
         for data in options.data:
             if over():
                 return
-            run(data, "full", seed, FIXED, roots.get(data), console)
+            run(data, "full", seed, SMALL_RANDOM, roots.get(data), console)
             for pressure in PRESSURES:
                 if over():
                     return
                 changes = [f"optimizer.threshold_weight_decay={pressure}"]
                 learned = run(data, f"learned-{pressure}", seed, changes, roots.get(data), console)
                 found = {name.rsplit(".", 1)[1]: row["rank"] for name, row in learned["weight_ranks"].items()}
-                changes = [*FIXED, *(f"model.{part}_rank={rank}" for part, rank in found.items())]
-                run(data, f"fixed-{pressure}", seed, changes, roots.get(data), console)
+                same = [f"model.{part}_rank={rank}" for part, rank in found.items()]
+                for kind, start in (("fixed", SMALL_RANDOM), ("fixed_svd", DENSE)):
+                    run(data, f"{kind}-{pressure}", seed, [*start, *same], roots.get(data), console)
 
 
 if __name__ == "__main__":
