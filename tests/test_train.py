@@ -1,26 +1,29 @@
 """Runs on real digits: resume to the last bit, what a run directory holds, what damages it."""
 
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 import sparing
 from sparing import CheckpointError, InputError, SparsityWarning
-from sparing.data import ImageBatches, Images
+from sparing.data import DATASETS, ImageBatches, Images
 from sparing.data.image import fashion_mnist, mnist5k, stratified_split
 from sparing.schedules import warmup_cosine
 from sparing.train.checkpoint import load_checkpoint, save_checkpoint
 from sparing.train.evaluate import evaluate
-from sparing.train.log import read_history
+from sparing.train.log import RunLog, read_history
 from sparing.train.loop import _is_better
 from sparing.train.recipe import Recipe
 from sparing.train.run import evaluate_run, load_run, report_run, train_run
@@ -272,6 +275,29 @@ def test_the_best_epoch_is_never_a_less_sparse_one():
     assert _is_better(epoch(0.9, 0.898), epoch(0.8, 0.9), 0.9), "as sparse, and more accurate"
     assert not _is_better(epoch(0.7, 0.901), epoch(0.8, 0.9), 0.901), "as sparse, and less accurate"
     assert not _is_better(epoch(0.9, 0.894), epoch(0.8, 0.897), 0.9), "half a point at a time adds up"
+    assert _is_better(epoch(None, 0.9), epoch(None, 0.9), 0.9), "the last, where nothing can be chosen by"
+
+
+def test_without_a_validation_part_the_last_epoch_counts(tmp_path, monkeypatch):
+    def all_trained():
+        data = mnist5k()
+        return replace(data, validation=Images(data.validation.pixels[:0], data.validation.labels[:0]))
+
+    monkeypatch.setitem(DATASETS, "mnist5k", all_trained)
+    metrics = train_run(recipe(data={"name": "mnist5k", "batch_size": 350}, tensorboard=True), tmp_path / "run")
+    assert metrics["validation_accuracy"] is None
+    assert metrics["test_count"] == 1000
+    assert [line["validation_accuracy"] for line in read_history(tmp_path / "run")] == [None, None]
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["progress"]["best"]["epoch"] == 2
+
+
+def test_the_progress_bar_counts_examples(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    batches = ImageBatches(images(), (0.0,), (1.0,), 3)
+    log = RunLog(tmp_path, 0, False, console)
+    assert len(list(log.progress(batches, 1, 2, 3))) == 3
+    assert "epoch 1/2" in console.file.getvalue()
+    assert "examples/s" in console.file.getvalue()
 
 
 def test_the_moving_average_of_a_masked_model_is_as_sparse_as_the_model(tmp_path):

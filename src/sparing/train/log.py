@@ -2,16 +2,28 @@
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
 
+from sparing.data import Batches
 from sparing.files import write_text
 
-Item = TypeVar("Item")
+
+class _Speed(ProgressColumn):
+    """Examples a second."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self._batch_size = batch_size
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{(task.speed or 0) * self._batch_size:,.0f} examples/s")
 
 
 class RunLog:
@@ -36,11 +48,14 @@ class RunLog:
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=epochs_done + 1)  # type: ignore[no-untyped-call]
 
-    def progress(self, batches: Iterable[Item], epoch: int, epochs: int) -> Iterator[Item]:
-        """The same batches, with a progress bar on a terminal."""
-        hide = not self.console.is_terminal
-        label = f"epoch {epoch}/{epochs}"
-        yield from track(batches, label, console=self.console, transient=True, disable=hide)
+    def progress(self, batches: Batches, epoch: int, epochs: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """The same batches, with a progress bar and examples a second on a terminal."""
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            _Speed(batch_size), console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        with bar:
+            yield from bar.track(batches, len(batches), description=f"epoch {epoch}/{epochs}")
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Record one finished epoch."""
@@ -48,10 +63,12 @@ class RunLog:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
             self._to_tensorboard(line)
+        accuracy = line["validation_accuracy"]
+        judged = "" if accuracy is None else f"validation accuracy {100 * accuracy:6.2f} %  "
         self.console.print(
             f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.4f}  "
-            f"validation accuracy {100 * line['validation_accuracy']:6.2f} %  "
-            f"sparsity {100 * line['sparsity']:6.2f} %  {line['seconds']:.0f} s",
+            f"{judged}sparsity {100 * line['sparsity']:6.2f} %  {line['seconds']:.0f} s  "
+            f"{line['examples_per_second']:,.0f} examples/s",
             highlight=False,
             soft_wrap=True,
         )

@@ -33,7 +33,8 @@ class Fitted:
     """A trained model, and what it took."""
 
     model: nn.Module
-    validation_accuracy: float
+    validation_accuracy: float | None
+    """None where the data has no validation part."""
     seconds: float
 
 
@@ -69,7 +70,7 @@ def fit(
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
-    validation = data.evaluation("validation", ranks.rank, ranks.count)
+    validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
     sparsifier = build_sparsifier(recipe, model, recipe.schedule.epochs * len(train))
     optimizer = build_optimizer(recipe.optimizer, model)
     if sparsifier is not None:
@@ -115,7 +116,7 @@ def fit(
         total_loss, examples = torch.zeros((), device=device), 0
         began = time.perf_counter()
         model.train()
-        for batch in log.progress(train, epoch, schedule.epochs) if log else train:
+        for batch in log.progress(train, epoch, schedule.epochs, recipe.data.batch_size) if log else train:
             optimizer.zero_grad()
             # Summed on the device: reading it every step would make a GPU wait.
             total_loss += backward(run_model, batch, recipe, ranks, scaler)
@@ -143,12 +144,13 @@ def fit(
         if sparsifier is not None:
             sparsifier.warn_collapsed()
         ranks.share_buffers(trained)
-        result = evaluate(trained, validation, ranks)
+        result = evaluate(trained, validation, ranks) if validation is not None else None
+        accuracy = None if result is None else result.accuracy
         account = report(trained)
         progress |= {
             "epoch": epoch,
             "seconds": time.perf_counter() - clock,
-            "validation_accuracy": result.accuracy,
+            "validation_accuracy": accuracy,
         }
         if log:
             log.epoch(
@@ -156,8 +158,8 @@ def fit(
                     "epoch": epoch,
                     "lr": rate,
                     "train_loss": train_loss,
-                    "validation_loss": result.loss,
-                    "validation_accuracy": result.accuracy,
+                    "validation_loss": None if result is None else result.loss,
+                    "validation_accuracy": accuracy,
                     "sparsity": account.total.sparsity,
                     "seconds": progress["seconds"],
                     "examples_per_second": speed,
@@ -165,7 +167,7 @@ def fit(
                 },
                 schedule.epochs,
             )
-        best = {"epoch": epoch, "validation_accuracy": result.accuracy, "sparsity": account.total.sparsity}
+        best = {"epoch": epoch, "validation_accuracy": accuracy, "sparsity": account.total.sparsity}
         progress["sparsest"] = max(progress["sparsest"], account.total.sparsity)
         shape = {
             "input_size": list(data.input_size),
@@ -231,9 +233,12 @@ def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor
 
 
 def _is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) -> bool:
-    """Within half a point of the sparsest epoch, and more accurate than the best or the best is not."""
+    """Within half a point of the sparsest epoch, and more accurate than the best or the best is not.
+
+    Without a validation part the last such epoch is the best.
+    """
     if new["sparsity"] < sparsest - 0.005:
         return False
     if old is None or old["sparsity"] < sparsest - 0.005:
         return True
-    return bool(new["validation_accuracy"] >= old["validation_accuracy"])
+    return bool(new["validation_accuracy"] is None or new["validation_accuracy"] >= old["validation_accuracy"])
