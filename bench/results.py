@@ -139,8 +139,71 @@ def overhead_table():
     return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
 
 
-TABLES = {"runs": runs_table, "overhead": overhead_table, "methods": methods_table}
-PAGES = ("README.md", "docs/comparison.md")
+def ranks_table():
+    """Learned against fixed ranks, run by run at equal ranks."""
+    rows = [
+        "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, SVD start "
+        "| fixed, random start | learned − fixed, SVD start | learned − fixed, random start | runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = set()
+    for folder in sorted(ROOT.joinpath("results/rnn").glob("*/")):
+        by_kind = {}
+        for path in sorted(folder.glob("*.json")):
+            entry = json.loads(path.read_text())
+            by_kind.setdefault(entry["kind"], {})[entry["seed"]] = entry
+            sizes = entry["examples"]
+            notes.add(f"{entry['device']}, torch {entry['torch']}, commit {(entry['commit'] or 'none')[:7]}")
+        name = f"{folder.name}, {sizes['train']:,} / {sizes['test']:,} examples"
+        full = list(by_kind.get("full", {}).values())
+        if full:
+            shown = "/".join(str(row["rank"]) for row in full[0]["weight_ranks"].values())
+            weights = sum(row["parameters"] for row in full[0]["weight_ranks"].values())
+            accuracy = spread([entry["accuracy"] for entry in full], 100)
+            rows.append(f"| {name} | full rank | {shown} | {weights:,} | {accuracy} | | | | | {len(full)} |")
+        for pressure in sorted({kind.partition("-")[2] for kind in by_kind} - {""}):
+            kinds = [by_kind.get(f"{kind}-{pressure}", {}) for kind in ("learned", "fixed_svd", "fixed")]
+            seeds = sorted(set.intersection(*(set(runs) for runs in kinds)))
+            if not seeds:
+                continue
+            learned = [kinds[0][seed] for seed in seeds]
+            shown = "; ".join("/".join(str(r["rank"]) for r in e["weight_ranks"].values()) for e in learned)
+            weights = [sum(r["compact_parameters"] for r in e["weight_ranks"].values()) for e in learned]
+            accuracies = [[runs[seed]["accuracy"] for seed in seeds] for runs in kinds]
+            cells = [spread(values, 100) for values in accuracies]
+            for other in accuracies[1:]:
+                cells.append(spread([mine - its for mine, its in zip(accuracies[0], other, strict=True)], 100))
+            rows.append(
+                f"| | {pressure} | {shown} | {round(statistics.mean(weights)):,} | {' | '.join(cells)} | {len(seeds)} |"
+            )
+    return [*rows, "", f"Test accuracy in %; seeds 0 up; mean ± standard deviation; {'; '.join(sorted(notes))}."]
+
+
+def rnn_speed_table():
+    """FastGRNN as a ratio to GRU, and lower ranks as a ratio to full rank."""
+    rows = ["| | batch | side | time, of the first side | milliseconds |", "|---|---|---|---|---|"]
+    notes = set()
+    for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
+        result = json.loads(path.read_text())
+        notes.add(
+            f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}, "
+            f"{result['rounds']} interleaved rounds, commit {result['commit'][:7]}"
+        )
+        for row in result["rows"]:
+            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            what = f"{row['what']}, {row['steps']} steps × {row['features']}"
+            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.1f} |")
+    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
+
+
+TABLES = {
+    "runs": runs_table,
+    "overhead": overhead_table,
+    "methods": methods_table,
+    "ranks": ranks_table,
+    "rnn_speed": rnn_speed_table,
+}
+PAGES = ("README.md", "docs/comparison.md", "docs/rnn.md")
 
 
 def filled(text):
