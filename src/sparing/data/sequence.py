@@ -249,7 +249,7 @@ def watch() -> SequenceData:
     Raises:
         InputError: seglearn is not installed.
 
-    Source: Burns et al., "Shoulder physiotherapy exercise recognition", Physiological Measurement 2018.
+    Source: Burns et al., "Shoulder Physiotherapy Exercise Recognition", 2018, arXiv 1802.01489.
     """
     try:
         from seglearn.datasets import load_watch

@@ -48,11 +48,12 @@ class Clip:
 def google12(root: str = "data/speech_commands", cache: str | None = None) -> SequenceData:
     """Google-12: ten words, "unknown" and "silence", one second at 16 kHz, 99 steps × 32.
 
-    Classes 0 to 9 are `WORDS`, 10 any other word, 11 no word. To the ten words of each part come a tenth as
-    many unknown ones and a tenth as many silences, which on version 1 gives the paper's 22,246 examples to
-    train on and 3,081 to test. Speakers are in one part only: the archive's lists say which, or the
-    rule by which they were made. Silences are stretches of the archive's noise at a volume drawn between 0 and
-    1, from the first 80 % of each noise file for training, the next 10 % for validation, the last for the test.
+    Classes 0 to 9 are `WORDS`, 10 any other word, 11 no word. To the ten words of each part come a
+    tenth as many unknown ones and a tenth as many silences. (The FastGRNN paper has 22,246 examples to
+    train on and 3,081 to test, of version 1; not checked here.) Speakers are in one part only: the
+    archive's lists say which, or the rule by which they were made. Silences are stretches of the
+    archive's noise at a volume drawn between 0 and 1, from the first 80 % of each noise file for
+    training, the next 10 % for validation, the last for the test.
     Each filter is normalised on the training part.
 
     Args:
@@ -71,7 +72,7 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
     if absent:
         raise InputError(
             f"data google12: {folder} lacks the folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
-            f"unpack the Speech Commands archive ({SPEECH_COMMANDS_PAGE}) and name its folder with data.root"
+            f"unpack speech_commands_v0.01.tar.gz ({SPEECH_COMMANDS_PAGE}) and name its folder with data.root"
         )
     clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
     others: dict[str, list[Path]] = {part: [] for part in clips}

@@ -191,8 +191,8 @@ def factorize_(model: nn.Module, select: Select | None = None) -> nn.Module:
 
     Examples:
         >>> model = factorize_(nn.Sequential(nn.LSTM(8, 16)))
-        >>> list(sparsify_(model, STR(init=-10.0), select=["*hh_l0*"]).layers)
-        ['0.parametrizations.weight_hh_l0.0.diagonal']
+        >>> list(sparsify_(model, STR(init=-10.0), select=is_diagonal).layers)[1]
+        '0.parametrizations.weight_hh_l0.0.diagonal'
     """
     thin = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
 

@@ -72,7 +72,7 @@ def ranks(model: nn.Module) -> Ranks:
     """Rank, parameters and multiply-accumulates of each matrix, before and after `compact_`.
 
     Examples:
-        >>> ranks(FastGRNN(32, 100, hidden_rank=24)).as_dict()["cell.hidden"]["parameters"]
+        >>> ranks(sparing.rnn.FastGRNN(32, 100, hidden_rank=24)).as_dict()["cell.hidden"]["parameters"]
         4800
     """
     rows: dict[str, Rank] = {}
