@@ -162,19 +162,19 @@ def ranks_table():
             accuracy = spread([entry["accuracy"] for entry in full], 100)
             rows.append(f"| {name} | full rank | {shown} | {weights:,} | {accuracy} | | | | | {len(full)} |")
         for pressure in sorted({kind.partition("-")[2] for kind in by_kind} - {""}):
-            kinds = [by_kind.get(f"{kind}-{pressure}", {}) for kind in ("learned", "fixed_svd", "fixed")]
-            seeds = sorted(set.intersection(*(set(runs) for runs in kinds)))
-            if not seeds:
-                continue
-            learned = [kinds[0][seed] for seed in seeds]
-            shown = "; ".join("/".join(str(r["rank"]) for r in e["weight_ranks"].values()) for e in learned)
-            weights = [sum(r["compact_parameters"] for r in e["weight_ranks"].values()) for e in learned]
-            accuracies = [[runs[seed]["accuracy"] for seed in seeds] for runs in kinds]
-            cells = [spread(values, 100) for values in accuracies]
-            for other in accuracies[1:]:
-                cells.append(spread([mine - its for mine, its in zip(accuracies[0], other, strict=True)], 100))
+            learned = by_kind[f"learned-{pressure}"]
+            shown = "; ".join("/".join(str(r["rank"]) for r in e["weight_ranks"].values()) for e in learned.values())
+            weights = [sum(r["compact_parameters"] for r in e["weight_ranks"].values()) for e in learned.values()]
+            accuracies, differences = [spread([entry["accuracy"] for entry in learned.values()], 100)], []
+            for kind in ("fixed_svd", "fixed"):
+                runs = by_kind.get(f"{kind}-{pressure}", {})
+                pairs = [(learned[seed]["accuracy"], runs[seed]["accuracy"]) for seed in sorted(runs)]
+                accuracies.append(spread([its for _, its in pairs], 100) if pairs else "not run")
+                differences.append(spread([mine - its for mine, its in pairs], 100) if pairs else "not run")
+                counts = [*counts, len(runs)] if kind == "fixed" else [len(learned), len(runs)]
+            cells = " | ".join([*accuracies, *differences])
             rows.append(
-                f"| | {pressure} | {shown} | {round(statistics.mean(weights)):,} | {' | '.join(cells)} | {len(seeds)} |"
+                f"| | {pressure} | {shown} | {round(statistics.mean(weights)):,} | {cells} | {', '.join(map(str, counts))} |"
             )
     return [*rows, "", f"Test accuracy in %; seeds 0 up; mean ± standard deviation; {'; '.join(sorted(notes))}."]
 
