@@ -142,41 +142,45 @@ def overhead_table():
 def ranks_table():
     """Learned against fixed ranks, run by run at equal ranks."""
     rows = [
-        "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, SVD start "
-        "| fixed, random start | learned − fixed, SVD start | learned − fixed, random start | runs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, random start "
+        "| fixed, SVD start | learned − random start | learned − SVD start |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     notes = set()
     for folder in sorted(ROOT.joinpath("results/rnn").glob("*/")):
+        entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         by_kind = {}
-        for path in sorted(folder.glob("*.json")):
-            entry = json.loads(path.read_text())
+        for entry in entries:
             by_kind.setdefault(entry["kind"], {})[entry["seed"]] = entry
-            sizes = entry["examples"]
-            notes.add(f"{entry['device']}, torch {entry['torch']}, commit {(entry['commit'] or 'none')[:7]}")
-        name = f"{folder.name}, {sizes['train']:,} / {sizes['test']:,} examples"
-        full = list(by_kind.get("full", {}).values())
-        if full:
-            shown = "/".join(str(row["rank"]) for row in full[0]["weight_ranks"].values())
-            weights = sum(row["parameters"] for row in full[0]["weight_ranks"].values())
-            accuracy = spread([entry["accuracy"] for entry in full], 100)
-            rows.append(f"| {name} | full rank | {shown} | {weights:,} | {accuracy} | | | | | {len(full)} |")
-        for pressure in sorted({kind.partition("-")[2] for kind in by_kind} - {""}):
-            learned = by_kind[f"learned-{pressure}"]
-            shown = "; ".join("/".join(str(r["rank"]) for r in e["weight_ranks"].values()) for e in learned.values())
-            weights = [sum(r["compact_parameters"] for r in e["weight_ranks"].values()) for e in learned.values()]
-            accuracies, differences = [spread([entry["accuracy"] for entry in learned.values()], 100)], []
-            for kind in ("fixed_svd", "fixed"):
-                runs = by_kind.get(f"{kind}-{pressure}", {})
-                pairs = [(learned[seed]["accuracy"], runs[seed]["accuracy"]) for seed in sorted(runs)]
-                accuracies.append(spread([its for _, its in pairs], 100) if pairs else "not run")
-                differences.append(spread([mine - its for mine, its in pairs], 100) if pairs else "not run")
-                counts = [*counts, len(runs)] if kind == "fixed" else [len(learned), len(runs)]
-            cells = " | ".join([*accuracies, *differences])
-            rows.append(
-                f"| | {pressure} | {shown} | {round(statistics.mean(weights)):,} | {cells} | {', '.join(map(str, counts))} |"
-            )
-    return [*rows, "", f"Test accuracy in %; seeds 0 up; mean ± standard deviation; {'; '.join(sorted(notes))}."]
+        notes |= {
+            f"{e['epochs']} epochs, {e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}"
+            for e in entries
+        }
+        sizes = entries[0]["examples"]
+        rows.append(
+            f"| {folder.name}, {sizes['train']:,} / {sizes['test']:,} examples " + _ranks_row("full", by_kind["full"])
+        )
+        for kind in sorted(kind for kind in by_kind if kind.startswith("learned-")):
+            pressure = kind.removeprefix("learned-")
+            others = [by_kind.get(f"{other}-{pressure}", {}) for other in ("fixed", "fixed_svd")]
+            rows.append("| " + _ranks_row(pressure, by_kind[kind], *others))
+    return [*rows, "", f"Test accuracy in %, mean ± standard deviation (runs); {'; '.join(sorted(notes))}."]
+
+
+def _ranks_row(pressure, runs, *others):
+    """One budget: its ranks seed by seed, its accuracy, those of the others and the differences at equal seeds."""
+    ranks = "; ".join("/".join(str(row["rank"]) for row in run["weight_ranks"].values()) for run in runs.values())
+    weights = [sum(row["compact_parameters"] for row in run["weight_ranks"].values()) for run in runs.values()]
+
+    def cell(values):
+        return f"{spread(values, 100)} ({len(values)})" if values else "not run"
+
+    accuracies = [cell([run["accuracy"] for run in side.values()]) for side in (runs, *others)]
+    gains = [cell([runs[seed]["accuracy"] - other[seed]["accuracy"] for seed in other]) for other in others]
+    blank = [""] * 4 if not others else []
+    return " | ".join(
+        ["", pressure, ranks, f"{round(statistics.mean(weights)):,}", *accuracies, *gains, *blank, ""]
+    ).strip()
 
 
 def rnn_speed_table():

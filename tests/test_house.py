@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "data", "rnn",
     },
     "cli": {
-        "errors", "budget", "files", "macs", "masks", "methods", "models", "select", "sparsify", "train",
+        "errors", "budget", "files", "macs", "masks", "methods", "models", "rnn", "select", "sparsify", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]

@@ -340,6 +340,16 @@ def test_factors_can_be_sparse_as_well():
     torch.testing.assert_close(rnn(x)[0], before)
 
 
+def test_factors_and_rank_can_be_sparse_together():
+    model = sparing.models.fastgrnn(input_size=9, hidden_size=16, learned_rank=True)
+    sparing.sparsify_(model, STR(init=-2.0), select=["*"])
+    x = torch.randn(2, 5, 9)
+    before = model(x)
+    compact_(model)
+    torch.testing.assert_close(model(x), before, atol=1e-6, rtol=0)
+    assert sparing.sparse_layers(model) == {}
+
+
 def test_every_method_can_prune_ranks():
     model = sparing.models.fastgrnn(input_size=9, hidden_size=20, learned_rank=True)
     sparsifier = sparing.sparsify_(model, sparing.Magnitude(sparsity=0.75, steps=1), select=["*.diagonal"])

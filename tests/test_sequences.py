@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from sparing import InputError, SparsityWarning
+from sparing.cli import app
 from sparing.data import DATASETS, SequenceBatches, SequenceData, Sequences
 from sparing.data import speech as speech_module
 from sparing.data.sequence import HAR_SIGNALS, har2, har6, normalized, watch, windows
@@ -418,6 +420,8 @@ def test_a_run_learns_ranks_and_says_what_they_are_worth(har, tmp_path):
     assert metrics["compact_weights"] == kept + 24
     assert metrics["compact_macs"] == 128 * kept + 24
     assert report_run(tmp_path / "run").layers[1].name == "rnn.cell.input.diagonal"
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "run")]).output
+    assert str(ranks(model)) in shown
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     # Two steps an epoch: the drop comes in the middle of the second.
     assert rates == pytest.approx([0.02, 0.02, 0.002])
