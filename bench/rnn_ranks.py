@@ -6,7 +6,7 @@ For each data set and seed: a network of full rank; one with learned ranks at ea
 decays of the threshold that set its budget; and for each of these two of fixed low rank, trained from scratch at
 the very ranks that were learned: `fixed` starts from small random factors, as in EdgeML, and `fixed_svd` from the
 largest singular values of the matrix that the learned one starts from, which tells the learning of ranks from the
-start. All else is equal, as the recipes recipes/rnn/<data>.yaml have it, but for EPOCHS. What compares with the
+start. All else is equal, as the recipes recipes/rnn/<data>.yaml have it, but for UNITS. What compares with the
 paper comes first, for all seeds; `fixed_svd` last.
 
 Every run ends in results/rnn/<data>/<kind>-seed<n>.json and is not repeated while that file is there, so an
@@ -27,8 +27,8 @@ from sparing.train.recipe import load_recipe
 from sparing.train.run import train_run
 
 ROOT = Path(__file__).parent.parent
-EPOCHS = 15
-PRESSURES = (1.2, 2.0, 3.2)
+UNITS = 32
+PRESSURES = (0.4, 0.6, 1.0)
 DENSE = ["method=null", "select=null"]
 SMALL_RANDOM = [*DENSE, "model.learned_rank=false"]
 
@@ -40,7 +40,7 @@ def run(data, kind, seed, changes, root, console):
         return json.loads(entry_path.read_text())
     path = ROOT / "recipes" / "rnn" / f"{data}.yaml"
     where = [f"data.root={json.dumps(root)}"] if root else []
-    recipe = load_recipe(path, [*changes, f"schedule.epochs={EPOCHS}", f"seed={seed}", "tensorboard=false", *where])
+    recipe = load_recipe(path, [*changes, f"model.hidden_size={UNITS}", f"seed={seed}", "tensorboard=false", *where])
     sizes = {part: build_data(recipe.data).size(part) for part in ("train", "validation", "test")}
     with tempfile.TemporaryDirectory() as folder:
         metrics = train_run(recipe, Path(folder) / "run", console=Console(quiet=True))
