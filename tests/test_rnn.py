@@ -1,6 +1,7 @@
 """FastGRNN against its equations, low and learned ranks against the dense matrix, and what cannot be used."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -439,6 +440,13 @@ def test_autocast():
     outputs.float().sum().backward()
     torch.testing.assert_close(outputs.float(), rnn(x)[0], atol=0.05, rtol=0.05)
     assert all(torch.isfinite(p.grad).all() for p in rnn.parameters())
+
+
+def test_it_can_be_copied_and_pickled():
+    rnn = FastGRNN(4, 8, gate="quantSigm", update="quantTanh")
+    x = torch.randn(2, 5, 4)
+    for other in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))):
+        assert torch.equal(other(x)[0], rnn(x)[0])
 
 
 def test_half_precision_keeps_s():

@@ -29,20 +29,41 @@ class Gate:
     slope: Callable[[Tensor], Tensor]
 
 
+def _sigmoid_slope(y: Tensor) -> Tensor:
+    return y * (1 - y)
+
+
+def _tanh_slope(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def _relu_slope(y: Tensor) -> Tensor:
+    return (y > 0).to(y.dtype)
+
+
 def _quantized_tanh(a: Tensor) -> Tensor:
     return a.clamp(-1, 1)
+
+
+def _quantized_tanh_slope(y: Tensor) -> Tensor:
+    return (y.abs() < 1).to(y.dtype)
 
 
 def _quantized_sigmoid(a: Tensor) -> Tensor:
     return ((a + 1) / 2).clamp(0, 1)
 
 
+def _quantized_sigmoid_slope(y: Tensor) -> Tensor:
+    return 0.5 * ((y > 0) & (y < 1)).to(y.dtype)
+
+
+# Functions with names, so that a model can be pickled.
 GATES = {
-    "sigmoid": Gate(torch.sigmoid, lambda y: y * (1 - y)),
-    "tanh": Gate(torch.tanh, lambda y: 1 - y * y),
-    "relu": Gate(torch.relu, lambda y: (y > 0).to(y.dtype)),
-    "quantTanh": Gate(_quantized_tanh, lambda y: (y.abs() < 1).to(y.dtype)),
-    "quantSigm": Gate(_quantized_sigmoid, lambda y: 0.5 * ((y > 0) & (y < 1)).to(y.dtype)),
+    "sigmoid": Gate(torch.sigmoid, _sigmoid_slope),
+    "tanh": Gate(torch.tanh, _tanh_slope),
+    "relu": Gate(torch.relu, _relu_slope),
+    "quantTanh": Gate(_quantized_tanh, _quantized_tanh_slope),
+    "quantSigm": Gate(_quantized_sigmoid, _quantized_sigmoid_slope),
 }
 """The gates by the names of EdgeML."""
 
