@@ -171,6 +171,15 @@ def test_variable_lengths_equal_sequences_one_by_one():
         torch.testing.assert_close(a, p.grad)
 
 
+def test_the_classifier_reads_each_sequence_to_its_own_end():
+    model = sparing.models.fastgrnn(num_classes=3, input_size=4, hidden_size=8)
+    x = torch.randn(2, 6, 4)
+    together = model(x, torch.tensor([6, 2]))
+    torch.testing.assert_close(together[0], model(x[:1])[0])
+    torch.testing.assert_close(together[1], model(x[1:, :2])[0])
+    assert model(x).shape == (2, 3)
+
+
 # Sizes and ranks of the paper, and the parameters of the cell that follow.
 COUNTS = [
     (32, 100, None, None, 13_402),
