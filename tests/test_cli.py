@@ -28,9 +28,10 @@ SHORT = "method={name: gmp, budget: short.json, every: 2}"
 
 FROZEN = {
     "train": {"--set", "--out", "--resume", "--stop-after", "--json", "--help"},
-    "eval": {"--part", "--weights", "--json", "--help"},
+    "eval": {"--part", "--weights", "--recipe", "--set", "--json", "--help"},
     "report": {"--weights", "--csv", "--html", "--json", "--help"},
     "methods": {"--json", "--help"},
+    "convert": {"--arch", "--out", "--keep-thresholds", "--names", "--json", "--help"},
     "budget list": {"--help"},
     "budget show": {"--model", "--json", "--help"},
     "budget extract": {"--out", "--weights", "--help"},
@@ -108,6 +109,15 @@ def test_eval_agrees_with_train(place):
     assert "of 500, validation" in text.stdout
 
 
+def test_eval_of_a_file_agrees_with_eval_of_its_run(place):
+    of_run = json.loads(sparing("eval", "runs/recipe", "--weights", "dense", "--json", cwd=place).stdout)
+    file = ("eval", "runs/recipe/model.safetensors")
+    of_file = json.loads(sparing(*file, "--recipe", "recipe.yaml", "--json", cwd=place).stdout)
+    assert of_file == of_run
+    assert of_run["accuracy"] <= of_run["top5_accuracy"] <= 1
+    assert "top-5 " in sparing(*file, "--recipe", "recipe.yaml", "--part", "validation", cwd=place).stdout
+
+
 def test_report_in_every_format(place):
     done = sparing("report", "runs/recipe", "--csv", "table.csv", "--html", "table.html", cwd=place)
     assert done.returncode == 0
@@ -129,6 +139,15 @@ def test_report_in_every_format(place):
         (["train", "recipe.yaml", "--out", "recipe.yaml"], "recipe.yaml is a file"),
         (["train", "recipe.yaml", "--resume", "always"], "is not one of 'never', 'auto'"),
         (["eval", "absent"], "absent is not a run directory: there is no such directory"),
+        (["eval", "recipe.yaml"], "recipe.yaml is a file; say with --recipe"),
+        (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is no .safetensors file"),
+        (["eval", "runs/recipe", "--recipe", "recipe.yaml"], "is a run directory, which has a recipe of its own"),
+        (["eval", "runs/recipe", "--set", "seed=1"], "--set changes the recipe given with --recipe"),
+        (["eval", "absent.safetensors", "--recipe", "recipe.yaml"], "absent.safetensors: unreadable or truncated"),
+        (
+            ["eval", "runs/recipe/model.safetensors", "--recipe", "recipe.yaml", "--set", "model.width=3"],
+            "does not fit the recipe's resnet8",
+        ),
         (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: unreadable or truncated"),
         (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),

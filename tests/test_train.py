@@ -425,6 +425,15 @@ def test_evaluate_counts_exactly_and_puts_the_mode_back():
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2]))
     assert result.loss == pytest.approx(float(expected))
     assert model.training
+    assert result.top5_accuracy is None
+
+
+def test_top_5_is_counted_where_there_are_more_classes_than_five():
+    logits = torch.arange(12.0).reshape(2, 6)  # of each row the first class is the smallest
+    labels = torch.tensor([0, 1])
+    result = evaluate(torch.nn.Identity(), [(logits[:1], labels[:1]), (logits[1:], labels[1:])])
+    assert (result.correct, result.top5_correct, result.top5_accuracy) == (0, 1, 0.5)
+    assert evaluate(torch.nn.Identity(), [(logits[:, :5], labels)]).top5_correct is None
 
 
 def test_warmup_cosine_is_the_papers_and_reaches_its_ends():

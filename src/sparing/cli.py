@@ -1,4 +1,4 @@
-"""The command line: `sparing train | eval | report | budget | methods`."""
+"""The command line: `sparing train | eval | report | budget | methods | convert`."""
 
 import inspect
 import json
@@ -17,7 +17,8 @@ from rich.table import Table
 
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.files import write_text
+from sparing.export import official
+from sparing.files import replacing, write_text
 from sparing.macs import count_uses
 from sparing.masks import count_kept
 from sparing.methods import METHODS
@@ -27,7 +28,7 @@ from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
 from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
-from sparing.train.run import evaluate_run, load_run, report_run, train_run
+from sparing.train.run import evaluate_file, evaluate_run, load_run, report_run, train_run
 
 app = typer.Typer(
     help="Train sparse neural networks whose layers learn how much of themselves to keep.",
@@ -57,6 +58,14 @@ class Weights(str, Enum):
     last = "last"
     best = "best"
     dense = "dense"
+
+
+class Names(str, Enum):
+    """Whose names of tensors."""
+
+    sparing = "sparing"
+    torchvision = "torchvision"
+    timm = "timm"
 
 
 budget_app = typer.Typer(help="Budgets: the sparsity of each layer.", no_args_is_help=True)
@@ -109,15 +118,31 @@ def train(
 
 @app.command("eval")
 def eval_(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run directory; or, with --recipe, a .safetensors file of weights.")],
     part: Annotated[Part, typer.Option(help="Part of the data to evaluate on.")] = Part.test,
     weights: WhichWeights = Weights.last,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="For a file: the recipe whose model and data to use.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate the model of a run."""
-    result, account = evaluate_run(run, part.value, weights.value)
+    """Evaluate the model of a run, or a file of weights."""
+    if recipe is not None:
+        if run.is_dir():
+            raise InputError(f"{run} is a run directory, which has a recipe of its own; leave --recipe out")
+        result, account = evaluate_file(run, load_recipe(recipe, set_ or []), part.value)
+    elif run.is_file():
+        raise InputError(f"{run} is a file; say with --recipe which model and data it is for")
+    elif set_:
+        raise InputError("--set changes the recipe given with --recipe, and a run keeps its own")
+    else:
+        result, account = evaluate_run(run, part.value, weights.value)
     answer = {
         "accuracy": result.accuracy,
+        "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
         "correct": result.correct,
         "count": result.count,
@@ -130,8 +155,9 @@ def eval_(
     if as_json:
         print(json.dumps(answer))
     else:
+        top5 = "" if result.top5_accuracy is None else f"top-5 {100 * result.top5_accuracy:.2f} %  "
         print(
-            f"accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}, {part.value})  "
+            f"accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}, {part.value})  {top5}"
             f"loss {result.loss:.4f}  sparsity {100 * account.total.sparsity:.2f} %"
         )
 
@@ -174,6 +200,44 @@ def methods(as_json: Json = False) -> None:
     for row in rows:
         table.add_row(row["name"], row["summary"], row["source"], row["file"])
     Console().print(table, highlight=False)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the 2020 release of STR.")],
+    arch: Annotated[str, typer.Option(help=f"Its network: {', '.join(official.ARCHITECTURES)}.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    keep_thresholds: Annotated[
+        bool, typer.Option("--keep-thresholds", help="Keep weights and thresholds apart, for a model after sparsify_.")
+    ] = False,
+    names: Annotated[Names, typer.Option(help="For whose ResNet; theirs have a classifier bias.")] = Names.sparing,
+    as_json: Json = False,
+) -> None:
+    """Make a safetensors file of a checkpoint of the 2020 release."""
+    from safetensors.torch import save_file
+
+    state = official.convert(file, arch, keep_thresholds=keep_thresholds)
+    if names is not Names.sparing:
+        state = official.with_bias(state, arch)
+    try:
+        with replacing(out) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
+    answer = {
+        "out": str(out),
+        "arch": arch,
+        "weights": sum(weight.numel() for weight in weights),
+        "nonzero": None if keep_thresholds else sum(int(torch.count_nonzero(weight)) for weight in weights),
+        "thresholds": sum(key.endswith(".s") for key in state),
+    }
+    if as_json:
+        print(json.dumps(answer))
+    elif keep_thresholds:
+        print(f"Written to {out}: {arch}, {answer['weights']:,} weights and {answer['thresholds']} thresholds")
+    else:
+        print(f"Written to {out}: {arch}, {answer['nonzero']:,} of {answer['weights']:,} weights are not zero")
 
 
 @budget_app.command("list")

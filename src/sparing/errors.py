@@ -14,4 +14,8 @@ class CheckpointError(InputError):
 
 
 class SparsityWarning(UserWarning):
-    """A layer holds no weight at all, so nothing can pass through it or train it."""
+    """Something a run can live with and its owner should know of.
+
+    A layer holds no weight at all, so nothing can pass through it or train it; the numbers of a run
+    can prune nothing; a picture of the training data cannot be read, and another takes its place.
+    """

@@ -14,13 +14,14 @@ Deviations: s has shape (1,) where the paper's code has (1, 1); it is kept in fl
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparing.decay import weight_decay_for
 from sparing.errors import InputError
 from sparing.parametrizations import SoftThreshold, Sparse
 from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer, nearest
@@ -80,6 +81,24 @@ class STR(Method):
             raise InputError(f"STR: g must return a tensor of the shape of s; for shape (1,) it returned {at_start!r}")
         if not float(at_start) >= 0 or not math.isfinite(float(at_start)):
             raise InputError(f"STR: g(init) must be a finite threshold ≥ 0; g({self.init}) is {float(at_start)}")
+
+    @classmethod
+    def for_schedule(
+        cls, sparsity: float, learning_rates: Iterable[float], momentum: float, init: float = -20.0
+    ) -> tuple["STR", float]:
+        """The method, and the weight decay on s that takes a run to about the sparsity wished for.
+
+        λ = (ln(|init| / 7) + 0.75 · (1 − sparsity)^−0.85) · (1 − μ) / Σ η
+
+        A rule of thumb; arguments, errors and where it comes from are those of
+        `sparing.decay.weight_decay_for`.
+
+        Examples:
+            >>> method, decay = STR.for_schedule(0.9, [0.1] * 1000, momentum=0.9)
+            >>> method.init, round(decay, 4)
+            (-20.0, 0.0064)
+        """
+        return cls(init=init), weight_decay_for(sparsity, learning_rates, momentum, init)
 
     def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
         g = self._map()

@@ -1,23 +1,30 @@
 """From a recipe to the objects of a run."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from sparing.data import DATASETS, Data
-from sparing.errors import InputError
+from sparing.decay import e_folds, weight_decay_for
+from sparing.errors import InputError, SparsityWarning
+from sparing.methods import STR
 from sparing.models import MODELS
 from sparing.optim import param_groups
-from sparing.schedules import warmup_cosine, warmup_drops
 from sparing.select import nearest
 from sparing.sparsify import Sparsifier, sparsify_
+from sparing.threshold import MAPS
 from sparing.train.recipe import Data as DataSpec
-from sparing.train.recipe import Model, Optimizer, Recipe, Schedule, build_method
+from sparing.train.recipe import Model, Optimizer, Recipe, build_method
 
 FITTED = ("num_classes", "in_channels", "input_size")
 """Arguments of models that follow from the data."""
+
+LEAST_THRESHOLD = 1e-3
+"""Trained weights are mostly larger than this, so a lower threshold prunes nearly none."""
 
 
 def build_data(spec: DataSpec) -> Data:
@@ -86,25 +93,40 @@ def build_sparsifier(recipe: Recipe, model: nn.Module, steps: int) -> Sparsifier
     return sparsify_(model, build_method(recipe.method, steps), recipe.select)
 
 
+def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
+    """Warn of a run of STR whose weight decay cannot raise the threshold to where it prunes.
+
+    The loss only holds s back, so what decay does alone is the most it can come to; the values that
+    suit one data set leave s where it was on a smaller one.
+    """
+    method = build_method(recipe.method, steps=10**9) if recipe.method else None
+    if not isinstance(method, STR):
+        return
+    spec, rates = recipe.optimizer, recipe.learning_rates(steps_an_epoch)
+    decay = spec.weight_decay if spec.threshold_weight_decay is None else spec.threshold_weight_decay
+    end = method.init * math.exp(-e_folds(rates, decay, recipe.momentum))
+    threshold = float(method.scale * MAPS[method.g](torch.tensor(end, dtype=torch.float64)))  # type: ignore[index]
+    if threshold >= LEAST_THRESHOLD:
+        return
+    try:
+        enough = f"{weight_decay_for(0.9, rates, recipe.momentum, -20.0):.2g} and method.init=-20"
+    except InputError:
+        enough = "more, over more steps than these"
+    warnings.warn(
+        f"nothing can be pruned: in the {len(rates)} steps of this run a weight decay of {decay:.3g} takes s from "
+        f"{method.init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. About 90 % of zeros takes "
+        f"optimizer.threshold_weight_decay={enough}; method.for_sparsity=0.9 works it out (sparing.STR.for_schedule)",
+        SparsityWarning,
+        stacklevel=2,
+    )
+
+
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer, over weights, thresholds and normalization in groups of their own."""
     groups = param_groups(model, spec.weight_decay, spec.threshold_weight_decay, spec.norm_weight_decay)
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
-
-
-def build_learning_rate(spec: Schedule, unit: int) -> Callable[[int], float]:
-    """The factor on the learning rate as a function of how often it has moved.
-
-    Args:
-        unit: how often it moves in an epoch.
-    """
-    warmup = round(spec.warmup_epochs * unit)
-    if spec.drops is not None:
-        drops = [drop * unit for drop in spec.drops]
-        return lambda t: warmup_drops(t, drops, warmup)
-    return lambda t: warmup_cosine(t, spec.epochs * unit, warmup)
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparing.data import Data
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
-from sparing.train.build import build_learning_rate, build_model, build_optimizer, build_sparsifier
+from sparing.train.build import build_model, build_optimizer, build_sparsifier
 from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from sparing.train.distributed import Ranks
 from sparing.train.evaluate import evaluate
@@ -76,8 +76,7 @@ def fit(
     if sparsifier is not None:
         sparsifier.attach(optimizer)
     schedule = recipe.schedule
-    unit = len(train) if schedule.update == "step" else 1
-    scheduler = LambdaLR(optimizer, build_learning_rate(schedule, unit))
+    scheduler = LambdaLR(optimizer, lambda t: schedule.factor(t, len(train)))
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     average = AveragedModel(model, multi_avg_fn=_moving_average(recipe.ema), use_buffers=True) if recipe.ema else None
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sparing.data import DATASETS
 from sparing.errors import InputError
-from sparing.methods import METHODS
+from sparing.methods import METHODS, STR
 from sparing.models import MODELS
+from sparing.schedules import warmup_cosine, warmup_drops
 from sparing.select import nearest
 from sparing.sparsify import Method
 
@@ -102,6 +103,20 @@ class Schedule(Part):
                 )
         return self
 
+    def factor(self, position: int, steps_an_epoch: int) -> float:
+        """What the peak learning rate is multiplied by after it has moved so often."""
+        unit = steps_an_epoch if self.update == "step" else 1
+        warmup = round(self.warmup_epochs * unit)
+        if self.drops is not None:
+            return warmup_drops(position, [drop * unit for drop in self.drops], warmup)
+        return warmup_cosine(position, self.epochs * unit, warmup)
+
+    def factors(self, steps_an_epoch: int) -> list[float]:
+        """The factor at every step of the run."""
+        unit = steps_an_epoch if self.update == "step" else 1
+        each = [self.factor(position, steps_an_epoch) for position in range(self.epochs * unit)]
+        return [factor for factor in each for _ in range(steps_an_epoch // unit)]
+
 
 class Recipe(Part):
     """Everything that decides a run. A recipe and a commit give the same weights on the same machine."""
@@ -109,7 +124,11 @@ class Recipe(Part):
     model: Model
     data: Data
     method: dict[str, Any] | None = None
-    """`name` of `sparing.METHODS` and the method's arguments; left out for a dense run."""
+    """`name` of `sparing.METHODS` and the method's arguments; left out for a dense run.
+
+    `{name: str, for_sparsity: 0.9}` lets `STR.for_schedule` choose the weight decay of the thresholds,
+    for about that sparsity at the end of this run; `init` may stand beside it.
+    """
     select: list[str] | None = None
     """Names or shell patterns of the layers to sparsify; all weight layers where it is left out."""
     optimizer: Optimizer = Optimizer()
@@ -135,7 +154,7 @@ class Recipe(Part):
     @field_validator("method")
     @classmethod
     def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
-        if method is not None:
+        if method is not None and "for_sparsity" not in method:
             # The real number follows from the data; what is wrong at any length is refused here.
             build_method(method, steps=10**9)
         return method
@@ -145,6 +164,42 @@ class Recipe(Part):
         if self.dense_baseline and self.method is None:
             raise ValueError("dense_baseline: true needs a method; without one the run is dense already")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_settled(self) -> "Recipe":
+        self.settled(steps_an_epoch=1000)
+        return self
+
+    def learning_rates(self, steps_an_epoch: int) -> list[float]:
+        """The learning rate of every step of the run."""
+        return [self.optimizer.lr * factor for factor in self.schedule.factors(steps_an_epoch)]
+
+    @property
+    def momentum(self) -> float:
+        """By how much weight decay is carried on from step to step; AdamW decays beside its momentum."""
+        return self.optimizer.momentum if self.optimizer.name == "sgd" else 0.0
+
+    def settled(self, steps_an_epoch: int) -> "Recipe":
+        """The same recipe with `for_sparsity` replaced by the init and weight decay that follow from it.
+
+        Raises:
+            InputError: the method is not STR; the weight decay is given as well; a value is out of
+                range, or the run too short.
+        """
+        if self.method is None or "for_sparsity" not in self.method:
+            return self
+        spec = dict(self.method)
+        sparsity = spec.pop("for_sparsity")
+        if spec.get("name") != STR.name:
+            raise InputError(f"method: for_sparsity is for method 'str', not {spec.get('name')!r}; give sparsity")
+        if self.optimizer.threshold_weight_decay is not None:
+            raise InputError("method.for_sparsity decides optimizer.threshold_weight_decay; leave one of them out")
+        init = {"init": spec["init"]} if "init" in spec else {}
+        method, decay = STR.for_schedule(sparsity, self.learning_rates(steps_an_epoch), self.momentum, **init)
+        spec |= {"init": method.init}
+        build_method(spec, steps=10**9)
+        optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": decay})
+        return self.model_copy(update={"method": spec, "optimizer": optimizer})
 
     def dense(self) -> "Recipe":
         """The same run without its method."""

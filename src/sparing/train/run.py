@@ -16,12 +16,13 @@ from sparing.data import Data, check_part
 from sparing.errors import CheckpointError, InputError
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
+from sparing.methods import STR
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.rnn import compact_
 from sparing.rnn import ranks as ranks_of
-from sparing.sparsify import dense_state_dict
-from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
+from sparing.sparsify import dense_state_dict, sparsify_
+from sparing.train.build import build_data, build_model, build_sparsifier, pick_device, warn_if_nothing_prunes
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.distributed import Ranks, join
 from sparing.train.evaluate import Evaluation, evaluate
@@ -66,7 +67,9 @@ def _train(
 ) -> dict[str, Any] | None:
     # Built once before anything is written, so that what cannot work leaves no directory behind.
     data = build_data(recipe.data)
-    _check_fits(recipe, data, ranks)
+    steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
+    recipe = recipe.settled(steps)
+    _check_fits(recipe, data, ranks, steps)
     # Known to every rank before any goes on.
     finished = ranks.ask_first(lambda: _open(out, recipe, resume))
     if finished is not None:
@@ -88,16 +91,17 @@ def _train(
     return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
-def _check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
+def _check_fits(recipe: Recipe, data: Data, ranks: Ranks, steps_an_epoch: int) -> None:
     if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
         raise InputError(
             f"data.batch_size={recipe.data.batch_size} must be at least the number of ranks ({ranks.count}) times "
             f"data.accumulate ({recipe.data.accumulate})"
         )
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
-    steps = recipe.schedule.epochs * len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    build_sparsifier(recipe, trial, steps)
+    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps_an_epoch)
     count_uses(trial, data.input_size)
+    if ranks.first:
+        warn_if_nothing_prunes(recipe, steps_an_epoch)
 
 
 def _finish(
@@ -119,6 +123,7 @@ def _finish(
         "dense_macs": account.total.dense_macs,
         "macs": account.total.macs,
         **_compacted(fitted.model, data),
+        **({"top5_accuracy": test.top5_accuracy} if test.top5_accuracy is not None else {}),
         "test_correct": test.correct,
         "test_count": test.count,
         "validation_accuracy": fitted.validation_accuracy,
@@ -196,11 +201,48 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
 def evaluate_run(run: str | Path, part: str = "test", weights: Weights = "last") -> tuple[Evaluation, Report]:
     """Evaluate the model of a run directory on one part of its data, "test" or "validation"."""
     model, recipe, _ = load_run(run, weights)
+    return _evaluate(model, build_data(recipe.data), recipe.device, part)
+
+
+def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple[Evaluation, Report]:
+    """Evaluate a file of weights in the network of a recipe, on one part of the recipe's data.
+
+    Args:
+        path: a .safetensors file of effective weights, such as a run's `model.safetensors`, or of
+            weights and thresholds, as `sparing convert --keep-thresholds` writes it.
+        recipe: its `model` and `data` are used, and nothing else but `device`.
+        part: "test" or "validation".
+
+    Raises:
+        InputError: the file is none of safetensors.
+        CheckpointError: it cannot be read, or does not fit the network.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no .safetensors file; sparing convert makes one of a checkpoint of the release")
+    state = _read_model(path)
+    data = build_data(recipe.data)
+    model = build_model(recipe.model, data.model_arguments())
+    mark = ".parametrizations.weight.0.s"
+    thresholded = [key.removesuffix(mark) for key in state if key.endswith(mark)]
     try:
-        device = pick_device(recipe.device)
+        if thresholded:
+            # On the meta device, as in load_run.
+            sparsify_(model.to("meta"), STR(), thresholded)
+            model = model.to_empty(device="cpu")
+        model.load_state_dict(state)
+    except (InputError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"checkpoint {path}: does not fit the recipe's {recipe.model.name} ({reason})") from error
+    return _evaluate(model, data, recipe.device, part)
+
+
+def _evaluate(model: nn.Module, data: Data, wanted: str, part: str) -> tuple[Evaluation, Report]:
+    try:
+        device = pick_device(wanted)
     except InputError:  # trained on another machine
         device = pick_device("auto")
-    data = build_data(recipe.data).to(device)
+    data = data.to(device)
     return evaluate(model.to(device), data.evaluation(check_part(part))), report(model, data.input_size)
 
 
@@ -234,7 +276,7 @@ def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
         )
     before, now = (_flatten(each.model_dump(mode="json")) for each in (_read_recipe(out), recipe))
     # Where it runs and what it shows are no part of what is computed.
-    compared = (now | before).keys() - {"device", "tensorboard"}
+    compared = (now | before).keys() - {"device", "tensorboard", "data.root", "data.workers"}
     different = sorted(key for key in compared if before.get(key) != now.get(key))
     if different:
         raise InputError(
