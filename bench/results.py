@@ -226,6 +226,67 @@ def overhead_table():
     return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
 
 
+def ranks_table():
+    """Learned against fixed ranks, run by run at equal ranks."""
+    rows = [
+        "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, random start "
+        "| fixed, SVD start | learned − random start | learned − SVD start |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = set()
+    for folder in sorted(ROOT.joinpath("results/rnn").glob("*/")):
+        entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        by_kind = {}
+        for entry in entries:
+            by_kind.setdefault(entry["kind"], {})[entry["seed"]] = entry
+        notes |= {
+            f"{e['epochs']} epochs, {e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}"
+            for e in entries
+        }
+        sizes = entries[0]["examples"]
+        rows.append(
+            f"| {folder.name}, {sizes['train']:,} / {sizes['test']:,} examples " + _ranks_row("full", by_kind["full"])
+        )
+        for kind in sorted(kind for kind in by_kind if kind.startswith("learned-")):
+            pressure = kind.removeprefix("learned-")
+            others = [by_kind.get(f"{other}-{pressure}", {}) for other in ("fixed", "fixed_svd")]
+            rows.append("| " + _ranks_row(pressure, by_kind[kind], *others))
+    return [*rows, "", f"Test accuracy in %, mean ± standard deviation (runs); {'; '.join(sorted(notes))}."]
+
+
+def _ranks_row(pressure, runs, *others):
+    """One budget: its ranks seed by seed, its accuracy, those of the others and the differences at equal seeds."""
+    ranks = "; ".join("/".join(str(row["rank"]) for row in run["weight_ranks"].values()) for run in runs.values())
+    weights = [sum(row["compact_parameters"] for row in run["weight_ranks"].values()) for run in runs.values()]
+
+    def cell(values):
+        return f"{spread(values, 100)} ({len(values)})" if values else "not run"
+
+    accuracies = [cell([run["accuracy"] for run in side.values()]) for side in (runs, *others)]
+    gains = [cell([runs[seed]["accuracy"] - other[seed]["accuracy"] for seed in other]) for other in others]
+    blank = [""] * 4 if not others else []
+    return " | ".join(
+        ["", pressure, ranks, f"{round(statistics.mean(weights)):,}", *accuracies, *gains, *blank, ""]
+    ).strip()
+
+
+def rnn_speed_table():
+    """FastGRNN as a ratio to GRU, and lower ranks as a ratio to full rank."""
+    rows = ["| | batch | side | time, of the first side | milliseconds |", "|---|---|---|---|---|"]
+    notes = set()
+    for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
+        result = json.loads(path.read_text())
+        notes.add(
+            f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}, "
+            f"{result['rounds']} interleaved rounds, commit {result['commit'][:7]}"
+        )
+        for row in result["rows"]:
+            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            what = f"{row['what']}, {row['steps']} steps × {row['features']}"
+            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.1f} |")
+    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
+
+
 def paper_table():
     """The rows of the paper that have a recipe: what it reports, how we know, and what we ran."""
     rows = [
@@ -335,6 +396,8 @@ TABLES = {
     "sizes": sizes_table,
     "latency": latency_table,
     "frontier": frontier_table,
+    "ranks": ranks_table,
+    "rnn_speed": rnn_speed_table,
 }
 PAGES = (
     "README.md",
@@ -342,6 +405,7 @@ PAGES = (
     "docs/choosing.md",
     "docs/paper.md",
     "docs/export.md",
+    "docs/rnn.md",
     "docs/methods/str.md",
 )
 

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "budget": {"errors", "files", "masks", "select"},
     "optim": {"errors", "parametrizations", "select"},
     "plots": {"report"},
-    "models": set(),
+    "rnn": {"errors", "select", "sparsify"},
+    "models": {"rnn"},
     "methods": {
         "errors", "budget", "decay", "masks", "optim", "parametrizations", "schedules", "select", "sparsify",
         "threshold",
@@ -37,16 +38,16 @@ MAY_IMPORT = {
     "export": {"errors", "files", "macs", "models", "select", "sparsify", "threshold"},
     "train": {
         "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim",
-        "plots", "models", "methods", "threshold",
+        "plots", "models", "methods", "rnn", "threshold",
     },
     "sweep": {"errors", "files", "plots", "train"},
     "cli": {
-        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "select", "sparsify",
-        "sweep", "train",
+        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "rnn", "select",
+        "sparsify", "sweep", "train",
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
-CORE += ["budget", "decay", "masks", "optim", "models", "methods", "published"]
+CORE += ["budget", "decay", "masks", "optim", "rnn", "models", "methods", "published"]
 
 
 def room(path):

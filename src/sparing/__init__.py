@@ -1,6 +1,6 @@
 """sparing: neural networks that learn how much of themselves to keep."""
 
-from sparing import export, models, select
+from sparing import export, models, rnn, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.macs import count_uses
@@ -75,6 +75,7 @@ __all__ = [
     "models",
     "param_groups",
     "report",
+    "rnn",
     "select",
     "soft_threshold",
     "sparse_layers",

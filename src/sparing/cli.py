@@ -26,6 +26,7 @@ from sparing.masks import count_kept
 from sparing.methods import METHODS
 from sparing.models import MODELS
 from sparing.plots import latency_bars
+from sparing.rnn import ranks
 from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
 from sparing.sweep import load_sweep, run_sweep
@@ -222,7 +223,13 @@ def report(
                 write_text(path, text())
             except OSError as error:
                 raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    print(account.to_json() if as_json else account)
+    if as_json:
+        print(account.to_json())
+        return
+    print(account)
+    of_low_rank = ranks(load_run(run, weights.value)[0])
+    if of_low_rank.rows:
+        print(f"\n{of_low_rank}")
 
 
 @app.command()

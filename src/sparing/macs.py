@@ -51,15 +51,19 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
     uses = dict.fromkeys(layers, 0)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tell = getattr(module, "uses_of_parts", None)
+        of_parts = {} if tell is None else {id(part): number for part, number in tell(*args, **kwargs).items()}
         for (identity, _), name in by_place.items():
-            if identity == id(module):
+            if identity in of_parts:
+                uses[name] += of_parts[identity]
+            elif identity == id(module):
                 uses[name] += _uses(module, args, kwargs, output)
             elif isinstance(module, nn.MultiheadAttention) and identity == id(module.out_proj):
                 # Attention multiplies by this weight without calling its module.
                 uses[name] += int(prod(output[0].shape[:-1]))
 
     modules = {id(place.module): place.module for layer in layers.values() for place in layer.places}
-    modules |= {id(module): module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    modules |= {id(module): module for module in model.modules() if _multiplies_unseen(module)}
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules.values()]
     try:
         _run_on_meta(model, example)
@@ -67,6 +71,14 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return uses
+
+
+def _multiplies_unseen(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights of its parts without calling them.
+
+    Ours say how often, in `uses_of_parts(*inputs) -> {part: uses}`.
+    """
+    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "uses_of_parts")
 
 
 def _uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:

@@ -1,6 +1,7 @@
 """Schedules: pure functions of how far the run is."""
 
 import math
+from collections.abc import Sequence
 
 from sparing.errors import InputError
 
@@ -30,6 +31,28 @@ def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
     if position >= total:
         return 0.0
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (total - warmup)))
+
+
+def warmup_drops(position: float, drops: Sequence[float], warmup: float = 0.0) -> float:
+    """The factor on the learning rate: linear warm-up, then a tenth of what it was at every drop.
+
+        f(t) = (t + 1) / w                     for t < w
+        f(t) = 10^−(number of drops ≤ t)       from then on
+
+    Args:
+        position: t, epochs or steps done so far, in the unit of the others.
+        drops: where the learning rate is divided by ten.
+        warmup: w, the length of the warm-up.
+
+    Source: Kusupati et al., "FastGRNN", NeurIPS 2018, section 4: one drop after two thirds of the epochs.
+
+    Examples:
+        >>> [warmup_drops(epoch, [2]) for epoch in range(4)]
+        [1.0, 1.0, 0.1, 0.1]
+    """
+    if position < warmup:
+        return (position + 1) / warmup
+    return 10.0 ** -sum(drop <= position for drop in drops)
 
 
 def cubic(step: int, begin: int, end: int, final: float) -> float:

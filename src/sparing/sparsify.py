@@ -209,7 +209,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
         )
     layers = resolve(model, select)
     for layer in layers.values():
-        _check_weight(layer)
+        check_weight(layer)
     _check_raw(model, layers)
     made = method.parametrizations(layers)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
             made[name](layer.weight)
     # Everything that can fail has been tried by now, so an error leaves the model as it was.
     for name, layer in layers.items():
-        _register(layer, made[name])
+        register(layer, made[name])
     sparsifier = Sparsifier(model, method)
     _warn_if_empty(sparsifier)
     return sparsifier
@@ -308,7 +308,12 @@ def _check_raw(model: nn.Module, layers: Mapping[str, Layer]) -> None:
             )
 
 
-def _check_weight(layer: Layer) -> None:
+def check_weight(layer: Layer) -> None:
+    """Refuse a weight that nothing can be made of.
+
+    Raises:
+        InputError: it carries a parametrization, is not floating point, not finite, or has no elements.
+    """
     for place in layer.places:
         if place.parametrizations is not None:
             other = type(place.parametrizations[0]).__name__
@@ -327,7 +332,8 @@ def _check_weight(layer: Layer) -> None:
             raise InputError(f"layer {layer.name!r} holds {bad} weights that are NaN or infinite, of {weight.numel()}")
 
 
-def _register(layer: Layer, parametrization: Sparse) -> None:
+def register(layer: Layer, parametrization: nn.Module) -> None:
+    """Let `parametrization` make a layer's weight, in all of its places."""
     first, *others = _distinct(layer)
     for place in layer.places:
         if parametrize.is_parametrized(place.module):

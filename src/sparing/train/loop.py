@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 from sparing.data import Data
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
-from sparing.schedules import warmup_cosine
 from sparing.train.build import build_model, build_optimizer, build_sparsifier, warn_if_nothing_prunes
 from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from sparing.train.distributed import Ranks
@@ -77,10 +76,7 @@ def fit(
     if sparsifier is not None:
         sparsifier.attach(optimizer)
     schedule = recipe.schedule
-    unit = len(train) if schedule.update == "step" else 1
-    scheduler = LambdaLR(
-        optimizer, lambda t: warmup_cosine(t, schedule.epochs * unit, round(schedule.warmup_epochs * unit))
-    )
+    scheduler = LambdaLR(optimizer, lambda t: schedule.factor(t, len(train)))
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     average = AveragedModel(model, multi_avg_fn=_moving_average(recipe.ema), use_buffers=True) if recipe.ema else None
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}

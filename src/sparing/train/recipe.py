@@ -14,7 +14,7 @@ from sparing.data import DATASETS
 from sparing.errors import InputError
 from sparing.methods import METHODS, STR
 from sparing.models import MODELS
-from sparing.schedules import warmup_cosine
+from sparing.schedules import warmup_cosine, warmup_drops
 from sparing.select import nearest
 from sparing.sparsify import Method
 
@@ -79,12 +79,14 @@ class Optimizer(Part):
 
 
 class Schedule(Part):
-    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero."""
+    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero, or drops."""
 
     epochs: int = Field(default=20, ge=1)
     warmup_epochs: NotNegative = 0
     update: Literal["step", "epoch"] = "step"
     """How often the learning rate moves; the paper moves it once an epoch."""
+    drops: list[Positive] | None = None
+    """Epochs after which the learning rate is divided by ten, in place of the cosine."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Schedule":
@@ -92,11 +94,27 @@ class Schedule(Part):
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
         return self
 
-    def factors(self, steps_an_epoch: int) -> list[float]:
-        """What the peak learning rate is multiplied by, at every step of the run."""
+    @model_validator(mode="after")
+    def _drops_within(self) -> "Schedule":
+        for drop in self.drops or []:
+            if not self.warmup_epochs <= drop < self.epochs:
+                raise ValueError(
+                    f"drops: {drop:g} must be from warmup_epochs={self.warmup_epochs:g} to epochs={self.epochs}"
+                )
+        return self
+
+    def factor(self, position: int, steps_an_epoch: int) -> float:
+        """What the peak learning rate is multiplied by after it has moved so often."""
         unit = steps_an_epoch if self.update == "step" else 1
-        total, warmup = self.epochs * unit, round(self.warmup_epochs * unit)
-        each = [warmup_cosine(position, total, warmup) for position in range(total)]
+        warmup = round(self.warmup_epochs * unit)
+        if self.drops is not None:
+            return warmup_drops(position, [drop * unit for drop in self.drops], warmup)
+        return warmup_cosine(position, self.epochs * unit, warmup)
+
+    def factors(self, steps_an_epoch: int) -> list[float]:
+        """The factor at every step of the run."""
+        unit = steps_an_epoch if self.update == "step" else 1
+        each = [self.factor(position, steps_an_epoch) for position in range(self.epochs * unit)]
         return [factor for factor in each for _ in range(steps_an_epoch // unit)]
 
 

@@ -1,5 +1,6 @@
 """The run directory: what `sparing train` makes, and what the other commands read."""
 
+import copy
 import json
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from sparing.macs import count_uses
 from sparing.methods import STR
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
+from sparing.rnn import compact_
+from sparing.rnn import ranks as ranks_of
 from sparing.sparsify import dense_state_dict, sparsify_
 from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
 from sparing.train.checkpoint import load_checkpoint
@@ -127,6 +130,7 @@ def _finish(
         "nonzero": account.total.nonzero,
         "dense_macs": account.total.dense_macs,
         "macs": account.total.macs,
+        **_compacted(fitted.model, data),
         **({"top5_accuracy": test.top5_accuracy} if test.top5_accuracy is not None else {}),
         "dense_bytes": (out / "model.safetensors").stat().st_size,
         "compressed_bytes": (out / "compressed.safetensors").stat().st_size,
@@ -148,6 +152,16 @@ def _finish(
     # Last: a run is finished when its metrics are there.
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _compacted(model: nn.Module, data: Data) -> dict[str, Any]:
+    """What low ranks are worth: the ranks, and the counts after `sparing.rnn.compact_`."""
+    found = ranks_of(model)
+    if not found.rows:
+        return {}
+    account = report(compact_(copy.deepcopy(model)), data.input_size)
+    counts = {"compact_weights": account.total.nonzero, "compact_macs": account.total.macs}
+    return {"weight_ranks": found.as_dict(), **counts}
 
 
 def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Recipe, dict[str, Any]]:

