@@ -10,8 +10,9 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
 
+# A process a core, of one thread each.
 test: .venv/dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 lint: .venv/dev
 	$(BIN)/ruff check .
