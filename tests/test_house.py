@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "published": set(),
     "threshold": {"errors"},
     "parametrizations": {"threshold"},
+    "target": {
+        "errors", "budget", "macs", "masks", "parametrizations", "schedules", "select", "sparsify", "threshold",
+    },
     "select": {"errors", "parametrizations"},
     "sparsify": {"errors", "parametrizations", "select"},
     "macs": {"errors", "select"},
@@ -29,7 +32,8 @@ MAY_IMPORT = {
     "plots": {"report"},
     "models": set(),
     "methods": {
-        "errors", "budget", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "threshold",
+        "errors", "budget", "macs", "masks", "optim", "parametrizations", "schedules", "select", "sparsify", "target",
+        "threshold",
     },
     "data": {"errors"},
     "train": {
@@ -41,7 +45,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
-CORE += ["budget", "masks", "optim", "models", "methods", "published"]
+CORE += ["budget", "masks", "optim", "models", "methods", "published", "target"]
 
 
 def room(path):

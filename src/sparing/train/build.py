@@ -74,15 +74,20 @@ def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
 
 
-def build_sparsifier(recipe: Recipe, model: nn.Module, steps: int) -> Sparsifier | None:
+def build_sparsifier(
+    recipe: Recipe, model: nn.Module, steps: int, input_size: tuple[int, ...] | None = None
+) -> Sparsifier | None:
     """Sparsify the model as the recipe says; None for a dense run.
 
     Args:
+        recipe: of the run.
+        model: as it was built.
         steps: optimizer steps of the run.
+        input_size: the data's, with a leading 1; for methods that count MACs.
     """
     if recipe.method is None:
         return None
-    return sparsify_(model, build_method(recipe.method, steps), recipe.select)
+    return sparsify_(model, build_method(recipe.method, steps, input_size), recipe.select)
 
 
 def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:

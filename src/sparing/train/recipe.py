@@ -125,8 +125,8 @@ class Recipe(Part):
     @classmethod
     def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
         if method is not None:
-            # The real number follows from the data; what is wrong at any length is refused here.
-            build_method(method, steps=10**9)
+            # The real numbers follow from the data; what is wrong for all data is refused here.
+            build_method(method, steps=10**9, input_size=(1,))
         return method
 
     @model_validator(mode="after")
@@ -144,13 +144,14 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def build_method(spec: Mapping[str, Any], steps: int) -> Method:
+def build_method(spec: Mapping[str, Any], steps: int, input_size: tuple[int, ...] | None = None) -> Method:
     """The method that a recipe's `method:` describes.
 
     Args:
         spec: its name and arguments.
         steps: optimizer steps of the run, for methods that follow a schedule; `steps` in the recipe
             itself goes before.
+        input_size: the shape of one input, for methods that count MACs; likewise.
 
     Raises:
         InputError: the name is missing or unknown, or the method refuses its arguments.
@@ -164,8 +165,9 @@ def build_method(spec: Mapping[str, Any], steps: int) -> Method:
     for key in arguments:
         if key not in fields:
             raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
-    if "steps" in fields:
-        arguments.setdefault("steps", steps)
+    for key, value in (("steps", steps), ("input_size", input_size)):
+        if key in fields:
+            arguments.setdefault(key, value)
     return method(**arguments)
 
 

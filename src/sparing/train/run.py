@@ -93,7 +93,7 @@ def _check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> None:
         )
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
     steps = recipe.schedule.epochs * len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    build_sparsifier(recipe, trial, steps)
+    build_sparsifier(recipe, trial, steps, data.input_size)
     count_uses(trial, data.input_size)
 
 
@@ -165,7 +165,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
         # On the meta device while its weights are still the initial ones, for which a warning
         # about their thresholds would be noise.
         model = model.to("meta")
-        build_sparsifier(recipe, model, saved["data"]["steps"])
+        build_sparsifier(recipe, model, saved["data"]["steps"], tuple(saved["data"]["input_size"]))
         model = model.to_empty(device="cpu")
         state = saved["model"]
         if weights == "last" and "average" in saved:
