@@ -8,8 +8,8 @@ gradient. s is negative, so a smaller ρ makes all thresholds higher, and weight
 
     ρ > ρ_i = g⁻¹(|W_i| / k) / s_l
 
-One selection over the ρ_i of all weights therefore finds ρ exactly; nothing is searched for. Should ρ = 0 not be
-enough, s goes on above zero, alike in all layers: s_l ← −ρ for ρ ≤ 0.
+These numbers are computed once, and ρ is found among them by counting. Should ρ = 0 not be enough, s goes on
+above zero, alike in all layers: s_l ← −ρ for ρ ≤ 0.
 
 A weight costs 1 where a number of weights is asked for, and its layer's uses (see `sparing.macs`) where MACs are.
 """
@@ -165,24 +165,21 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
         layers: sparsified with `SoftThreshold`, s of their own.
         goal: of these layers.
         wanted: the cost, met to the last weight that is affordable. Rounding of s, and weights of equal size, can
-            add or take a few.
+            add or take a few; in bf16, where many are equal, some tenths of a percent of all.
     """
     factors = {name: _last_factors(layer) for name, layer in layers.items()}
     # What lives in any case is paid for first; the rest goes to the weights that die last.
     floors = {name: _above_smallest(each, goal.least[name]) for name, each in factors.items()}
-    others = {name: each[each >= floors[name]] for name, each in factors.items()}
-    left = wanted - sum(goal.costs[name] * (len(factors[name]) - len(others[name])) for name in layers)
-    pool, prices = torch.cat(list(others.values())), {goal.costs[name] for name in layers}
-    if len(prices) == 1:
-        rho = _above_smallest(pool, min(left // prices.pop(), len(pool)))
-    else:
-        costs = torch.cat([torch.full_like(each, goal.costs[name], dtype=torch.int64) for name, each in others.items()])
-        pool, order = pool.sort()
-        rho = _above(pool, int((costs[order].cumsum(0) <= left).sum()))
+    pools: dict[int, list[Tensor]] = {}
+    for name, each in factors.items():
+        others = each[each >= floors[name]]
+        pools.setdefault(goal.costs[name], []).append(others)
+        wanted -= goal.costs[name] * (len(each) - len(others))
+    rho = _last_affordable({cost: torch.cat(each) for cost, each in pools.items()}, wanted)
     for name, layer in layers.items():
         part = layer.parametrization
         assert isinstance(part, SoftThreshold)
-        own = torch.maximum(rho, floors[name])
+        own = floors[name].clamp_min(rho)
         part.s.copy_(torch.where(own > 0, own * part.s.clamp(max=NEARLY_ZERO), -own))
 
 
@@ -196,18 +193,28 @@ def _last_factors(layer: Layer) -> Tensor:
 
 
 def _above_smallest(values: Tensor, count: int) -> Tensor:
-    """A number above exactly the `count` smallest values."""
-    rest = len(values) - count
-    # Selecting the smaller side is the cheaper one.
-    if count <= rest:
-        return _above(values.topk(min(count + 1, len(values)), largest=False).values, count)
-    return -_above(-values.topk(rest + 1).values, rest)
+    """A number above the `count` smallest values, and halfway to the next."""
+    if count == len(values):
+        return values.amax() + 1
+    return values.topk(count + 1, largest=False).values[-2:].mean()
 
 
-def _above(ordered: Tensor, count: int) -> Tensor:
-    """A number above the first `count` values, which are in order, and halfway to the next."""
-    if not len(ordered):
-        return ordered.new_full((), -math.inf)
-    below = ordered[count - 1] if count else ordered[0] - 2
-    above = ordered[count] if count < len(ordered) else ordered[-1] + 2
-    return (below + above) / 2
+def _last_affordable(pools: Mapping[int, Tensor], budget: int) -> float:
+    """The ρ under which there are as many factors as the budget buys, to within one of them; by bisection.
+
+    Args:
+        pools: cost → the factors of all weights of that cost.
+        budget: ≥ 0.
+    """
+    filled = [pool for pool in pools.values() if len(pool)]
+    low = min((float(pool.amin()) for pool in filled), default=0.0) - 1
+    high = max((float(pool.amax()) for pool in filled), default=0.0) + 1
+    rho = high
+    # float32 holds no more than this many halvings.
+    for _ in range(64):
+        left = budget - sum(cost * int((pool < rho).count_nonzero()) for cost, pool in pools.items())
+        if 0 <= left and (left < max(pools) or rho == high):
+            return rho
+        low, high = (rho, high) if left >= 0 else (low, rho)
+        rho = (low + high) / 2
+    return low
