@@ -213,7 +213,7 @@ def _last_affordable(pools: Mapping[int, Tensor], budget: int) -> float:
     # float32 holds no more than this many halvings.
     for _ in range(64):
         left = budget - sum(cost * int((pool < rho).count_nonzero()) for cost, pool in pools.items())
-        if 0 <= left and (left < max(pools) or rho == high):
+        if left >= 0 and (left < max(pools) or rho == high):
             return rho
         low, high = (rho, high) if left >= 0 else (low, rho)
         rho = (low + high) / 2
