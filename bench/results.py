@@ -151,7 +151,7 @@ def target_table():
         "| asked for | | test accuracy, % | sparsity, % | MACs | weights of the emptiest layer | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = {"str_sparsity": "STR, `sparsity=`", "str": "STR, weight decay by trial", "st3": "ST-3", "feather": "Feather"}
+    names = {"str_sparsity": "STR, `sparsity=`", "str": "STR, decay by trial", "st3": "ST-3", "feather": "Feather"}
     asked = [(percent, row) for percent in (90, 95, 98) for row in names]
     names["str_macs"] = "STR, `macs=`"
     for percent, row in [*asked, *(key for key in sorted(found) if key[1] == "str_macs")]:
