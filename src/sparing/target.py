@@ -157,6 +157,7 @@ class Target:
             pull(sparsifier.layers, goal, goal.dense - gone)
 
 
+# --8<-- [start:pull]
 @torch.no_grad()
 def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
     """Move all s, s_l ← ρ · s_l, so that the layers cost what is wanted.
@@ -190,6 +191,9 @@ def _last_factors(layer: Layer) -> Tensor:
     size = layer.weight.abs().to(torch.promote_types(layer.weight.dtype, torch.float32))
     alone = INVERSES[part.g](size / part.scale)
     return torch.where(alone < 0, alone / part.s.clamp(max=NEARLY_ZERO), -alone).flatten()
+
+
+# --8<-- [end:pull]
 
 
 def _above_smallest(values: Tensor, count: int) -> Tensor:
