@@ -17,13 +17,14 @@ from sparing.schedules import cubic
 from sparing.target import pull
 from sparing.train.build import build_sparsifier
 from sparing.train.recipe import Recipe
+from sparing.train.run import report_run, train_run
 
 
-def layers_of(sizes, init, sparsity=0.5, scale=1.0, **arguments):
+def layers_of(sizes, init, sparsity=0.5, std=1.0, **arguments):
     """Layers with normal weights and an s each, of a model asked for a sparsity; and its goal."""
     model = nn.Sequential(*(nn.Linear(size, 8, bias=False) for size in sizes))
     for module in model:
-        nn.init.normal_(module.weight, std=scale)
+        nn.init.normal_(module.weight, std=std)
     sparsifier = sparing.sparsify_(model, STR(sparsity=sparsity, steps=100, **arguments))
     with torch.no_grad():
         for layer, s in zip(sparsifier.layers.values(), init, strict=True):
@@ -46,11 +47,12 @@ def numbers(layers):
     st.floats(0, 0.97),
     st.sampled_from(["layer", "filter", "weight"]),
     st.sampled_from(["sigmoid", "exp"]),
+    st.sampled_from([1.0, 2.0]),
 )
-def test_the_count_is_met_exactly_by_one_factor_for_all_layers(seed, sizes, sparsity, granularity, g):
+def test_the_count_is_met_exactly_by_one_factor_for_all_layers(seed, sizes, sparsity, granularity, g, k):
     torch.manual_seed(seed)
     init = [-1.0 - 4 * torch.rand(()).item() for _ in sizes]
-    layers, goal = layers_of(sizes, init, sparsity, 0.1, granularity=granularity, g=g)
+    layers, goal = layers_of(sizes, init, sparsity, 0.1, granularity=granularity, g=g, scale=k)
     wanted = count_kept(8 * sum(sizes), sparsity)
     pull(layers, goal, wanted)
     assert sum(nonzero(layers)) == wanted
@@ -65,7 +67,7 @@ def test_the_count_is_met_exactly_by_one_factor_for_all_layers(seed, sizes, spar
 
 def test_layers_keep_the_order_of_their_thresholds_and_the_gradient_decides_it():
     torch.manual_seed(0)
-    layers, goal = layers_of([50, 50], [-2.0, -4.0], sparsity=0.9, scale=0.1)
+    layers, goal = layers_of([50, 50], [-2.0, -4.0], sparsity=0.9, std=0.1)
     pull(layers, goal, count_kept(800, 0.9))
     low, high = nonzero(layers)
     assert low < high
@@ -76,7 +78,7 @@ def test_layers_keep_the_order_of_their_thresholds_and_the_gradient_decides_it()
 
 def test_where_zero_is_not_enough_s_goes_on_above_it_alike_in_all_layers():
     torch.manual_seed(0)
-    layers, goal = layers_of([50, 50], [-2.0, -4.0], sparsity=0.9, scale=0.5)
+    layers, goal = layers_of([50, 50], [-2.0, -4.0], sparsity=0.9, std=0.5)
     assert sum((layer.weight.abs() > 0.5).sum() for layer in layers.values()) > 80
     pull(layers, goal, 80)
     first, second = numbers(layers)
@@ -86,7 +88,7 @@ def test_where_zero_is_not_enough_s_goes_on_above_it_alike_in_all_layers():
 
 def test_no_layer_falls_under_its_floor():
     torch.manual_seed(0)
-    layers, goal = layers_of([100, 100, 1], [-3.0] * 3, sparsity=0.9, scale=0.1)
+    layers, goal = layers_of([100, 100, 1], [-3.0] * 3, sparsity=0.9, std=0.1)
     with torch.no_grad():
         layers["0"].weight.mul_(1e-4)
     wanted = count_kept(1608, 0.9)
@@ -96,8 +98,15 @@ def test_no_layer_falls_under_its_floor():
     assert sum(nonzero(layers)) == wanted
 
 
+def test_the_most_that_can_be_asked_for_leaves_one_weight_in_each_layer():
+    # A tenth of the density of all would be two weights of the first layer.
+    layers, goal = layers_of([2000] + [1] * 20, [-3.0] * 21, sparsity=1 - 21 / 16160, std=0.1)
+    pull(layers, goal, 21)
+    assert nonzero(layers) == [1] * 21
+
+
 def test_weights_too_large_for_any_threshold_do_not_blow_up():
-    layers, goal = layers_of([50], [-3.0], sparsity=0.9, scale=100.0)
+    layers, goal = layers_of([50], [-3.0], sparsity=0.9, std=100.0)
     pull(layers, goal, 40)
     assert torch.isfinite(numbers(layers)).all()
 
@@ -193,6 +202,21 @@ def test_a_recipe_needs_to_say_neither_steps_nor_input_size():
     )
     method = build_sparsifier(recipe, sparing.models.resnet8(), 500, (1, 1, 28, 28)).method
     assert (method.steps, method.input_size) == (500, (1, 1, 28, 28))
+
+
+def test_a_run_ends_on_its_macs_and_its_directory_can_be_read_without_data(tmp_path):
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": "resnet8", "width": 2},
+            "data": {"name": "mnist5k", "batch_size": 350},
+            "method": {"name": "str", "macs": 0.3, "every": 2},
+            "schedule": {"epochs": 2},
+            "tensorboard": False,
+        }
+    )
+    metrics = train_run(recipe, tmp_path / "run")
+    assert 0.297 < metrics["macs"] / metrics["dense_macs"] <= 0.3
+    assert report_run(tmp_path / "run").total.macs == metrics["macs"]
 
 
 @pytest.mark.parametrize(
