@@ -204,21 +204,26 @@ def _above_smallest(values: Tensor, count: int) -> Tensor:
 
 
 def _last_affordable(pools: Mapping[int, Tensor], budget: int) -> float:
-    """The ρ under which there are as many factors as the budget buys, to within one of them; by bisection.
+    """The ρ under which there are as many factors as the budget buys; by bisection.
+
+    Of one cost, exactly as many. Of several, to a thousandth of the budget or to the next one of them.
 
     Args:
         pools: cost → the factors of all weights of that cost.
         budget: ≥ 0.
     """
-    filled = [pool for pool in pools.values() if len(pool)]
-    low = min((float(pool.amin()) for pool in filled), default=0.0) - 1
-    high = max((float(pool.amax()) for pool in filled), default=0.0) + 1
-    rho = high
-    # float32 holds no more than this many halvings.
+    filled = {cost: pool for cost, pool in pools.items() if len(pool)}
+    lowest = min((float(pool.amin()) for pool in filled.values()), default=0.0) - 1
+    highest = max((float(pool.amax()) for pool in filled.values()), default=0.0) + 1
+    low, rho, high = lowest, highest, highest
+    # More halvings than this tell no two float32 apart.
     for _ in range(64):
-        left = budget - sum(cost * int((pool < rho).count_nonzero()) for cost, pool in pools.items())
-        if left >= 0 and (left < max(pools) or rho == high):
-            return rho
+        left = budget - sum(cost * int((pool < rho).count_nonzero()) for cost, pool in filled.items())
         low, high = (rho, high) if left >= 0 else (low, rho)
+        if low == high or (0 <= left < max(filled) and 1000 * left <= budget):
+            break
         rho = (low + high) / 2
-    return low
+    # Halfway to the neighbours, so that the rounding of s moves neither across.
+    below = max(float(pool.masked_fill(pool >= low, lowest).amax()) for pool in filled.values()) if filled else lowest
+    above = min(float(pool.masked_fill(pool < low, highest).amin()) for pool in filled.values()) if filled else highest
+    return (below + above) / 2
