@@ -105,8 +105,9 @@ def test_the_most_that_can_be_asked_for_leaves_one_weight_in_each_layer():
     assert nonzero(layers) == [1] * 21
 
 
-def test_weights_too_large_for_any_threshold_are_counted_as_alive():
+def test_weights_that_are_zero_and_weights_too_large_for_any_threshold_are_counted():
     layers, goal = layers_of([50], [-3.0], sparsity=0.5)
+    layers["0"].weight.data[:2] = 0.0
     assert 0 < (layers["0"].weight.abs() > 1).sum() < 200
     pull(layers, goal, 200)
     assert nonzero(layers) == [200]
