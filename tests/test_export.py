@@ -342,6 +342,13 @@ def test_layers_stay_where_it_was_not_faster_or_they_are_dense(monkeypatch):
     assert all(type(layer) is nn.Linear for layer in model)
 
 
+@pytest.mark.parametrize("kind", [{"kernel_size": 3}, {"kernel_size": 1, "padding": 1}, {"kernel_size": 1, "groups": 2}])
+def test_other_convolutions_are_not_tried(monkeypatch, kind):
+    model = nn.Sequential(sparse_(nn.Conv2d(4, 4, **kind), 0.95))
+    swap_by(monkeypatch, 2.0, 1.0)
+    assert csr.accelerate_(model, (1, 4, 5, 5)) == []
+
+
 def test_a_layer_used_in_two_places_is_swapped_in_both(monkeypatch):
     shared = sparse_(nn.Linear(20, 20), 0.95)
     model = nn.Sequential(shared, nn.ReLU(), shared)
