@@ -238,7 +238,7 @@ def refused_or_right(content):
 
 
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_damaged_file_is_refused(data):
     content = bytearray(whole_file())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -284,7 +284,7 @@ values = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_forged_header_is_refused_without_a_large_allocation(data):
     key = data.draw(st.sampled_from(["dtype", "values", "shape", "encoding", "bits", "crc32"]))
     if key == "shape":
