@@ -232,7 +232,6 @@ def train_run(recipe, out, *, resume):
     (out / "begun").touch()
     time.sleep(float(seconds))
     return measured(recipe)
-sparing.sweep.HEARTBEAT = 1
 sparing.sweep.train_run = train_run
 sparing.sweep.Sweep.check = lambda self: None
 print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out)))
@@ -260,6 +259,24 @@ def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untra
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     # 0001 would be that of Optuna's new trial, which goes on in the old directory.
     assert sorted(out.name for out in untrained) in (["0000", "0001"], ["0000", "0002"])
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(tmp_path, monkeypatch, untrained):
+    train_run = sparing.sweep.train_run
+
+    def slept(recipe, out, *, resume):
+        if not untrained:
+            storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/out/study.db")
+            other = optuna.load_study(study_name="out", storage=storage)
+            _after_death(other, other.tell(0, state=optuna.trial.TrialState.FAIL))
+            storage.remove_session()
+            storage.engine.dispose()
+        return train_run(recipe, out, resume=resume)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", slept)
+    result = run_sweep(sweep(trials=2), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
+    assert [out.name for out in untrained] == ["0000", "0000", "0002"]
 
 
 def test_a_trial_in_which_workers_keep_dying_is_given_up():
