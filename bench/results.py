@@ -253,7 +253,7 @@ def ranks_table():
             rows.append("| " + _ranks_row(pressure, by_kind[kind], *others))
             gains += [by_kind[kind][seed]["accuracy"] - run["accuracy"] for seed, run in others[0].items()]
     above = sum(gain > 0 for gain in gains)
-    overall = f"Learned − random start over all {len(gains)} pairs: {spread(gains, 100)} points, above zero in {above} of them."
+    overall = f"Learned − random start, all {len(gains)} pairs: {spread(gains, 100)} points, above zero in {above}."
     notes = "; ".join(sorted(notes))
     return [*rows, "", overall, "", f"Test accuracy in %, mean ± standard deviation (runs); {notes}."]
 
