@@ -233,7 +233,7 @@ def ranks_table():
         "| fixed, SVD start | learned − random start | learned − SVD start |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    notes = set()
+    notes, gains = set(), []
     for folder in sorted(ROOT.joinpath("results/rnn").glob("*/")):
         entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         by_kind = {}
@@ -251,7 +251,11 @@ def ranks_table():
             pressure = kind.removeprefix("learned-")
             others = [by_kind.get(f"{other}-{pressure}", {}) for other in ("fixed", "fixed_svd")]
             rows.append("| " + _ranks_row(pressure, by_kind[kind], *others))
-    return [*rows, "", f"Test accuracy in %, mean ± standard deviation (runs); {'; '.join(sorted(notes))}."]
+            gains += [by_kind[kind][seed]["accuracy"] - run["accuracy"] for seed, run in others[0].items()]
+    above = sum(gain > 0 for gain in gains)
+    overall = f"Learned − random start, all {len(gains)} pairs: {spread(gains, 100)} points, above zero in {above}."
+    notes = "; ".join(sorted(notes))
+    return [*rows, "", overall, "", f"Test accuracy in %, mean ± standard deviation (runs); {notes}."]
 
 
 def _ranks_row(pressure, runs, *others):
