@@ -391,6 +391,36 @@ def _ratio(row):
     return row["note"] if row["ratio"] is None else f"{row['ratio']:.2f}"
 
 
+def target_table():
+    """STR asked for a total, beside STR as it is, ST-3 and Feather, at the same percentages of zeros."""
+    found, notes = {}, set()
+    for path in sorted(ROOT.joinpath("results/target").glob("*.json")):
+        entry = json.loads(path.read_text())
+        found.setdefault((entry["percent"], entry["row"]), []).append(entry)
+        threads = f"{entry['threads']} thread(s), torch {entry['torch']}, commit {(entry['commit'] or 'none')[:7]}"
+        notes.add(f"{entry['device']}, {threads}")
+    rows = [
+        "| asked for | | test accuracy, % | sparsity, % | MACs | weights of the emptiest layer | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {"str_sparsity": "STR, `sparsity=`", "str": "STR, decay by trial", "st3": "ST-3", "feather": "Feather"}
+    asked = [(percent, row) for percent in (90, 95, 98) for row in names]
+    names["str_macs"] = "STR, `macs=`"
+    for percent, row in [*asked, *(key for key in sorted(found) if key[1] == "str_macs")]:
+        entries = found.get((percent, row))
+        goal = f"{100 - percent} % of MACs" if row == "str_macs" else f"{percent} % zeros"
+        if entries is None:
+            rows.append(f"| {goal} | {names[row]} | not run | | | | 0 |")
+            continue
+        values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "macs")}
+        emptiest = min(min(entry["nonzero_of_layers"].values()) for entry in entries)
+        rows.append(
+            f"| {goal} | {names[row]} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
+            f"| {round(statistics.mean(values['macs'])):,} | {emptiest} | {len(entries)} |"
+        )
+    return [*rows, "", f"Seeds 0 up; mean ± standard deviation where there are several; {'; '.join(sorted(notes))}."]
+
+
 TABLES = {
     "runs": runs_table,
     "overhead": overhead_table,
@@ -402,6 +432,7 @@ TABLES = {
     "frontier": frontier_table,
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
+    "target": target_table,
 }
 PAGES = (
     "README.md",

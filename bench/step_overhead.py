@@ -52,15 +52,23 @@ def naive_(model):
 
 
 def sparse_(name):
-    """Sparsify with a method, at 90 % where it can be asked for, over a run of 1000 steps."""
+    """Sparsify with a method, at 90 % where it has to be asked for, over a run of 1000 steps."""
     fields = sparing.METHODS[name].__dataclass_fields__
     wanted = {"sparsity": 0.9, "steps": 1000, "alpha": 1e-4, "penalty": 1e-5, "kl_weight": 1e-4}
+    if name == "str":  # learns its sparsity unless asked
+        wanted = {}
     return lambda model: sparing.sparsify_(
         model, sparing.METHODS[name](**{key: value for key, value in wanted.items() if key in fields})
     )
 
 
+def asked(**target):
+    """STR that is asked for a total, over a run of 1000 steps."""
+    return lambda model: sparing.sparsify_(model, sparing.STR(steps=1000, **target))
+
+
 VARIANTS = {"dense": dense_, "naive": naive_} | {name: sparse_(name) for name in sparing.METHODS}
+VARIANTS |= {"str_sparsity": asked(sparsity=0.9), "str_macs": asked(macs=0.1, input_size=(1, 3, 224, 224))}
 
 PLAIN, UPDATE = 450, 400
 """Optimizer steps of the run of 1000 at which a mask is left alone, and at which it is renewed."""

@@ -103,7 +103,10 @@ def test_both_are_named_in_recipes():
         (lambda f: (f / "test_batch.bin").write_bytes(b"x" * 5000), "test_batch.bin: 5,000 bytes are no whole number"),
         (lambda f: (f / "data_batch_1.bin").write_bytes(b""), "data_batch_1.bin: 0 bytes are no whole number"),
         (lambda f: (f / "data_batch_1.bin").write_bytes(b"\x0b" * RECORD), "has label 11; this is no batch of CIFAR"),
-        (lambda f: (f / "test_batch.bin").write_bytes(b"\x03" * RECORD), r"test classes have \[0, 0, 0, 1, 0"),
+        (
+            lambda f: (f / "test_batch.bin").write_bytes(bytes(RECORD) + b"\x03" * RECORD),
+            r"test classes have \[1, 0, 0, 1, 0",
+        ),
     ],
 )
 def test_damaged_binary_files_are_named(tmp_path, spoil, message):

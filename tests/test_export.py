@@ -13,6 +13,7 @@ import sparing
 from sparing.export import csr, formats, latency, mnn, network, onnx, openvino, runtimes
 from sparing.export.runtimes import Process
 from sparing.export.shrink import shrink
+from sparing.plots import latency_bars
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} of sparing[export] is not installed")
@@ -202,6 +203,12 @@ def test_every_contestant_has_a_row(measured):
     assert measured.machine["versions"]["torch"] == torch.__version__
 
 
+def test_ratios_are_of_the_same_round():
+    row = latency._timing("it", 1, 1, [2.0, 8.0, 3.0], [1.0, 2.0, 2.0], 0.0)
+    assert (row.seconds, row.lowest, row.highest) == (3, 2, 8)
+    assert (row.ratio, row.ratio_lowest, row.ratio_highest) == (2, 1.5, 4)
+
+
 def test_the_table_the_json_and_the_figure_say_the_same(measured):
     text = str(measured)
     assert text.count("MNN sparse") >= 2
@@ -209,8 +216,9 @@ def test_the_table_the_json_and_the_figure_say_the_same(measured):
     content = json.loads(measured.to_json())
     assert content["rows"][0]["seconds"] == measured.rows[0].seconds
     assert content["sweep"] == {str(key): value for key, value in measured.sweep.items()}
-    figure = sparing.plots.latency_bars(measured.bars()) if hasattr(sparing, "plots") else None
-    assert figure is None or len(figure.axes) == 2
+    figure = latency_bars(measured.bars())
+    assert [axes.get_title() for axes in figure.axes] == ["batch 1, 1 thread", "batch 2, 1 thread"]
+    assert len(figure.axes[0].patches) == sum(row.seconds is not None for row in measured.rows) / 2
 
 
 def test_a_rival_that_is_missing_or_fails_says_so(monkeypatch):
@@ -340,6 +348,15 @@ def test_layers_stay_where_it_was_not_faster_or_they_are_dense(monkeypatch):
     assert (first.swapped, second.swapped) == (False, False)
     assert (first.csr_seconds, second.csr_seconds) == (1.0, None)
     assert all(type(layer) is nn.Linear for layer in model)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kernel_size": 3}, {"kernel_size": 1, "padding": 1}, {"kernel_size": 1, "groups": 2}]
+)
+def test_other_convolutions_are_not_tried(monkeypatch, kind):
+    model = nn.Sequential(sparse_(nn.Conv2d(4, 4, **kind), 0.95))
+    swap_by(monkeypatch, 2.0, 1.0)
+    assert csr.accelerate_(model, (1, 4, 5, 5)) == []
 
 
 def test_a_layer_used_in_two_places_is_swapped_in_both(monkeypatch):
@@ -473,6 +490,8 @@ def test_a_layer_that_is_all_dead_keeps_one_channel():
 
 def test_channels_under_normalization_over_channels_stay():
     model = nn.Sequential(kill_(nn.Linear(4, 6), 0, 1), nn.LayerNorm(6), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[2].weight[:, 3] = 0  # not read, but counted in the mean
     assert_smaller(model, (1, 4), {"0": (6, 4)})
 
 

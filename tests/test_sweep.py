@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import sparing.sweep
@@ -88,14 +89,19 @@ def untrained(monkeypatch):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_can_be_trained_and_says_what_to_expect(path):
-    load_sweep(path).check()
     assert path.read_text().startswith("#")
+    try:
+        load_sweep(path).check()
+    except InputError as error:
+        if "fashion_mnist: no folder" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def test_a_sweep_trains_and_leaves_the_front(tmp_path):
-    result = run_sweep(sweep(trials=2), tmp_path / "out")
+    result = run_sweep(sweep(trials=1), tmp_path / "out")
     rows = table(tmp_path / "out" / "trials.csv")
-    assert [row["trial"] for row in rows] == ["0", "1"]
+    assert [row["trial"] for row in rows] == ["0"]
     assert {row["state"] for row in rows} == {"finished"}
     for row in rows:
         metrics = json.loads((tmp_path / "out" / "trials" / f"{int(row['trial']):04d}" / "metrics.json").read_text())
@@ -109,7 +115,7 @@ def test_a_sweep_trains_and_leaves_the_front(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["nonzero", "macs"])
-def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, objective):
+def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, untrained, objective):
     def train_run(recipe, out, *, resume):
         # Both costs fall and rise against each other, and the accuracy follows neither.
         x = recipe.optimizer.threshold_weight_decay
@@ -143,12 +149,33 @@ def test_a_finished_sweep_is_left_as_it_is_and_can_be_made_longer(tmp_path, untr
     assert len(run_sweep(sweep(trials=4), tmp_path / "out")["trials"]) == len(untrained) == 5
 
 
-def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_path):
-    result = run_sweep(sweep(set={"optimizer.lr": 1e30}, trials=2), tmp_path / "out")
-    assert [row["state"] for row in result["trials"]] == ["failed", "failed"]
+def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_path, monkeypatch, untrained):
+    train_run = sparing.sweep.train_run
+    errors = [InputError("the loss became nan"), torch.OutOfMemoryError("no memory\nof much")]
+
+    def failing(recipe, out, *, resume):
+        if errors:
+            raise errors.pop(0)
+        return train_run(recipe, out, resume=resume)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", failing)
+    result = run_sweep(sweep(trials=3), tmp_path / "out")
+    rows = table(tmp_path / "out" / "trials.csv")
+    assert [row["state"] for row in rows] == ["failed", "failed", "finished"]
+    assert [row["error"] for row in rows] == ["the loss became nan", "no memory", ""]
+    assert [row["trial"] for row in result["front"]] == [2]
+
+
+def test_a_loss_that_is_not_finite_is_such_a_trial(tmp_path):
+    result = run_sweep(sweep(set={"optimizer.lr": 1e30}, trials=1), tmp_path / "out")
     assert result["front"] == []
-    for row in table(tmp_path / "out" / "trials.csv"):
-        assert row["error"].startswith("the loss became nan in epoch 1: lower optimizer.lr")
+    assert result["trials"][0]["error"].startswith("the loss became nan in epoch 1: lower optimizer.lr")
+
+
+def test_any_other_error_is_a_bug_and_shows(tmp_path, monkeypatch, untrained):
+    monkeypatch.setattr(sparing.sweep, "train_run", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_sweep(sweep(), tmp_path / "out")
 
 
 def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatch):
@@ -157,23 +184,41 @@ def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatc
 
     def interrupted(recipe, out, *, resume):
         seen.append((recipe, out))
-        if len(seen) == 2:
+        if len(seen) == 1:
             assert train_run(recipe, out, resume=resume, stop_after=1) is None
             raise KeyboardInterrupt
         return train_run(recipe, out, resume=resume)
 
     monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
-    wanted = sweep(set={"schedule.epochs": 2}, trials=2)
+    wanted = sweep(set={"schedule.epochs": 2}, trials=1)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(wanted, tmp_path / "out")
-    kept = table(tmp_path / "out" / "trials.csv")
-    assert [row["state"] for row in kept] == ["finished"]
     result = run_sweep(wanted, tmp_path / "out")
-    assert [(row["trial"], row["state"]) for row in result["trials"]] == [(0, "finished"), (1, "finished")]
-    assert len(seen) == 3
-    assert seen[1] == seen[2]
-    assert [line["epoch"] for line in read_history(seen[2][1])] == [1, 2]
-    assert sorted(path.name for path in (tmp_path / "out" / "trials").iterdir()) == ["0000", "0001"]
+    assert [(row["trial"], row["state"]) for row in result["trials"]] == [(0, "finished")]
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert [line["epoch"] for line in read_history(seen[0][1])] == [1, 2]
+    assert [path.name for path in (tmp_path / "out" / "trials").iterdir()] == ["0000"]
+
+
+def test_finished_trials_outlive_an_interruption(tmp_path, monkeypatch, untrained):
+    train_run = sparing.sweep.train_run
+
+    def interrupted(recipe, out, *, resume):
+        if len(untrained) == 2:
+            untrained.append(out)
+            raise KeyboardInterrupt
+        return train_run(recipe, out, resume=resume)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep(trials=4), tmp_path / "out")
+    kept = table(tmp_path / "out" / "trials.csv")
+    assert [row["state"] for row in kept] == ["finished", "finished"]
+    result = run_sweep(sweep(trials=4), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["finished"] * 4
+    assert table(tmp_path / "out" / "trials.csv")[:2] == kept
+    assert untrained[2] == untrained[3], "taken up first, where it was"
 
 
 WORKER = """
@@ -187,7 +232,6 @@ def train_run(recipe, out, *, resume):
     (out / "begun").touch()
     time.sleep(float(seconds))
     return measured(recipe)
-sparing.sweep.HEARTBEAT = 1
 sparing.sweep.train_run = train_run
 sparing.sweep.Sweep.check = lambda self: None
 print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out)))
@@ -215,6 +259,24 @@ def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untra
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     # 0001 would be that of Optuna's new trial, which goes on in the old directory.
     assert sorted(out.name for out in untrained) in (["0000", "0001"], ["0000", "0002"])
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(tmp_path, monkeypatch, untrained):
+    train_run = sparing.sweep.train_run
+
+    def slept(recipe, out, *, resume):
+        if not untrained:
+            storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/out/study.db")
+            other = optuna.load_study(study_name="out", storage=storage)
+            _after_death(other, other.tell(0, state=optuna.trial.TrialState.FAIL))
+            storage.remove_session()
+            storage.engine.dispose()
+        return train_run(recipe, out, resume=resume)
+
+    monkeypatch.setattr(sparing.sweep, "train_run", slept)
+    result = run_sweep(sweep(trials=2), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
+    assert [out.name for out in untrained] == ["0000", "0000", "0002"]
 
 
 def test_a_trial_in_which_workers_keep_dying_is_given_up():
@@ -341,7 +403,7 @@ def test_a_value_that_is_none_of_a_recipe_is_named(tmp_path):
         ({"optimizer.lrr": [0.1]}, "search.optimizer.lrr, at 0.1: .*unknown key 'optimizer.lrr'; did you mean 'lr'"),
         ({"method.int": [0.1]}, "search.method.int, at 0.1: .*no argument 'int'; did you mean 'init'"),
         ({"model.widht": [2]}, "search.model.widht, at 2: model 'resnet8' has no argument 'widht'; .*'width'"),
-        ({"data.shift": {"low": 1, "high": 99}}, "search.data.shift, at 99: data: shift must be"),
+        ({"data.shift": [99]}, "search.data.shift, at 99: data: shift must be"),
         ({"optimizer.lr": [0.1, "fast"]}, 'search.optimizer.lr, at "fast": .*optimizer.lr: .*valid number'),
         ({"select": [["conv9"]]}, "search.select, at .*conv9"),
     ],

@@ -36,6 +36,13 @@ class Method(ABC):
     def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
         """A parametrization for every layer, by the layer's name, on the device of its weight."""
 
+    def plan(self, model: nn.Module, layers: Mapping[str, Layer]) -> Any:
+        """What the method works out once from the model, before anything is changed; `Sparsifier.plan`.
+
+        It follows from model and method alone, so a checkpoint need not hold it.
+        """
+        return None
+
     def before_step(self, sparsifier: "Sparsifier") -> None:
         """Runs just before the optimizer moves the weights; gradients are there.
 
@@ -55,6 +62,7 @@ class Sparsifier:
     Args:
         model: a model that has been sparsified.
         method: the method it was sparsified with.
+        plan: what its `plan` returned.
 
     Examples:
         >>> sparsifier = sparsify_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), STR(init=-5.0))
@@ -65,9 +73,10 @@ class Sparsifier:
     WATCH_EVERY = 100
     """Optimizer steps between two looks for layers that have lost every weight."""
 
-    def __init__(self, model: nn.Module, method: Method) -> None:
+    def __init__(self, model: nn.Module, method: Method, plan: Any = None) -> None:
         self.model = model
         self.method = method
+        self.plan = plan
         self.step = 0
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._reported: set[str] = set()
@@ -211,6 +220,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
     for layer in layers.values():
         check_weight(layer)
     _check_raw(model, layers)
+    plan = method.plan(model, layers)
     made = method.parametrizations(layers)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -218,7 +228,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None) ->
     # Everything that can fail has been tried by now, so an error leaves the model as it was.
     for name, layer in layers.items():
         register(layer, made[name])
-    sparsifier = Sparsifier(model, method)
+    sparsifier = Sparsifier(model, method, plan)
     _warn_if_empty(sparsifier)
     return sparsifier
 

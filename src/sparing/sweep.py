@@ -203,6 +203,7 @@ class _Worker:
         self.console = console
         self.rows: list[dict[str, Any]] = []
         self.front: list[dict[str, Any]] = []
+        self.given_away = False
 
     def work(self) -> dict[str, Any]:
         """Take trials until none is left, and wait for those of others, who may die."""
@@ -214,8 +215,7 @@ class _Worker:
                 self._write()
                 states = [row["state"] for row in self.rows]
                 if "waiting" in states or len(states) < self.wanted:
-                    catch = (InputError, torch.OutOfMemoryError, _TooManyError)
-                    self.study.optimize(self._run, n_trials=1, catch=catch)
+                    self._take()
                 elif "running" in states:
                     time.sleep(min(HEARTBEAT, 5))
                     optuna.storages.fail_stale_trials(self.study)
@@ -224,8 +224,30 @@ class _Worker:
         self.console.print(self._table())
         return {"trials": self.rows, "front": self.front}
 
+    def _take(self) -> None:
+        """Take the next trial, and see it to its end."""
+        self.given_away = False
+        try:
+            catch = (InputError, torch.OutOfMemoryError, _TooManyError)
+            self.study.optimize(self._run, n_trials=1, catch=catch)
+        except ValueError:  # Optuna's, about a trial that ended behind its back
+            if not self.given_away:
+                raise
+
     def _run(self, trial: "Trial") -> tuple[float, float]:
-        """Train one trial: Optuna's objective."""
+        """Optuna's objective."""
+        import optuna
+
+        try:
+            return self._train(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # A computer that slept, say: its trial was taken for dead.
+            self.given_away = True
+            run = _run_of(trial)
+            self.console.print(f"trial {run}: given to another worker, as this one was silent for too long")
+            raise
+
+    def _train(self, trial: "Trial") -> tuple[float, float]:
         run = _run_of(trial)
         if run == trial.number and self._begun_before(run) >= self.wanted:
             trial.set_user_attr("too_many", True)

@@ -16,6 +16,7 @@ SPARSITY = 0.75
 # needs other settings to do anything in so few steps, says so here.
 SETTINGS = {
     "str": {"init": -3.0},
+    "str_sparsity": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
     "gmp": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
     "rigl": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
     "dnw": {"sparsity": SPARSITY},
@@ -38,10 +39,14 @@ SETTINGS = {
     "spartan": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
 }
 
+# Entries that are a second way to use a method.
+VARIANTS = {"str_sparsity": "str"}
+
 # Methods that end with exactly the number of weights asked for, in every layer.
 EXACT_LAYERS = {"dnw", "set", "gmp", "rigl", "magnitude", "static_random"}
 # Methods that end with exactly the number asked for, over all layers.
 EXACT_TOTAL = EXACT_LAYERS | {
+    "str_sparsity",
     "spartan",
     "st3",
     "st3_sigma",
@@ -56,9 +61,14 @@ EXACT_TOTAL = EXACT_LAYERS | {
 }
 
 
+def method_class(name):
+    """The class that an entry of `SETTINGS` is of."""
+    return METHODS[VARIANTS.get(name, name)]
+
+
 def make(name):
     """The method of that name, as the suite uses it."""
-    return METHODS[name](**SETTINGS[name])
+    return method_class(name)(**SETTINGS[name])
 
 
 class Recurrent(nn.Module):

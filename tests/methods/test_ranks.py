@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from harness import STEPS, batch, make
+from harness import SETTINGS, STEPS, batch, make
 from torch import nn
 from torch.nn import functional as F
 
 import sparing
-from sparing import METHODS
 
 RANKS = 2
 
@@ -24,7 +23,7 @@ def test_ranks_agree_on_every_mask_and_weight_after_every_step(tmp_path):
 def train_all(rank, meeting):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
-    for name in METHODS:
+    for name in SETTINGS:
         train(name, rank)
     # gloo may abort a rank whose peer is gone, or whose wrappers outlive their group. What is tested is
     # over, so the ranks wait for each other outside of gloo and leave without tearing anything down.

@@ -7,6 +7,8 @@
 
 s starts far below zero, where the threshold is nearly nothing. Weight decay pulls s up toward
 zero; the loss holds it back where weights matter. Each layer settles on a sparsity of its own.
+How sparse all of them are together follows from λ and the start of s. Or it is asked for, which
+is not of the paper: then s ← ρ s as well, with the one ρ that the total needs (`sparing.target`).
 
 Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
 ICML 2020, section 3 and Algorithm 1.
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 
 from sparing.decay import weight_decay_for
 from sparing.errors import InputError
+from sparing.macs import Example
 from sparing.parametrizations import SoftThreshold, Sparse
 from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer, nearest
-from sparing.sparsify import Method
+from sparing.sparsify import Method, Sparsifier
+from sparing.target import Goal, Target
 from sparing.threshold import MAPS
 
 GRANULARITIES = ("layer", "filter", "weight", "global")
@@ -43,17 +47,20 @@ class STR(Method):
         scale: a constant factor of the threshold, the k of k · sigmoid.
         granularity: "layer", one s a layer; "filter", one an output channel or row; "weight", one
             a weight; "global", one for all layers.
+        sparsity, macs, steps, input_size, begin, end, every: a total to end with, and how; see
+            `sparing.target.Target`. `STR(sparsity=0.9, steps=N)` keeps a tenth of the weights,
+            `STR(macs=0.15, steps=N, input_size=(1, 3, 224, 224))` 15 % of the MACs.
 
-    How sparse the network becomes is decided by `init` and by the weight decay on s (see
-    `param_groups`): with weight decay 0 on s nothing pulls the thresholds up.
+    Without a total, how sparse the network becomes is decided by `init` and by the weight decay on s
+    (see `param_groups`): with weight decay 0 on s nothing pulls the thresholds up.
 
     Raises:
         InputError: a value is of the wrong type or out of range; "filter" on a grouped transposed
-            convolution, whose filters are no slices of its weight.
+            convolution, whose filters are no slices of its weight; a total that cannot be reached.
 
     Examples:
-        >>> STR(init=-5.0)
-        STR(init=-5.0, g='sigmoid', scale=1.0, granularity='layer')
+        >>> STR(sparsity=0.9, steps=1000).g
+        'sigmoid'
     """
 
     name: ClassVar[str] = "str"
@@ -62,6 +69,13 @@ class STR(Method):
     g: str | Callable[[Tensor], Tensor] = "sigmoid"
     scale: float = 1.0
     granularity: str = "layer"
+    sparsity: float | None = None
+    macs: float | int | None = None
+    steps: int | None = None
+    input_size: Example | None = None
+    begin: int | float = 0.0
+    end: int | float = 0.6
+    every: int = 16
 
     def __post_init__(self) -> None:
         for field in ("init", "scale"):
@@ -81,6 +95,7 @@ class STR(Method):
             raise InputError(f"STR: g must return a tensor of the shape of s; for shape (1,) it returned {at_start!r}")
         if not float(at_start) >= 0 or not math.isfinite(float(at_start)):
             raise InputError(f"STR: g(init) must be a finite threshold ≥ 0; g({self.init}) is {float(at_start)}")
+        self._target()
 
     @classmethod
     def for_schedule(
@@ -111,6 +126,22 @@ class STR(Method):
             name: SoftThreshold(self._number(self._shape(layer), layer.weight), g, self.scale)
             for name, layer in layers.items()
         }
+
+    def plan(self, model: nn.Module, layers: Mapping[str, Layer]) -> Goal | None:
+        target = self._target()
+        return None if target is None else target.goal(model, layers)
+
+    def after_step(self, sparsifier: Sparsifier) -> None:
+        target = self._target()
+        if target is not None:
+            target.after_step(sparsifier)
+
+    def _target(self) -> Target | None:
+        if self.sparsity is None and self.macs is None:
+            return None
+        if self.granularity == "global" or callable(self.g):
+            raise InputError("STR: a total needs a granularity other than 'global', and a g known by name")
+        return Target(self.sparsity, self.macs, self.steps, self.input_size, self.begin, self.end, self.every)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         return MAPS[self.g] if isinstance(self.g, str) else self.g

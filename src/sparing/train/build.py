@@ -82,15 +82,20 @@ def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
 
 
-def build_sparsifier(recipe: Recipe, model: nn.Module, steps: int) -> Sparsifier | None:
+def build_sparsifier(
+    recipe: Recipe, model: nn.Module, steps: int, input_size: tuple[int, ...] | None = None
+) -> Sparsifier | None:
     """Sparsify the model as the recipe says; None for a dense run.
 
     Args:
+        recipe: of the run.
+        model: as it was built.
         steps: optimizer steps of the run.
+        input_size: the data's, with a leading 1; for methods that count MACs.
     """
     if recipe.method is None:
         return None
-    return sparsify_(model, build_method(recipe.method, steps), recipe.select)
+    return sparsify_(model, build_method(recipe.method, steps, input_size), recipe.select)
 
 
 def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
@@ -99,8 +104,8 @@ def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
     The loss only holds s back, so what decay does alone is the most it can come to; the values that
     suit one data set leave s where it was on a smaller one.
     """
-    method = build_method(recipe.method, steps=10**9) if recipe.method else None
-    if not isinstance(method, STR):
+    method = build_method(recipe.method, steps=10**9, input_size=(1,)) if recipe.method else None
+    if not isinstance(method, STR) or method.sparsity is not None or method.macs is not None:
         return
     spec, rates = recipe.optimizer, recipe.learning_rates(steps_an_epoch)
     decay = spec.weight_decay if spec.threshold_weight_decay is None else spec.threshold_weight_decay

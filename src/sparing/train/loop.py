@@ -71,7 +71,7 @@ def fit(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
     validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
-    sparsifier = build_sparsifier(recipe, model, recipe.schedule.epochs * len(train))
+    sparsifier = build_sparsifier(recipe, model, recipe.schedule.epochs * len(train), data.input_size)
     optimizer = build_optimizer(recipe.optimizer, model)
     if sparsifier is not None:
         sparsifier.attach(optimizer)

@@ -155,8 +155,8 @@ class Recipe(Part):
     @classmethod
     def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
         if method is not None and "for_sparsity" not in method:
-            # The real number follows from the data; what is wrong at any length is refused here.
-            build_method(method, steps=10**9)
+            # The real numbers follow from the data; what is wrong at any length is refused here.
+            build_method(method, steps=10**9, input_size=(1,))
         return method
 
     @model_validator(mode="after")
@@ -197,7 +197,7 @@ class Recipe(Part):
         init = {"init": spec["init"]} if "init" in spec else {}
         method, decay = STR.for_schedule(sparsity, self.learning_rates(steps_an_epoch), self.momentum, **init)
         spec |= {"init": method.init}
-        build_method(spec, steps=10**9)
+        build_method(spec, steps=10**9, input_size=(1,))
         optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": decay})
         return self.model_copy(update={"method": spec, "optimizer": optimizer})
 
@@ -210,13 +210,14 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def build_method(spec: Mapping[str, Any], steps: int) -> Method:
+def build_method(spec: Mapping[str, Any], steps: int, input_size: tuple[int, ...] | None = None) -> Method:
     """The method that a recipe's `method:` describes.
 
     Args:
         spec: its name and arguments.
         steps: optimizer steps of the run, for methods that follow a schedule; `steps` in the recipe
             itself goes before.
+        input_size: the shape of one input, for methods that count MACs; likewise.
 
     Raises:
         InputError: the name is missing or unknown, or the method refuses its arguments.
@@ -230,8 +231,9 @@ def build_method(spec: Mapping[str, Any], steps: int) -> Method:
     for key in arguments:
         if key not in fields:
             raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
-    if "steps" in fields:
-        arguments.setdefault("steps", steps)
+    for key, value in (("steps", steps), ("input_size", input_size)):
+        if key in fields:
+            arguments.setdefault(key, value)
     return method(**arguments)
 
 

@@ -107,7 +107,7 @@ def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> Recipe:
     steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
     recipe = recipe.settled(steps)
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
-    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps)
+    build_sparsifier(recipe, trial, recipe.schedule.epochs * steps, data.input_size)
     count_uses(trial, data.input_size)
     return recipe
 
@@ -194,7 +194,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
         # On the meta device while its weights are still the initial ones, for which a warning
         # about their thresholds would be noise.
         model = model.to("meta")
-        build_sparsifier(recipe, model, saved["data"]["steps"])
+        build_sparsifier(recipe, model, saved["data"]["steps"], tuple(saved["data"]["input_size"]))
         model = model.to_empty(device="cpu")
         state = saved["model"]
         if weights == "last" and "average" in saved:
