@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import sparing
+from sparing.schedules import to_step
 
 
 class Naive(nn.Module):
@@ -54,7 +55,7 @@ def naive_(model):
 def sparse_(name):
     """Sparsify with a method, at 90 % where it has to be asked for, over a run of 1000 steps."""
     fields = sparing.METHODS[name].__dataclass_fields__
-    wanted = {"sparsity": 0.9, "steps": 1000, "alpha": 1e-4, "penalty": 1e-5, "kl_weight": 1e-4}
+    wanted = {"sparsity": 0.9, "steps": STEPS, "alpha": 1e-4, "penalty": 1e-5, "kl_weight": 1e-4}
     if name == "str":  # learns its sparsity unless asked
         wanted = {}
     return lambda model: sparing.sparsify_(
@@ -70,8 +71,10 @@ def asked(**target):
 VARIANTS = {"dense": dense_, "naive": naive_} | {name: sparse_(name) for name in sparing.METHODS}
 VARIANTS |= {"str_sparsity": asked(sparsity=0.9), "str_macs": asked(macs=0.1, input_size=(1, 3, 224, 224))}
 
+STEPS = 1000
+"""Optimizer steps of the run that is pretended."""
 PLAIN, UPDATE = 450, 400
-"""Optimizer steps of the run of 1000 at which a mask is left alone, and at which it is renewed."""
+"""Steps at which a mask is left alone, and from which on the next renewal is timed."""
 
 
 class Side:
@@ -86,7 +89,10 @@ class Side:
         if self.sparsifier is not None:
             self.sparsifier.attach(self.optimizer)
         self.run = torch.compile(model) if compiled else model
-        self.every = getattr(getattr(self.sparsifier, "method", None), "every", 1)
+        method = getattr(self.sparsifier, "method", None)
+        self.every = getattr(method, "every", 1)
+        begin = to_step(getattr(method, "begin", 0), STEPS)
+        self.update = begin + -(-(UPDATE - begin) // self.every) * self.every
 
     def at(self, number):
         """Pretend that so many steps have been taken."""
@@ -113,7 +119,7 @@ class Side:
         if self.every == 1:
             return plain
         # Methods act before or after the step they count, so one of these two is the update.
-        self.at(UPDATE - 1)
+        self.at(self.update - 1)
         start = time.perf_counter()
         self.step()
         self.step()
