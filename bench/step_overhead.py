@@ -31,6 +31,12 @@ import sparing
 from sparing.schedules import to_step
 
 
+STEPS = 1000
+"""Optimizer steps of the run that is pretended."""
+PLAIN, UPDATE = 450, 400
+"""Steps at which a mask is left alone, and from which on the next renewal is timed."""
+
+
 class Naive(nn.Module):
     """The formula, and nothing done about it."""
 
@@ -70,11 +76,6 @@ def asked(**target):
 
 VARIANTS = {"dense": dense_, "naive": naive_} | {name: sparse_(name) for name in sparing.METHODS}
 VARIANTS |= {"str_sparsity": asked(sparsity=0.9), "str_macs": asked(macs=0.1, input_size=(1, 3, 224, 224))}
-
-STEPS = 1000
-"""Optimizer steps of the run that is pretended."""
-PLAIN, UPDATE = 450, 400
-"""Steps at which a mask is left alone, and from which on the next renewal is timed."""
 
 
 class Side:
