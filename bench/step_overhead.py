@@ -30,7 +30,6 @@ from torch.nn.utils import parametrize
 import sparing
 from sparing.schedules import to_step
 
-
 STEPS = 1000
 """Optimizer steps of the run that is pretended."""
 PLAIN, UPDATE = 450, 400
