@@ -15,7 +15,7 @@ import torch
 import sparing
 from sparing.export.formats import FORMATS
 
-EXAMPLES = {"resnet8": (1, 1, 28, 28), "resnet20": (1, 3, 32, 32)}
+EXAMPLES = {"fastgrnn": (1, 99, 32), "resnet8": (1, 1, 28, 28), "resnet20": (1, 3, 32, 32)}
 
 
 def main():

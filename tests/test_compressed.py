@@ -393,3 +393,11 @@ def test_the_reader_of_the_documentation_agrees():
             assert array.dtype == expected[name].numpy().dtype
             assert array.shape == expected[name].shape
             assert array.tobytes() == expected[name].numpy().tobytes(), name
+
+
+def test_what_is_loaded_lazily_can_be_saved_again(tmp_path):
+    state = {f"layer{index}": torch.randn(64, 64) for index in range(6)}
+    compressed.save(state, tmp_path / "first.safetensors")
+    compressed.save(Compressed(tmp_path / "first.safetensors"), tmp_path / "second.safetensors")
+    again = compressed.load(tmp_path / "second.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())

@@ -48,7 +48,7 @@ def torchrun(ranks, *arguments, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "--no-python", sys.executable, "-c"]
     command += ["from sparing.cli import main; main()", "train", *map(str, arguments)]
-    # With a store shared over restarts, ranks look for each other where the dead ones were (torch issue 135712).
+    # With a store shared over restarts, ranks look for each other where the dead ones were.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -74,6 +74,16 @@ def test_two_ranks_train_resume_on_one_and_report(recipe, tmp_path):
     assert metrics["ranks"] == 1
     assert metrics["test_count"] == 1000
     assert epochs(out) == [1, 2]
+
+
+def test_a_refusal_is_one_sentence_on_every_rank(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    process = torchrun(2, recipe, "--out", tmp_path / "run")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "exists already; continue it with --resume auto" in output
+    assert "Connection" not in output
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path):

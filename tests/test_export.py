@@ -132,6 +132,19 @@ class Untraceable(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+@pytest.mark.parametrize("ranks", [{}, {"hidden_rank": 4}, {"learned_rank": True}], ids=str)
+def test_a_fastgrnn_is_written_for_any_batch(ranks):
+    import onnxruntime
+
+    model = sparing.models.fastgrnn(5, 6, hidden_size=32, **ranks).eval()
+    written = onnx.save(model, "model.onnx", (1, 9, 6))  # which compares it with torch
+    assert written.error < 1e-5
+    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
+    x = torch.randn(7, 9, 6)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_exported_is_refused_in_one_sentence():
     with pytest.raises(sparing.InputError, match=r"^the model cannot be traced for export: [^\n]+$"):
         onnx.save(Untraceable(), "no.onnx", (1, 3))
@@ -378,6 +391,18 @@ def test_measuring_really_measures():
     assert swap.swapped == (swap.dense_seconds >= 1.1 * swap.csr_seconds)
 
 
+def test_a_layer_whose_weight_a_fused_kernel_takes_is_not_tried():
+    model = Transformer().eval()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(torch.rand_like(parameter) < 0.02)
+    tokens = torch.randint(50, (2, 7))
+    swaps = csr.accelerate_(model, tokens)
+    assert not [swap for swap in swaps if "encoder" in swap.name]
+    with torch.no_grad():
+        assert model(tokens).shape == (2, 7, 50)
+
+
 def test_a_sparsified_model_is_not_accelerated():
     model = nn.Sequential(nn.Linear(4, 4))
     sparing.sparsify_(model, sparing.STR())
@@ -505,6 +530,23 @@ class OutputToo(nn.Module):
     def forward(self, x):
         hidden = self.first(x)
         return hidden, self.second(hidden)
+
+
+def test_a_parameter_beside_the_layers_keeps_what_it_touches():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.gain = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)) * self.gain)
+
+    model = Scaled()
+    with torch.no_grad():
+        model.first.weight[2:5] = 0
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(shrink(model, (1, 6))(x), model(x))
 
 
 def test_a_model_that_would_give_other_outputs_is_refused():

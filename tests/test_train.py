@@ -287,8 +287,25 @@ def test_without_a_validation_part_the_last_epoch_counts(tmp_path, monkeypatch):
     metrics = train_run(recipe(data={"name": "mnist5k", "batch_size": 350}, tensorboard=True), tmp_path / "run")
     assert metrics["validation_accuracy"] is None
     assert metrics["test_count"] == 1000
+    with pytest.raises(InputError, match="the data has no validation part"):
+        evaluate_run(tmp_path / "run", "validation")
     assert [line["validation_accuracy"] for line in read_history(tmp_path / "run")] == [None, None]
     assert load_checkpoint(tmp_path / "run" / "best.pt")["progress"]["best"]["epoch"] == 2
+
+
+def test_a_step_that_fp16_skips_is_part_of_the_schedule(tmp_path, monkeypatch):
+    # As on a GPU when a gradient overflows: now and then the scaler leaves the optimizer's step out.
+    step, calls = torch.amp.GradScaler.step, []
+
+    def sometimes(self, optimizer):
+        calls.append(optimizer)
+        return None if len(calls) % 7 == 3 else step(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", sometimes)
+    method = {"name": "str", "sparsity": 0.8, "every": 4}
+    metrics = train_run(recipe(method=method), tmp_path / "run")
+    assert len(calls) == 20
+    assert metrics["sparsity"] == pytest.approx(0.8, abs=0.002)
 
 
 def test_the_progress_bar_counts_examples(tmp_path):

@@ -19,6 +19,7 @@ from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.export import latency, official
 from sparing.export.formats import FORMATS
+from sparing.export.runtimes import UnavailableError
 from sparing.export.shrink import shrink
 from sparing.files import replacing, write_text
 from sparing.macs import count_uses
@@ -451,7 +452,7 @@ def _latency(run: Path) -> str:
     model, _, data = load_run(run, Weights.dense.value)
     try:
         brief = latency.measure_briefly(model, data["input_size"])
-    except InputError as error:
+    except (InputError, UnavailableError) as error:
         return f"Latency: not measured: {error}"
     return f"Latency, batch 1, one thread: {brief}; all rivals: sparing bench {run}"
 

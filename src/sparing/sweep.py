@@ -127,6 +127,14 @@ class Sweep(Part):
                     recipe = self.recipe_with(first | {key: value})
                     name = recipe.data.model_dump_json()
                     data[name] = data.get(name) or build_data(recipe.data)
+                    if not data[name].size("validation"):
+                        raise InputError(
+                            f"data {recipe.data.name!r} has no validation part, by which a sweep judges its trials"
+                        )
+                    if not data[name].size("validation"):
+                        raise InputError(
+                            f"data {recipe.data.name!r} has no validation part, by which a sweep judges its trials"
+                        )
                     check_fits(recipe, data[name], Ranks(torch.device("cpu")))
                 except InputError as error:
                     raise InputError(f"search.{key}, at {value}: {error}") from error

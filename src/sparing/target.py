@@ -168,6 +168,8 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
         wanted: the cost, met to the last weight that is affordable. Rounding of s, and weights of equal size, can
             add or take a few; in bf16, where many are equal, some tenths of a percent of all.
     """
+    if any(hasattr(layer.weight, "full_tensor") for layer in layers.values()):
+        raise InputError("STR: a total does not run under FSDP2; use DistributedDataParallel, or a weight decay on s")
     factors = {name: _last_factors(layer) for name, layer in layers.items()}
     # What lives in any case is paid for first; the rest goes to the weights that die last.
     floors = {name: _above_smallest(each, goal.least[name]) for name, each in factors.items()}

@@ -259,6 +259,9 @@ def _spectra(
             pass  # damaged: made anew
     if not tensors:
         for part, examples in clips.items():
+            if not examples:
+                raise InputError(f"data {name}: the {part} part is empty; unpack the archive again")
+        for part, examples in clips.items():
             spectra = [log_mel(_cut(clip, rate), rate) for clip, _ in examples]
             tensors[f"{part}.values"] = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
             tensors[f"{part}.lengths"] = torch.tensor([len(spectrum) for spectrum in spectra])

@@ -83,7 +83,8 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
     parts: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state_dict.items():
+    # Held until the end: a mapping that makes its tensors on demand would reuse the address that tells ties.
+    for name, tensor in dict(state_dict).items():
         _check(name, tensor)
         tensor = tensor.detach()
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())

@@ -185,7 +185,11 @@ def _fits(module: nn.Module) -> bool:
 def _inputs(model: nn.Module, example: Example, batch: int) -> dict[str, tuple[nn.Module, Tensor]]:
     """The modules that could be swapped and run, each with an input it gets."""
     seen: dict[str, tuple[nn.Module, Tensor]] = {}
-    names = {module: name for name, module in model.named_modules() if name and _fits(module)}
+    # Their fused kernel takes the weights of these without calling them.
+    fused = {
+        part for each in model.modules() if isinstance(each, nn.TransformerEncoderLayer) for part in each.children()
+    }
+    names = {each: name for name, each in model.named_modules() if name and _fits(each) and each not in fused}
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.setdefault(names[module], (module, args[0].detach().clone()))

@@ -9,6 +9,7 @@ threads or memory, and what one prints stays out of the way. It reads commands a
 where INPUTS is an .npz file with arrays input0, input1 and on.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -156,7 +157,8 @@ class Process:
     def _write(self, inputs: Sequence[Any]) -> str:
         import numpy
 
-        path = Path(self._folder.name, f"inputs{'x'.join(str(array.shape) for array in inputs)}.npz")
+        content = b"".join(f"{array.dtype}{array.shape}".encode() + array.tobytes() for array in inputs)
+        path = Path(self._folder.name, f"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}.npz")
         if not path.exists():
             numpy.savez(path, **{f"input{index}": array for index, array in enumerate(inputs)})
         return str(path)

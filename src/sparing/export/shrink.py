@@ -162,7 +162,10 @@ def _groups(graph: Any) -> Iterator[_Group]:
                 depthwise.append(channels)
             elif type(module) in (nn.Linear, *CONVOLUTIONS):
                 (writers if writes else readers).append(channels)
-            elif type(module) not in norms and list(module.parameters(recurse=False)):
+            # A parameter of its own, beside the layers, comes as itself.
+            elif isinstance(module, nn.Parameter) or (
+                type(module) not in norms and list(module.parameters(recurse=False))
+            ):
                 sound = False
         if sound and readers:
             yield _Group(root, len(group[0].idxs), writers, depthwise, readers)

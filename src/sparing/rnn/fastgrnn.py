@@ -153,7 +153,7 @@ class FastGRNN(nn.Module):
             cell.bias_update - cell.bias_gate,
             steepness,
             steepness + floor,
-            *self._recurrent(len(h)),
+            *self._recurrent(h.shape[0]),
         )
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             # Compilers and autocast know what to do with every step of the loop, and nothing of a backward by hand.
@@ -174,6 +174,8 @@ class FastGRNN(nn.Module):
         hidden = self.cell.hidden
         if isinstance(hidden, LowRankLinear):
             right, left = hidden.factors
+            if torch.compiler.is_compiling():  # a choice by the batch would bind the graph to some batches
+                return (left @ right,)
             saved = batch * (left.shape[0] * right.shape[1] - left.numel() - right.numel())
             return (right, left) if saved > THIN_SAVES else (left @ right,)
         return (hidden.weight,)

@@ -52,11 +52,23 @@ class Ranks:
         return tensor
 
     def ask_first(self, question: Callable[[], Value]) -> Value:
-        """What rank 0 answers, on every rank; the others do not run it."""
-        answer = [question() if self.first else None]
-        if self.count > 1:
-            dist.broadcast_object_list(answer, src=0, device=self.device)
-        return answer[0]  # type: ignore[return-value]
+        """What rank 0 answers, on every rank; the others do not run it.
+
+        Raises:
+            InputError: the answer is a refusal; it is raised on every rank.
+        """
+        if self.count == 1:
+            return question()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = question()
+            except InputError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]  # type: ignore[no-any-return]
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, by rank, on every rank."""

@@ -117,7 +117,11 @@ def fit(
         total_loss, examples = torch.zeros((), device=device), 0
         began = time.perf_counter()
         model.train()
-        for batch in log.progress(train, epoch, schedule.epochs, recipe.data.batch_size) if log else train:
+        batches = log.progress(train, epoch, schedule.epochs, recipe.data.batch_size) if log else train
+        for index, batch in enumerate(batches):
+            if sparsifier is not None:
+                # By batches: a step that fp16 skips for an overflow is part of the schedule, too.
+                sparsifier.step = (epoch - 1) * len(train) + index
             optimizer.zero_grad()
             # Summed on the device: reading it every step would make a GPU wait.
             total_loss += backward(run_model, batch, recipe, ranks, scaler)

@@ -167,7 +167,8 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _can_be_settled(self) -> "Recipe":
-        self.settled(steps_an_epoch=1000)
+        # What is wrong at any length is refused here.
+        self._settled([self.optimizer.lr] * 10**6)
         return self
 
     def learning_rates(self, steps_an_epoch: int) -> list[float]:
@@ -186,6 +187,9 @@ class Recipe(Part):
             InputError: the method is not STR; the weight decay is given as well; a value is out of
                 range, or the run too short.
         """
+        return self._settled(self.learning_rates(steps_an_epoch))
+
+    def _settled(self, rates: list[float]) -> "Recipe":
         if self.method is None or "for_sparsity" not in self.method:
             return self
         spec = dict(self.method)
@@ -194,11 +198,13 @@ class Recipe(Part):
             raise InputError(f"method: for_sparsity is for method 'str', not {spec.get('name')!r}; give sparsity")
         if self.optimizer.threshold_weight_decay is not None:
             raise InputError("method.for_sparsity decides optimizer.threshold_weight_decay; leave one of them out")
+        if spec.keys() & {"sparsity", "macs"}:
+            raise InputError("method: give for_sparsity, or a total (sparsity or macs), not both")
         init = {"init": spec["init"]} if "init" in spec else {}
-        method, decay = STR.for_schedule(sparsity, self.learning_rates(steps_an_epoch), self.momentum, **init)
+        method, decay = STR.for_schedule(sparsity, rates, self.momentum, **init)
         spec |= {"init": method.init}
         build_method(spec, steps=10**9, input_size=(1,))
-        optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": decay})
+        optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": float(f"{decay:.6g}")})
         return self.model_copy(update={"method": spec, "optimizer": optimizer})
 
     def dense(self) -> "Recipe":

@@ -105,7 +105,8 @@ def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> Recipe:
             f"data.accumulate ({recipe.data.accumulate})"
         )
     steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    recipe = recipe.settled(steps)
+    # As for one rank: a recipe does not depend on how many there are.
+    recipe = recipe.settled(len(data.training(recipe.data.batch_size, recipe.seed)))
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
     build_sparsifier(recipe, trial, recipe.schedule.epochs * steps, data.input_size)
     count_uses(trial, data.input_size)
@@ -252,8 +253,11 @@ def _evaluate(model: nn.Module, data: Data, wanted: str, part: str) -> tuple[Eva
         device = pick_device(wanted)
     except InputError:  # trained on another machine
         device = pick_device("auto")
+    chosen = check_part(part)
+    if not data.size(chosen):
+        raise InputError(f"the data has no {part} part")
     data = data.to(device)
-    return evaluate(model.to(device), data.evaluation(check_part(part))), report(model, data.input_size)
+    return evaluate(model.to(device), data.evaluation(chosen)), report(model, data.input_size)
 
 
 def report_run(run: str | Path, weights: Weights = "last") -> Report:
@@ -341,10 +345,13 @@ def _write_model(out: Path, model: nn.Module) -> None:
 
 
 def _read_model(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
+        with safe_open(path, "pt") as file:
+            if "sparing.compressed" in (file.metadata() or {}):
+                return dict(compressed.load(path))
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({error})") from error
