@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparing.files import write_text
 from sparing.train.recipe import load_recipe
 from sparing.train.run import train_run
 
@@ -42,7 +43,7 @@ def main():
             "threshold_weight_decay": chosen.optimizer.threshold_weight_decay,
             **metrics,
         }
-        (ledger / f"{wish:g}-seed{options.seed}.json").write_text(json.dumps(entry, indent=2) + "\n")
+        write_text(ledger / f"{wish:g}-seed{options.seed}.json", json.dumps(entry, indent=2) + "\n")
 
 
 if __name__ == "__main__":

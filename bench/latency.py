@@ -20,6 +20,7 @@ import torch
 
 import sparing
 from sparing.export import latency
+from sparing.files import write_text
 from sparing.masks import count_kept, keep_top
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def main():
         )  # fmt: skip
         print(f"\n{name}\n{measured}", flush=True)
         result = {"recipe": "bench/latency.py", "network": name, "commit": commit or None, "seed": 0, "runs": 1}
-        path.write_text(json.dumps(result | json.loads(measured.to_json()), indent=2) + "\n")
+        write_text(path, json.dumps(result | json.loads(measured.to_json()), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -319,15 +319,17 @@ def paper_table():
 def wishes_table():
     """Sparsities wished for with for_sparsity, and what came out."""
     rows = ["| wished for | learned | test accuracy, % | init | weight decay of s |", "|---|---|---|---|---|"]
-    notes = set()
+    notes, seeds = set(), set()
     for path in sorted(ROOT.joinpath("results/for_schedule").glob("*.json")):
         entry = json.loads(path.read_text())
+        seeds.add(str(entry["seed"]))
         notes.add(f"{entry['device']}, torch {entry['torch']}, commit {entry['commit'][:7]}")
         rows.append(
             f"| {100 * entry['wish']:g} % | {100 * entry['sparsity']:.2f} % | {100 * entry['accuracy']:.2f} "
             f"| {entry['init']:g} | {entry['threshold_weight_decay']:.4f} |"
         )
-    return [*rows, "", f"Recipe mnist5k/gmp with the method swapped, seed 0, one run each; {'; '.join(sorted(notes))}."]
+    text = f"Recipe mnist5k/gmp with the method swapped, a run a row, seed {', '.join(sorted(seeds))}"
+    return [*rows, "", f"{text}; {'; '.join(sorted(notes))}."]
 
 
 def sizes_table():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparing.files import write_text
 from sparing.train.recipe import load_recipe
 from sparing.train.run import train_run
 
@@ -54,7 +55,7 @@ def run(row, percent, seed, out, ledger):
     layers = json.loads((folder / "report.json").read_text())["layers"]
     written = {"row": row, "percent": percent, "recipe": MNIST, "arguments": method, "changes": changes, **metrics}
     written["nonzero_of_layers"] = {layer["name"]: layer["nonzero"] for layer in layers}
-    entry.write_text(json.dumps(written, indent=2) + "\n")
+    write_text(entry, json.dumps(written, indent=2) + "\n")
     return written
 
 

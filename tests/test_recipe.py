@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sparing import InputError
-from sparing.data import DATASETS
 from sparing.train.recipe import Recipe, build_method, load_recipe
 
 FILES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
@@ -22,9 +20,6 @@ def write(tmp_path, text):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_says_what_to_expect(path):
-    data = yaml.safe_load(path.read_text())["data"]["name"]
-    if data in {"imagenet", "webdataset"} - DATASETS.keys():
-        pytest.skip(f"there is no data set {data!r} yet")
     assert load_recipe(path)
     assert path.read_text().startswith("#"), "a recipe begins with a comment on what to expect"
 

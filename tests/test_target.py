@@ -265,3 +265,16 @@ def test_totals_out_of_reach_are_refused_with_what_can_be_had(arguments, message
     with pytest.raises(InputError, match=message):
         sparing.sparsify_(model, STR(**arguments, steps=100, input_size=(1, 8)), select=["0", "1"])
     assert set(model.state_dict()) == before
+
+
+def test_a_sparsifier_of_a_second_phase_works_out_its_goal_again():
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+    method = sparing.STR(sparsity=0.8, steps=20, every=4)
+    first = sparing.sparsify_(model, method)
+    again = sparing.Sparsifier(model, method)
+    assert again.plan == first.plan
+    again.attach(torch.optim.SGD(sparing.param_groups(model, weight_decay=0.0), lr=0.01))
+    for _ in range(20):
+        model(torch.randn(8, 16)).square().mean().backward()
+        again.optimizers[0].step()
+    assert sparing.report(model).total.nonzero == round(0.2 * (16 * 24 + 24 * 4))

@@ -62,7 +62,7 @@ class Sparsifier:
     Args:
         model: a model that has been sparsified.
         method: the method it was sparsified with.
-        plan: what its `plan` returned.
+        plan: what its `plan` returned; left out, it is asked again.
 
     Examples:
         >>> sparsifier = sparsify_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), STR(init=-5.0))
@@ -76,7 +76,7 @@ class Sparsifier:
     def __init__(self, model: nn.Module, method: Method, plan: Any = None) -> None:
         self.model = model
         self.method = method
-        self.plan = plan
+        self.plan = method.plan(model, self.layers) if plan is None else plan
         self.step = 0
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         self._reported: set[str] = set()
