@@ -1,5 +1,6 @@
 """Sweeps: exact counts whatever happens to the workers, a true front, and bad input before any run."""
 
+import copy
 import csv
 import functools
 import json
@@ -300,6 +301,24 @@ def test_two_workers_at_once_make_exactly_the_trials_asked_for(tmp_path):
     assert results[0] == results[1]
     assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 9
     assert len(list((tmp_path / "out" / "trials").glob("*/begun"))) == 9
+
+
+def test_a_trial_that_another_worker_finishes_while_the_tables_are_made_does_no_harm(tmp_path, monkeypatch, untrained):
+    run_sweep(sweep(), tmp_path / "out")
+    row = _Worker._row
+    begun = iter([True])
+
+    def before_its_end(worker, trial):
+        """A row of a moment ago, when the trial was running still."""
+        before = copy.copy(trial)
+        if next(begun, False):
+            before.state, before._user_attrs = optuna.trial.TrialState.RUNNING, {}
+        return row(worker, before)
+
+    monkeypatch.setattr("sparing.sweep.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(_Worker, "_row", before_its_end)
+    result = run_sweep(sweep(), tmp_path / "out")
+    assert [row["state"] for row in result["trials"]] == ["finished"] * 3
 
 
 def test_a_trial_begun_after_the_last_is_not_trained(tmp_path, monkeypatch, untrained):

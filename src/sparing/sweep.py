@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import ge
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -300,9 +301,8 @@ class _Worker:
             if "too_many" not in trial.user_attrs
         }
         self.rows = [self._row(attempts[run]) for run in sorted(attempts)]
-        best = {_run_of(trial) for trial in self.study.best_trials}
-        cost = self.sweep.objective
-        self.front = sorted((row for row in self.rows if row["trial"] in best), key=lambda row: int(row[cost]))
+        # Of these rows and not study.best_trials, which looks again: another worker may have finished one since.
+        self.front = _unbeaten([row for row in self.rows if row["state"] == "finished"], self.sweep.objective)
 
     def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
         state = {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
@@ -351,6 +351,14 @@ class _Worker:
                 epoch = f"epoch {history[-1]['epoch']}" if history else "running"
                 table.add_row(str(row["trial"]), epoch, "", "", *(_short(row[key]) for key in self.sweep.search))
         return table
+
+
+def _unbeaten(rows: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Those that no other beats in validation accuracy or cost without losing in the other, from the lowest cost up."""
+    points = [(row["validation_accuracy"], -row[cost]) for row in rows]
+    beaten = [any(all(map(ge, other, point)) and other != point for other in points) for point in points]
+    front = [row for row, is_beaten in zip(rows, beaten, strict=True) if not is_beaten]
+    return sorted(front, key=lambda row: row[cost])
 
 
 @contextmanager
