@@ -206,7 +206,7 @@ def frontier_figure():
     if not found:
         return
     drawn = [name for name in FRONTIER if name not in ("dense", "str_matched")]  # which would lie on STR's line
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
     for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
         for index, name in enumerate(drawn):
@@ -222,8 +222,9 @@ def frontier_figure():
                 dense = statistics.mean(e["accuracy"] for e in group)
                 axes.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
         axes.set(xlabel=title, xscale="log")
-    figure.axes[0].set_ylabel("test accuracy")
-    figure.axes[1].legend(frameon=False, fontsize="small")
+    lowest = 0.75  # below it there is one line after another straight down, to chance
+    figure.axes[0].set(ylabel="test accuracy", ylim=(lowest, 0.92))
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="small")
     path = ROOT / "docs" / "figures" / "frontier.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
