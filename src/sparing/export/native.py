@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparing.errors import InputError
-from sparing.export.network import Written, check, largest_error, outputs, plain, random_inputs
+from sparing.export.network import Written, check, outputs, plain, random_inputs
 from sparing.export.onnx import trace
 from sparing.files import replacing
 from sparing.macs import Example
@@ -126,22 +126,27 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     Raises:
         InputError: as `accelerate`; the file cannot be written.
     """
-    graph_module, _ = accelerate(model, example)
-    program = trace(graph_module, example)
+    program = trace(accelerate(model, example)[0], example)
+    args, kwargs = random_inputs(example, batch=3)
     try:
         with replacing(path) as temporary:
-            torch.export.save(program, temporary)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    args, kwargs = random_inputs(example, batch=3)
-    error = largest_error(outputs(plain(model), args, kwargs), outputs(load(path), args, kwargs))
+            with open(temporary, "wb") as file:
+                torch.export.save(program, file)
+            error = check(str(path), outputs(plain(model), args, kwargs), outputs(load(temporary), args, kwargs))
+    except OSError as failure:
+        raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
     return Written(Path(path), Path(path).stat().st_size, error)
 
 
 def load(path: str | Path) -> nn.Module:
-    """The network in a file of `save`."""
+    """The network in a file of `save`, for inference on the CPU.
+
+    Raises:
+        InputError: there is no C++ compiler, or it fails.
+    """
     library()
-    module: nn.Module = torch.export.load(path).module()
+    with open(path, "rb") as file:
+        module: nn.Module = torch.export.load(file).module()
     return module
 
 
@@ -193,13 +198,22 @@ def sparse_conv2d(
     starts: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    image: list[int],
     kernel: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     relu: bool,
 ) -> Tensor:
-    """(N, C, H, W) → (N, F, H', W'), as the equation above; weights as `compress` gives them."""
+    """(N, C, H, W) → (N, F, H', W'), as the equation above, for images (C, H, W) and weights from `compress`.
+
+    Raises:
+        InputError: x holds other images than the offsets are for.
+    """
+    if list(x.shape[1:]) != image or x.dtype != torch.float32:
+        raise InputError(
+            f"this network takes {image} images in float32, and these are {list(x.shape[1:])} in {x.dtype}"
+        )
     x = x.contiguous()
     output = _output(x, bias, kernel, stride, padding, dilation)
     layout = _layout(x.shape[2:], kernel, stride, padding, dilation)
@@ -218,12 +232,12 @@ def sparse_conv2d(
 
 
 @sparse_conv2d.register_fake
-def _(x, values, offsets, starts, bias, residual, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
+def _(x, values, offsets, starts, bias, residual, image, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
     return _output(x, bias, kernel, stride, padding, dilation)
 
 
 def compress(
-    weight: Tensor, size: tuple[int, int], stride: list[int], padding: list[int], dilation: list[int]
+    weight: Tensor, size: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The nonzero weights of a kernel (F, C, K_y, K_x), a block of channels after the other, and filter by filter in
     each; their offsets in an image of a size; and where each filter of each block begins."""
@@ -249,9 +263,7 @@ def _layout(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
     and floats of each, to the full vector."""
     reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
     phases = [min(s, r + 1) for s, r in zip(stride, reach, strict=True)]
-    lengths = [
-        (n + 2 * p - r - 1) // s + 1 + r // s for n, p, r, s in zip(size, padding, reach, stride, strict=True)
-    ]
+    lengths = [(n + 2 * p - r - 1) // s + 1 + r // s for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
     return (*phases, *lengths, -(-prod(lengths) // LANES) * LANES)
 
 
@@ -275,7 +287,7 @@ def _constant(node: fx.Node) -> bool:
     """Whether a conv2d is one we know: weights that are constants, fp32, not grouped, padded by numbers."""
     x, weight, _, _, _, _, groups = _arguments(node)
     value = weight.meta["val"]
-    return weight.op == "get_attr" and groups == 1 and value.dtype == torch.float32 and x.meta["val"].dim() == 4
+    return bool(weight.op == "get_attr" and groups == 1 and value.dtype == torch.float32 and x.meta["val"].dim() == 4)
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -297,7 +309,7 @@ def _convolution(
     graph = graph_module.graph
 
     def value(given: Any) -> Any:
-        return operator.attrgetter(given.target)(graph_module) if isinstance(given, fx.Node) else given
+        return operator.attrgetter(str(given.target))(graph_module) if isinstance(given, fx.Node) else given
 
     def constant(part: str, tensor: Tensor) -> fx.Node:
         graph_module.register_buffer(f"{name}_{part}", tensor)
@@ -314,22 +326,22 @@ def _convolution(
         last = norm
     weight = weight.detach()
     bias = torch.zeros(len(weight)) if bias is None else bias.detach()
-    kernel, size = list(weight.shape[2:]), tuple(x.meta["val"].shape[2:])
+    kernel, image = list(weight.shape[2:]), list(x.meta["val"].shape[1:])
     stride, padding, dilation = list(stride), list(padding), list(dilation)
     sparsity = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
-    dense = sparse = None
+    choice = Choice(weight_node.target, sparsity, None, None, False)
     if sparsity >= least_sparsity:
-        compressed = compress(weight, size, stride, padding, dilation)
-        drawn = torch.randn(batch, weight.shape[1], *size)
+        compressed = compress(weight, image[1:], stride, padding, dilation)
+        drawn = torch.randn(batch, *image)
         dense, sparse = _fastest(
             lambda: F.conv2d(drawn, weight, bias, stride, padding, dilation),
-            lambda: sparse_conv2d(drawn, *compressed, bias, None, kernel, stride, padding, dilation, False),
+            lambda: sparse_conv2d(drawn, *compressed, bias, None, image, kernel, stride, padding, dilation, False),
             rounds,
         )
-    choice = Choice(weight_node.target, sparsity, dense, sparse, dense is not None and sparse < dense)
+        choice = Choice(weight_node.target, sparsity, dense, sparse, sparse < dense)
     if not choice.sparse:
         with graph.inserting_before(node):
-            parts = constant("weight", weight), constant("bias", bias)
+            parts = [constant("weight", weight), constant("bias", bias)]
             made = graph.call_function(aten.conv2d.default, (x, *parts, stride, padding, dilation))
     else:
         residual, relu = None, False
@@ -346,7 +358,7 @@ def _convolution(
             ]
             made = graph.call_function(
                 torch.ops.sparing.sparse_conv2d.default,
-                (x, *parts, residual, kernel, stride, padding, dilation, relu),
+                (x, *parts, residual, image, kernel, stride, padding, dilation, relu),
             )
     made.meta["val"] = last.meta["val"]
     last.replace_all_uses_with(made)
