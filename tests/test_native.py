@@ -77,14 +77,12 @@ def test_what_is_no_number_stays_none():
     assert convolve(x, torch.ones(1, 1, 1, 1), torch.zeros(1), relu=True).isnan().all()
 
 
-def test_other_images_are_refused_before_memory_is_read(always):
-    model = nn.Sequential(nn.Conv2d(2, 4, 3))
-    with torch.no_grad():
-        model[0].weight[:, 0] = 0
-    graph, _ = native.accelerate(model, (1, 2, 32, 32), least_sparsity=0.1)
+def test_other_images_are_refused_before_memory_is_read():
+    weight, geometry = torch.ones(1, 2, 3, 3), ([1, 1], [0, 0], [1, 1])
+    compressed = native.compress(weight, (32, 32), *geometry)
     for wrong in (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 32, 32).double()):
         with pytest.raises(sparing.InputError, match=r"this network takes \[2, 32, 32\] images in float32, and these"):
-            graph(wrong)
+            native.sparse_conv2d(wrong, *compressed, torch.zeros(1), None, [2, 32, 32], [3, 3], *geometry, False)
 
 
 class Block(nn.Module):

@@ -226,7 +226,7 @@ def measure(
         ratios = _sweep(Path(folder), names, failed, network, example, sweep, rounds, turn) if sweep else {}
     layers = find_layers(network).values()
     weights, nonzero = sum(layer.weight.numel() for layer in layers), sum(layer.nonzero() for layer in layers)
-    return Latency(tuple(rows), ratios, 1 - nonzero / max(weights, 1), _machine(), rounds, sizes)
+    return Latency(tuple(rows), ratios, 1 - nonzero / max(weights, 1), machine(), rounds, sizes)
 
 
 def available() -> bool:
@@ -407,7 +407,8 @@ def _line(row: Timing) -> str:
     return f"{text}   {row.ratio:.2f} ({row.ratio_lowest:.2f} to {row.ratio_highest:.2f})"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """The processor, how many there are, and the versions of what computes."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
