@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.second = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
         self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
         self.last = nn.Conv2d(16, 4, 3, padding="same")
-        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d((2, 1), (1, 1)))
 
     def forward(self, x, scale):
         x = self.pool(self.stem(x))
@@ -125,6 +125,7 @@ def test_a_network_with_them_computes_the_same(always):
     loaded = native.load("block.pt2")
     assert "sparse_conv2d" in loaded.code
     assert "batch_norm" not in loaded.code
+    assert loaded.code.count("sparing.max_pool2d") == 2
     plain = network.plain(model)
     for batch in (1, 4):  # the batch size is free
         args, kwargs = network.random_inputs(example, batch)
