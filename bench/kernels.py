@@ -76,11 +76,8 @@ def measure(channels, filters, kernel, side, sparsity, folder):
     weight = torch.where(torch.rand(layer.weight.shape) < sparsity, 0.0, layer.weight.detach())
     layer.weight.data = weight
     x, bias, padding = torch.randn(1, channels, side, side), layer.bias.detach(), [kernel // 2] * 2
-    geometry = [1, 1], padding, [1, 1]
-    compressed = native.compress(weight, (side, side), *geometry)
-    ours = lambda: native.sparse_conv2d(  # noqa: E731
-        x, *compressed, bias, None, [channels, side, side], [kernel, kernel], *geometry, False
-    )
+    *compressed, geometry = native.compress(weight, (side, side), (1, 1), padding, (1, 1))
+    ours = lambda: native.sparse_conv2d(x, *compressed, bias, None, geometry, False)  # noqa: E731
     torch.testing.assert_close(ours(), F.conv2d(x, weight, bias, padding=padding), rtol=1e-3, atol=1e-4)
     runs = {
         "mnn": in_mnn(layer, x, folder),

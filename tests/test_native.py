@@ -28,11 +28,8 @@ def always(monkeypatch):
 
 
 def convolve(x, weight, bias, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
-    geometry = list(stride), list(padding), list(dilation)
-    compressed = native.compress(weight, x.shape[2:], *geometry)
-    return native.sparse_conv2d(
-        x, *compressed, bias, residual, list(x.shape[1:]), list(weight.shape[2:]), *geometry, relu
-    )
+    *compressed, geometry = native.compress(weight, x.shape[2:], stride, padding, dilation)
+    return native.sparse_conv2d(x, *compressed, bias, residual, geometry, relu)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +75,10 @@ def test_what_is_no_number_stays_none():
 
 
 def test_other_images_are_refused_before_memory_is_read():
-    weight, geometry = torch.ones(1, 2, 3, 3), ([1, 1], [0, 0], [1, 1])
-    compressed = native.compress(weight, (32, 32), *geometry)
+    *compressed, geometry = native.compress(torch.ones(1, 2, 3, 3), (32, 32), (1, 1), (0, 0), (1, 1))
     for wrong in (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 32, 32).double()):
         with pytest.raises(sparing.InputError, match=r"this network takes \[2, 32, 32\] images in float32, and these"):
-            native.sparse_conv2d(wrong, *compressed, torch.zeros(1), None, [2, 32, 32], [3, 3], *geometry, False)
+            native.sparse_conv2d(wrong, *compressed, torch.zeros(1), None, geometry, False)
 
 
 class Block(nn.Module):

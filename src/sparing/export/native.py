@@ -2,10 +2,10 @@
 
     y[f, p] = b[f] + r[f, p] + Σ_j w[f, j] · x[o[f, j] + p]        and max(·, 0) where the network says so
 
-The image x lies in memory with its padding, so that pixel p of the output reads pixel p + o of it: a nonzero
-weight is a number w and an offset o, of its channel, row and column alike. A tile of neighbouring pixels is
-kept in registers while the weights of a filter go by. Nothing is unfolded, and a batch normalization before,
-a residual r and a ReLU after it cost no pass of their own.
+The image x is laid out with its padding, and once for each column of the kernel, so that pixel p of the output
+reads pixel p + o of it: a nonzero weight is a number w and an offset o, of its channel, row and column alike. A
+tile of neighbouring pixels is kept in registers while the weights of a filter go by. A batch normalization
+before, a residual r and a ReLU after it cost no pass of their own.
 
 Where zeros are few a dense convolution is faster, so each is measured. It takes a C++ compiler, `c++` or the
 one that CXX names: GCC, or Clang.
@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ aten = torch.ops.aten
 CONV2D = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 
 LANES, TILE = 16, 7 * 16  # pixels, as in native.cpp
-CACHE = 24 * 1024  # bytes of the nearest cache that a block of channels may fill
+CACHE = 64 * 1024  # bytes that a tile of a block of channels may take: the nearest cache, and some of the next
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,8 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "batch", "channels", "height", "width", "filters", "out_height", "out_width",
-            "stride_y", "stride_x", "padding_y", "padding_x",
-            "phases_y", "phases_x", "rows", "columns", "phase", "blocks", "relu", "threads",
+            "stride_y", "stride_x", "padding_y", "padding_x", "dilation_x",
+            "copies", "phases", "rows", "phase", "blocks", "relu", "threads",
         )
     ]  # fmt: skip
 
@@ -201,32 +200,23 @@ def sparse_conv2d(
     starts: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    image: list[int],
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    geometry: list[int],
     relu: bool,
 ) -> Tensor:
-    """(N, C, H, W) → (N, F, H', W'), as the equation above, for images (C, H, W) and weights from `compress`.
+    """(N, C, H, W) → (N, F, H', W'), as the equation above, with weights and geometry from `compress`.
 
     Raises:
         InputError: x holds other images than the offsets are for.
     """
-    if list(x.shape[1:]) != image or x.dtype != torch.float32:
+    if list(x.shape[1:]) != geometry[:3] or x.dtype != torch.float32:
         raise InputError(
-            f"this network takes {image} images in float32, and these are {list(x.shape[1:])} in {x.dtype}"
+            f"this network takes {geometry[:3]} images in float32, and these are {list(x.shape[1:])} in {x.dtype}"
         )
     x = x.contiguous()
-    output = _output(x, bias, kernel, stride, padding, dilation)
-    layout = _layout(x.shape[2:], kernel, stride, padding, dilation)
-    blocks = (len(starts) - 1) // len(bias)
-    shape = _Shape(
-        *x.shape, *output.shape[1:], *stride, *padding, *layout, blocks, relu, torch.get_num_threads()
-    )  # fmt: skip
+    residual = None if residual is None else residual.contiguous()
+    output = x.new_empty(len(x), *geometry[3:6])
+    shape = _Shape(len(x), *geometry, relu, torch.get_num_threads())
     weights = _Weights(values.data_ptr(), bias.data_ptr(), offsets.data_ptr(), starts.data_ptr())
-    if residual is not None:
-        residual = residual.contiguous()
     library()(
         x.data_ptr(), None if residual is None else residual.data_ptr(), output.data_ptr(),
         ctypes.addressof(weights), ctypes.addressof(shape),
@@ -235,8 +225,8 @@ def sparse_conv2d(
 
 
 @sparse_conv2d.register_fake
-def _(x, values, offsets, starts, bias, residual, image, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
-    return _output(x, bias, kernel, stride, padding, dilation)
+def _(x, values, offsets, starts, bias, residual, geometry, relu):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], *geometry[3:6])
 
 
 @torch.library.custom_op("sparing::max_pool2d", mutates_args=())
@@ -253,42 +243,36 @@ def _(x, kernel, stride, padding, ceil):  # type: ignore[no-untyped-def]
 
 
 def compress(
-    weight: Tensor, size: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The nonzero weights of a kernel (F, C, K_y, K_x), a block of channels after the other, and filter by filter in
-    each; their offsets in an image of a size; and where each filter of each block begins."""
-    phases_y, phases_x, _, columns, size_of_phase = _layout(size, list(weight.shape[2:]), stride, padding, dilation)
-    channels = weight.shape[1]
-    window = 4 * (TILE + (weight.shape[2] - 1) * (columns + 1))
-    block = channels if weight.shape[2:].numel() == 1 else max(1, CACHE // window)
-    blocks = -(-channels // block)
-    # Filters of one block lie together, and in each of them channels.
-    padded = F.pad(weight, (0, 0, 0, 0, 0, blocks * block - channels))
-    sorted_ = padded.unflatten(1, (blocks, block)).transpose(0, 1)
-    part, filters, channel, y, x = sorted_.nonzero().unbind(1)
-    y, x = y * dilation[0], x * dilation[1]
-    phase = ((part * block + channel) * phases_y + y % stride[0]) * phases_x + x % stride[1]
-    offsets = phase * size_of_phase + y // stride[0] * columns + x // stride[1]
-    counts = torch.bincount(part * len(weight) + filters, minlength=blocks * len(weight))
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return sorted_[sorted_ != 0].contiguous(), offsets.int(), starts.int()
+    weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """A kernel (F, C, K_y, K_x) for images of a size, as `sparse_conv2d` takes it.
 
+    Channels come in blocks that the nearest cache holds, and in each of them the filters.
 
-def _layout(size: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
-    """Of a padded channel dealt out by remainders modulo the stride: how many of them along y and x, and rows, columns
-    and floats of each, to the full vector."""
+    Returns:
+        The nonzero weights; their offsets in the image as it is laid out; where each filter of each block
+        begins; and the geometry of both.
+    """
+    filters, channels, *kernel = weight.shape
     reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
-    phases = [min(s, r + 1) for s, r in zip(stride, reach, strict=True)]
-    lengths = [(n + 2 * p - r - 1) // s + 1 + r // s for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
-    return (*phases, *lengths, -(-prod(lengths) // LANES) * LANES)
-
-
-def _output(x: Tensor, bias: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    ]
-    return x.new_empty(x.shape[0], len(bias), *size)
+    lengths = [(n + 2 * p - r - 1) // s + 1 for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
+    phases, rows, columns = min(stride[0], reach[0] + 1), lengths[0] + reach[0] // stride[0], lengths[1]
+    phase = -(-rows * columns // LANES) * LANES  # whole vectors
+    window = 4 * kernel[1] * (TILE + reach[0] // stride[0] * columns)
+    block = channels if kernel == [1, 1] else max(1, CACHE // window)
+    blocks = -(-channels // block)
+    by_block = F.pad(weight, (0, 0, 0, 0, 0, blocks * block - channels)).unflatten(1, (blocks, block)).transpose(0, 1)
+    part, number, channel, y, x = by_block.nonzero().unbind(1)
+    y = y * dilation[0]
+    plane = ((part * block + channel) * kernel[1] + x) * phases + y % stride[0]
+    offsets = plane * phase + y // stride[0] * columns
+    counts = torch.bincount(part * filters + number, minlength=blocks * filters)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    geometry = [
+        channels, *size, filters, *lengths, *stride, *padding, dilation[1],
+        kernel[1], phases, rows, phase, blocks,
+    ]  # fmt: skip
+    return by_block[by_block != 0].contiguous(), offsets.int(), starts.int(), geometry
 
 
 def _pool(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -340,16 +324,16 @@ def _convolution(
         last = norm
     weight = weight.detach()
     bias = torch.zeros(len(weight)) if bias is None else bias.detach()
-    kernel, image = list(weight.shape[2:]), list(x.meta["val"].shape[1:])
+    image = list(x.meta["val"].shape[1:])
     stride, padding, dilation = list(stride), list(padding), list(dilation)
     sparsity = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
     choice = Choice(weight_node.target, sparsity, None, None, False)
     if sparsity >= least_sparsity:
-        compressed = compress(weight, image[1:], stride, padding, dilation)
+        *compressed, geometry = compress(weight, image[1:], stride, padding, dilation)
         drawn = torch.randn(batch, *image)
         dense, sparse = _fastest(
             lambda: F.conv2d(drawn, weight, bias, stride, padding, dilation),
-            lambda: sparse_conv2d(drawn, *compressed, bias, None, image, kernel, stride, padding, dilation, False),
+            lambda: sparse_conv2d(drawn, *compressed, bias, None, geometry, False),
             rounds,
         )
         choice = Choice(weight_node.target, sparsity, dense, sparse, sparse < dense)
@@ -372,7 +356,7 @@ def _convolution(
             ]
             made = graph.call_function(
                 torch.ops.sparing.sparse_conv2d.default,
-                (x, *parts, residual, image, kernel, stride, padding, dilation, relu),
+                (x, *parts, residual, geometry, relu),
             )
     made.meta["val"] = last.meta["val"]
     last.replace_all_uses_with(made)
