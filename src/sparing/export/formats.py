@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.export import compressed, mnn, onnx, openvino
+from sparing.export import compressed, mnn, native, onnx, openvino
 from sparing.export.network import Written
 from sparing.files import replacing
 from sparing.macs import Example
@@ -42,6 +42,7 @@ FORMATS: dict[str, tuple[str, Save]] = {
     "safetensors": ("model.safetensors", save_safetensors),
     "onnx": ("model.onnx", onnx.save),
     "mnn": ("model.mnn", mnn.save),
+    "torch": ("model.pt2", native.save),
     "openvino": ("model.xml", openvino.save),
 }
 """Name → the file's name in a run directory, and the function that writes it."""

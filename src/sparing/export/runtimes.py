@@ -1,7 +1,8 @@
 """Runtimes that execute an exported network, each in a process of its own.
 
-The process knows nothing of sparing and imports one runtime alone, so that no two of them share
-threads or memory, and what one prints stays out of the way. It reads commands as lines of JSON:
+The process imports one runtime alone, and of sparing nothing but its sparse convolutions where they are the
+runtime, so that no two of them share threads or memory, and what one prints stays out of the way. It reads
+commands as lines of JSON:
 
     {"run": INPUTS, "outputs": FILE}    execute once, and write the outputs
     {"time": INPUTS, "count": n}        execute n times, and answer with the seconds of each
@@ -81,6 +82,14 @@ def torch_eager(path: str, threads: int) -> Callable[[list[Any]], Run]:
     return _torch(path, threads, compiled=False)
 
 
+def torch_sparse(path: str, threads: int) -> Callable[[list[Any]], Run]:
+    """A .pt2 file of `sparing.export.native`, in torch with its sparse convolutions."""
+    from sparing.export import native
+
+    native.library()
+    return _torch(path, threads, compiled=False)
+
+
 def torch_compiled(path: str, threads: int) -> Callable[[list[Any]], Run]:
     """A .pt2 file compiled with torch.compile, weights frozen."""
     return _torch(path, threads, compiled=True)
@@ -88,7 +97,7 @@ def torch_compiled(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
 RUNTIMES = {
     function.__name__: function
-    for function in (onnxruntime, openvino_fp32, openvino_bf16, mnn, torch_eager, torch_compiled)
+    for function in (onnxruntime, openvino_fp32, openvino_bf16, mnn, torch_sparse, torch_eager, torch_compiled)
 }
 """Runtimes by name: a function from (file, threads) to a function from inputs to what is timed."""
 
@@ -202,7 +211,8 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
     import torch
 
     torch.set_num_threads(threads)
-    module: Any = torch.export.load(path).module()
+    program = torch.export.load(path)
+    module: Any = program.module()
     if compiled:
         import torch._inductor.config
 
@@ -211,10 +221,11 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
 
     def prepare(inputs: list[Any]) -> Run:
         tensors = [torch.from_numpy(array) for array in inputs]
+        args, kwargs = torch.utils._pytree.tree_unflatten(tensors, program.call_spec.in_spec)
 
         def run() -> Sequence[Any]:
             with torch.inference_mode() if not compiled else torch.no_grad():
-                made = module(*tensors)
+                made = module(*args, **kwargs)
             return [made] if isinstance(made, torch.Tensor) else torch.utils._pytree.tree_leaves(made)
 
         return run

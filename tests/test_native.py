@@ -1,0 +1,189 @@
+"""Sparse convolutions compute what torch's do, and stand where they were faster."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sparing
+from sparing.export import native, network
+from sparing.export.runtimes import Process
+
+pytest.importorskip("onnx", reason="onnx of sparing[export] is not installed")
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Every convolution that is tried is made sparse."""
+    monkeypatch.setattr(native, "_fastest", lambda first, second, rounds: (2.0, 1.0))
+
+
+def convolve(x, weight, bias, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
+    *compressed, geometry = native.compress(weight, x.shape[2:], stride, padding, dilation)
+    return native.sparse_conv2d(x, *compressed, bias, residual, geometry, relu)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "geometry"),
+    [
+        ((14, 14), (1, 1), {}),  # a plane that is no whole number of vectors, copied
+        ((16, 16), (1, 1), {}),  # one that is, read where it is
+        ((1, 1), (1, 1), {}),
+        ((9, 12), (1, 1), {"padding": (1, 2)}),
+        ((9, 13), (1, 1), {"stride": (2, 2)}),
+        ((14, 14), (3, 3), {"padding": (1, 1)}),
+        ((7, 7), (3, 3), {}),
+        ((32, 33), (7, 7), {"stride": (2, 2), "padding": (3, 3)}),
+        ((13, 17), (3, 5), {"stride": (3, 1), "padding": (0, 2)}),
+        ((13, 17), (3, 3), {"stride": (2, 3), "padding": (2, 1), "dilation": (2, 3)}),
+        ((2, 3), (3, 3), {"padding": (4, 4)}),  # more padding than image
+        ((1, 90), (1, 5), {"padding": (0, 2)}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (3, 2)])
+def test_a_sparse_convolution_is_the_convolution(size, kernel, geometry, batch, threads):
+    torch.manual_seed(0)
+    weight = torch.randn(7, 70, *kernel) * (torch.rand(7, 70, *kernel) < 0.2)
+    weight[3] = 0  # a filter without weights is its bias
+    x, bias = torch.randn(batch, 70, *size), torch.randn(7)
+    expected = F.conv2d(x, weight, bias, **geometry)
+    residual = torch.randn_like(expected)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(convolve(x, weight, bias, **geometry), expected, **close)
+        got = convolve(x.to(memory_format=torch.channels_last), weight, bias, residual, relu=True, **geometry)
+        torch.testing.assert_close(got, F.relu(expected + residual), **close)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_no_number_stays_none():
+    x = torch.full((1, 1, 4, 4), float("nan"))
+    assert convolve(x, torch.ones(1, 1, 1, 1), torch.zeros(1), relu=True).isnan().all()
+
+
+def test_other_images_are_refused_before_memory_is_read():
+    *compressed, geometry = native.compress(torch.ones(1, 2, 3, 3), (32, 32), (1, 1), (0, 0), (1, 1))
+    for wrong in (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 32, 32).double()):
+        with pytest.raises(sparing.InputError, match=r"this network takes \[2, 32, 32\] images in float32, and these"):
+            native.sparse_conv2d(wrong, *compressed, torch.zeros(1), None, geometry, False)
+
+
+class Block(nn.Module):
+    """Convolutions in every company they may keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.first = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.second = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.last = nn.Conv2d(16, 4, 3, padding="same")
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d((2, 1), (1, 1)))
+
+    def forward(self, x, scale):
+        x = self.pool(self.stem(x))
+        y = F.relu(self.first(x) + self.second(x))  # one of them has the other for its residual
+        y = self.second(x) + y.mean((2, 3), keepdim=True)  # of another shape: no residual
+        z = self.depthwise(y)
+        return self.last(z) * scale, z + self.second(y)[:, :, 1:-1, 1:-1]
+
+
+def sparse_block():
+    torch.manual_seed(0)
+    model = Block()
+    sparing.sparsify_(model, sparing.StaticRandom(budget=sparing.Budget.uniform(model, 0.8)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def test_a_network_with_them_computes_the_same(always):
+    model, example = sparse_block(), {"scale": torch.ones(1, 1, 1, 1), "x": torch.randn(1, 3, 30, 30)}
+    written = native.save(model, "block.pt2", example)
+    assert written.error < 1e-5
+    loaded = native.load("block.pt2")
+    assert "sparse_conv2d" in loaded.code
+    assert "batch_norm" not in loaded.code
+    assert loaded.code.count("sparing.max_pool2d") == 2
+    plain = network.plain(model)
+    for batch in (1, 4):  # the batch size is free
+        args, kwargs = network.random_inputs(example, batch)
+        expected = network.outputs(plain, args, kwargs)
+        assert network.largest_error(expected, network.outputs(loaded, args, kwargs)) < 1e-5
+    with Process("torch_sparse", "block.pt2", threads=1) as process:  # keywords, in the order of the example
+        got = process.run([tensor.numpy() for tensor in kwargs.values()])
+    assert network.largest_error(expected, got) < 1e-5
+
+
+def test_each_convolution_is_measured_where_it_may_be_sparse(always):
+    example = {"scale": torch.ones(1, 1, 1, 1), "x": torch.randn(1, 3, 30, 30)}
+    graph, choices = native.accelerate(sparse_block(), example)
+    assert [(choice.name, choice.sparse) for choice in choices] == [
+        ("stem.0.weight", True),
+        ("first.0.weight", True),
+        ("second.0.weight", True),
+        ("second.0.weight", True),
+        ("second.0.weight", True),
+    ]
+    assert all(0.75 < choice.sparsity < 0.85 and choice.dense_seconds == 2 for choice in choices)
+    assert graph.code.count("aten.conv2d") == 2, "the depthwise one, and that whose padding is a word"
+    assert graph.code.count("relu") == 0, "every ReLU is part of a convolution"
+
+
+def test_convolutions_stay_dense_where_that_was_faster_or_they_have_few_zeros(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[:6] = 0
+    monkeypatch.setattr(native, "_fastest", lambda first, second, rounds: (1.0, 2.0))
+    graph, (first, second) = native.accelerate(model, (1, 3, 9, 9))
+    assert (first.sparse, first.dense_seconds, first.sparse_seconds) == (False, 1.0, 2.0)
+    assert (second.sparse, second.sparsity, second.dense_seconds) == (False, 0, None)
+    assert "sparse_conv2d" not in graph.code
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_measuring_really_measures():
+    calls = []
+    first, second = native._fastest(lambda: calls.append(1), lambda: calls.append(2), 3)
+    assert 0 < first < 1
+    assert 0 < second < 1
+    assert calls == [1, 1, 2, 2] * 3
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [("absent++", "take a C\\+\\+ compiler, and absent\\+\\+ is not installed"), ("false", "false cannot compile")],
+)
+def test_without_a_compiler_that_works_it_says_so(monkeypatch, compiler, says):
+    monkeypatch.setenv("CXX", compiler)
+    native.library.cache_clear()
+    with pytest.raises(sparing.InputError, match=says):
+        native.accelerate(nn.Conv2d(3, 3, 3), (1, 3, 9, 9))
+    with pytest.raises(sparing.InputError, match=says):
+        native.save(nn.Conv2d(3, 3, 3), "no.pt2", (1, 3, 9, 9))
+    assert not list(Path().iterdir())
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+def test_where_it_cannot_be_written_it_says_so():
+    with pytest.raises(sparing.InputError, match="nowhere/no.pt2 cannot be written: No such file"):
+        native.save(nn.Conv2d(3, 3, 3), "nowhere/no.pt2", (1, 3, 9, 9))
