@@ -145,6 +145,23 @@ def test_a_fastgrnn_is_written_for_any_batch(ranks):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_zeros_that_onnx_implies_are_written_out():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=8).eval()  # its first state is zeros, as many as the batch
+    nodes = onnx.export(model, (1, 3, 6)).model.graph.all_nodes()
+    (zeros,) = [node for node in nodes if node.op_type == "ConstantOfShape"]
+    value = zeros.attributes["value"].as_tensor().numpy()
+    assert (value.tolist(), value.dtype) == ([0.0], "float32")
+
+
+def test_a_sparse_fastgrnn_is_right_in_mnn():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=32, hidden_rank=4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter[torch.rand_like(parameter) < 0.9] = 0
+    assert mnn.save(model, "model.mnn", (1, 9, 6)).error < 1e-5  # which is checked with another batch
+
+
 def test_what_cannot_be_exported_is_refused_in_one_sentence():
     with pytest.raises(sparing.InputError, match=r"^the model cannot be traced for export: [^\n]+$"):
         onnx.save(Untraceable(), "no.onnx", (1, 3))
