@@ -132,6 +132,12 @@ class Untraceable(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+def stored_shapes(path):
+    import onnx
+
+    return {tuple(tensor.dims) for tensor in onnx.load(path).graph.initializer}
+
+
 @pytest.mark.parametrize("ranks", [{}, {"hidden_rank": 4}, {"learned_rank": True}], ids=str)
 def test_a_fastgrnn_is_written_for_any_batch(ranks):
     import onnxruntime
@@ -143,6 +149,8 @@ def test_a_fastgrnn_is_written_for_any_batch(ranks):
     x = torch.randn(7, 9, 6)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+    whole = {"hidden_rank": 4} != ranks  # U is stored as its two thin factors where they are smaller
+    assert ((32, 32) in stored_shapes(written.path)) == whole
 
 
 def test_zeros_that_onnx_implies_are_written_out():

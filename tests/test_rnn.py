@@ -136,9 +136,12 @@ def test_the_layer_equals_its_cell_step_by_step(kind, batch, device):
 
 def test_thin_products_are_used_where_they_save():
     rnn = FastGRNN(6, 16, hidden_rank=3)
-    assert len(rnn._recurrent(1)) == 1
-    assert len(rnn._recurrent(300)) == 2
-    assert len(FastGRNN(6, 16, hidden_rank=9)._recurrent(10_000)) == 1
+    assert len(rnn._recurrent(batch=1, steps=9)) == 1
+    assert len(rnn._recurrent(batch=300, steps=9)) == 2
+    assert len(FastGRNN(6, 16, hidden_rank=9)._recurrent(batch=10_000, steps=9)) == 1
+    # Multiplying out pays over many steps only.
+    rnn = FastGRNN(6, 128, hidden_rank=40)
+    assert [len(rnn._recurrent(batch=1, steps=steps)) for steps in (9, 99)] == [2, 1]
 
 
 @pytest.mark.parametrize("hidden_rank", [None, 1])

@@ -22,8 +22,8 @@ from sparing.rnn.gates import Gate, find_gate
 from sparing.rnn.low_rank import LowRankLinear, linear
 
 THIN_SAVES = 2**15
-"""Multiply-accumulates a step from which two thin products beat one whole one, on a CPU: about 1 µs, which is
-what the second call costs."""
+"""Multiply-accumulates a step from which two thin products beat one whole one, on a CPU: what the second call costs.
+Saved are those of a smaller product, and a step's share of multiplying U out, which is done once a sequence."""
 
 
 class FastGRNNCell(nn.Module):
@@ -153,7 +153,7 @@ class FastGRNN(nn.Module):
             cell.bias_update - cell.bias_gate,
             steepness,
             steepness + floor,
-            *self._recurrent(h.shape[0]),
+            *self._recurrent(h.shape[0], x.shape[1]),
         )
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             # Compilers and autocast know what to do with every step of the loop, and nothing of a backward by hand.
@@ -169,16 +169,19 @@ class FastGRNN(nn.Module):
         parts = hidden.children() if isinstance(hidden, LowRankLinear) else [hidden]
         return dict.fromkeys(parts, steps)
 
-    def _recurrent(self, batch: int) -> tuple[Tensor, ...]:
-        """U in one piece, or in two thin ones if they save more than a second product costs."""
+    def _recurrent(self, batch: int, steps: int) -> tuple[Tensor, ...]:
+        """U in one piece, or in two thin ones if they save more than a second product a step costs."""
         hidden = self.cell.hidden
-        if isinstance(hidden, LowRankLinear):
-            right, left = hidden.factors
-            if torch.compiler.is_compiling():  # a choice by the batch would bind the graph to some batches
-                return (left @ right,)
-            saved = batch * (left.shape[0] * right.shape[1] - left.numel() - right.numel())
-            return (right, left) if saved > THIN_SAVES else (left @ right,)
-        return (hidden.weight,)
+        if not isinstance(hidden, LowRankLinear):
+            return (hidden.weight,)
+        right, left = hidden.factors
+        units, rank = left.shape
+        saved = units * units - 2 * rank * units
+        if torch.compiler.is_compiling():  # a choice by the batch would bind the graph to some batches
+            thin = saved > 0
+        else:
+            thin = batch * saved + units * units * rank // steps > THIN_SAVES
+        return (right, left) if thin else (left @ right,)
 
 
 def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned: bool) -> nn.Linear | LowRankLinear:
