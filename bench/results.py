@@ -283,9 +283,10 @@ def rnn_speed_table():
     notes = set()
     for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
         result = json.loads(path.read_text())
+        rounds = " or ".join(map(str, sorted({row["rounds"] for row in result["rows"]})))
         notes.add(
             f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}, "
-            f"{result['rounds']} interleaved rounds, commit {result['commit'][:7]}"
+            f"{rounds} interleaved rounds, commit {result['commit'][:7]}"
         )
         for row in result["rows"]:
             ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
