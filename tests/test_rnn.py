@@ -174,6 +174,14 @@ def test_variable_lengths_equal_sequences_one_by_one():
         torch.testing.assert_close(a, p.grad)
 
 
+def test_lengths_may_be_of_any_whole_kind_and_batches_empty():
+    rnn = FastGRNN(4, 8)
+    x, lengths = torch.randn(2, 5, 4), torch.tensor([5, 3])
+    for kind in (torch.uint8, torch.int32):
+        assert torch.equal(rnn(x, lengths.to(kind))[1], rnn(x, lengths)[1])
+    assert rnn(x[:0], lengths[:0])[1].shape == (0, 8)
+
+
 def test_the_classifier_reads_each_sequence_to_its_own_end():
     model = sparing.models.fastgrnn(num_classes=3, input_size=4, hidden_size=8)
     x = torch.randn(2, 6, 4)
@@ -480,6 +488,9 @@ REFUSED = {
     "length zero": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([0, 5])), "length 0"),
     "length beyond": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([6, 5])), "length 6"),
     "lengths of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([5])), r"\(2,\)"),
+    "lengths in a list": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), [5, 5]), "must be a tensor of shape.*not list"),
+    "lengths as a mask": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([True, True])), "torch.bool"),
+    "a state of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), h=torch.zeros(1, 4)), r"\(2, 4\), not"),
     "a kernel": (lambda: factorize_(nn.Conv2d(3, 4, 3), select=["weight"]), "only a matrix"),
     "nothing": (lambda: factorize_(nn.Sequential(nn.ReLU())), "chose no layer"),
     "twice": (lambda: factorize_(factorize_(nn.Linear(3, 3))), "Factored"),

@@ -134,12 +134,16 @@ class FastGRNN(nn.Module):
             the state after its last step, (N, H).
 
         Raises:
-            InputError: x has another shape, no steps, or a length is not in [1, T].
+            InputError: x or h has another shape, there are no steps, or a length is not in [1, T].
         """
         cell = self.cell
         if x.dim() != 3 or x.shape[2] != cell.input_size or x.shape[1] == 0:
             raise InputError(
                 f"FastGRNN takes inputs of shape (batch, steps ≥ 1, {cell.input_size}), not {tuple(x.shape)}"
+            )
+        if h is not None and h.shape != (x.shape[0], cell.hidden_size):
+            raise InputError(
+                f"FastGRNN takes a state of shape ({x.shape[0]}, {cell.hidden_size}), not {tuple(h.shape)}"
             )
         if lengths is not None:
             _check_lengths(lengths, x)
@@ -160,7 +164,9 @@ class FastGRNN(nn.Module):
             outputs = _states(cell.gate, cell.update, *arguments)[0]
         else:
             outputs = _Sequence.apply(cell.gate, cell.update, *arguments)
-        last = outputs[-1] if lengths is None else outputs[lengths - 1, torch.arange(len(lengths), device=x.device)]
+        if lengths is None:
+            return outputs.transpose(0, 1), outputs[-1]
+        last = outputs[lengths.long() - 1, torch.arange(len(lengths), device=x.device)]
         return outputs.transpose(0, 1), last
 
     def uses_of_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> Mapping[nn.Module, int]:
@@ -194,10 +200,12 @@ def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned:
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
-    if lengths.shape != x.shape[:1] or lengths.is_floating_point():
+    if not isinstance(lengths, Tensor):
+        raise InputError(f"lengths must be a tensor of shape ({len(x)},), not {type(lengths).__name__}")
+    if lengths.shape != x.shape[:1] or lengths.dtype == torch.bool or lengths.is_floating_point():
         found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
         raise InputError(f"lengths must be whole numbers of shape ({len(x)},), not {found}")
-    if torch.compiler.is_compiling() or lengths.is_meta:
+    if torch.compiler.is_compiling() or lengths.is_meta or not len(lengths):
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > x.shape[1]:
