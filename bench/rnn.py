@@ -129,7 +129,7 @@ def main():
             x = torch.randn(batch, steps, features, device=device)
             show(f"training, {hidden} units", sides, train_step, x, repeat, options.rounds)
             show(f"inference, {hidden} units", sides, infer, x, repeat, options.rounds)
-    many = 20 * options.rounds  # of single calls, which are too short to be hit often by what else runs
+    many = 10 * options.rounds  # short ones, which what else runs does not often hit
     for hidden, ranks in ((100, (40, 24)), (256, (64, 32)), (512, (128, 64)), (1024, (256, 64))):
         sides = {"full rank": FastGRNN(32, hidden).to(device)}
         for rank in ranks:
@@ -143,7 +143,7 @@ def main():
             for w, u in ranks:
                 low = fastgrnn(12, features, hidden_size=hidden, learned_rank=True)
                 sides[f"ranks {w}, {u}"] = InMNN(compacted(low, input=w, hidden=u), x)
-            show(f"inference in MNN, {hidden} units", sides | {"full in torch": full}, infer, x, 1, many)
+            show(f"inference in MNN, {hidden} units", sides | {"full in torch": full}, infer, x, 5, many)
     if options.json:
         path = Path(options.json)
         path.parent.mkdir(parents=True, exist_ok=True)

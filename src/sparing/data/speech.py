@@ -225,10 +225,10 @@ def _speech_commands_parts(folder: Path) -> Callable[[Path], str]:
         (absent,) = set(files.values()) - set(there)
         raise InputError(f"data google12: {absent} is missing, beside {there[0].name}; unpack the archive again")
     listed = {line: part for part, path in files.items() for line in path.read_text(encoding="utf-8").split()}
-    absent = [line for line in listed if not (folder / line).is_file()]
-    if absent:
+    missing = [line for line in listed if not (folder / line).is_file()]
+    if missing:
         raise InputError(
-            f"data google12: {folder / absent[0]} is missing ({len(absent)} of the {len(listed)} recordings that the "
+            f"data google12: {folder / missing[0]} is missing ({len(missing)} of the {len(listed)} recordings that the "
             "lists name are); unpack the archive again"
         )
     return lambda path: listed.get(_relative(path), "train")
