@@ -153,6 +153,23 @@ def test_a_fastgrnn_is_written_for_any_batch(ranks):
     assert ((32, 32) in stored_shapes(written.path)) == ("hidden_rank" not in ranks)
 
 
+def test_what_a_learned_rank_left_dead_is_not_exported():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=32, learned_rank=True).eval()
+    with torch.no_grad():
+        model.rnn.cell.hidden.diagonal.weight[:, 4:] = 0
+    x = torch.randn(3, 9, 6)
+    small = network.plain(model)
+    assert [row.parameters for row in sparing.rnn.ranks(small).rows] == [32 * 6, 2 * 4 * 32]
+    torch.testing.assert_close(small(x), model(x), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        model.rnn.cell.hidden.diagonal.weight.zero_()
+    dead = network.plain(model)
+    assert all(parameter.numel() for parameter in dead.parameters())  # no runtime takes a matrix without elements
+    torch.testing.assert_close(dead(x), model(x), atol=1e-6, rtol=0)
+    with pytest.raises(sparing.InputError, match=r"^OpenVINO cannot read the network: [^\n]+$"):
+        openvino.save(sparing.rnn.compact_(model), "dead.xml", (1, 9, 6))
+
+
 def test_zeros_that_onnx_implies_are_written_out():
     model = sparing.models.fastgrnn(5, 6, hidden_size=8).eval()  # its first state is zeros, as many as the batch
     nodes = onnx.export(model, (1, 3, 6)).model.graph.all_nodes()
