@@ -294,10 +294,10 @@ def rnn_speed_table():
             f"{rounds} interleaved rounds, commit {result['commit'][:7]}"
         )
         for row in result["rows"]:
-            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            ratio = f"{row['ratio']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
             what = f"{row['what']}, {row['steps']} steps × {row['features']}"
-            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.1f} |")
-    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
+            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.3g} |")
+    return [*rows, "", f"Medians and quartiles; {'; '.join(sorted(notes))}."]
 
 
 def paper_table():
