@@ -296,7 +296,7 @@ def rnn_speed_table():
         for row in result["rows"]:
             ratio = f"{row['ratio']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
             what = f"{row['what']}, {row['steps']} steps × {row['features']}"
-            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.3g} |")
+            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.2f} |")
     return [*rows, "", f"Medians and quartiles; {'; '.join(sorted(notes))}."]
 
 
