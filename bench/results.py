@@ -258,7 +258,7 @@ def ranks_table():
         "| fixed, SVD start | learned − random start | learned − SVD start |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    notes, gains = set(), []
+    notes, gains = set(), {"Learned − random start": [], "Learned − SVD start": [], "SVD start − random start": []}
     for folder in sorted(ROOT.joinpath("results/rnn").glob("*/")):
         entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         by_kind = {}
@@ -276,11 +276,16 @@ def ranks_table():
             pressure = kind.removeprefix("learned-")
             others = [by_kind.get(f"{other}-{pressure}", {}) for other in ("fixed", "fixed_svd")]
             rows.append("| " + _ranks_row(pressure, by_kind[kind], *others))
-            gains += [by_kind[kind][seed]["accuracy"] - run["accuracy"] for seed, run in others[0].items()]
-    above = sum(gain > 0 for gain in gains)
-    overall = f"Learned − random start, all {len(gains)} pairs: {spread(gains, 100)} points, above zero in {above}."
+            for found, (one, other) in zip(
+                gains.values(), ((by_kind[kind], others[0]), (by_kind[kind], others[1]), others[::-1]), strict=True
+            ):
+                found += [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in one if seed in other]
+    overall = [
+        f"- {what}: {spread(found, 100)} points over all {len(found)} pairs, above zero in {sum(x > 0 for x in found)}"
+        for what, found in gains.items()
+    ]
     notes = "; ".join(sorted(notes))
-    return [*rows, "", overall, "", f"Test accuracy in %, mean ± standard deviation (runs); {notes}."]
+    return [*rows, "", *overall, "", f"Test accuracy in %, mean ± standard deviation (runs); {notes}."]
 
 
 def _ranks_row(pressure, runs, *others):
@@ -305,15 +310,16 @@ def rnn_speed_table():
     notes = set()
     for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
         result = json.loads(path.read_text())
+        rounds = " or ".join(map(str, sorted({row["rounds"] for row in result["rows"]})))
         notes.add(
             f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}, "
-            f"{result['rounds']} interleaved rounds, commit {result['commit'][:7]}"
+            f"{rounds} interleaved rounds, commit {result['commit'][:7]}"
         )
         for row in result["rows"]:
-            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            ratio = f"{row['ratio']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
             what = f"{row['what']}, {row['steps']} steps × {row['features']}"
-            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.1f} |")
-    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
+            rows.append(f"| {what} | {row['batch']} | {row['side']} | {ratio} | {row['milliseconds']:.2f} |")
+    return [*rows, "", f"Medians and quartiles; {'; '.join(sorted(notes))}."]
 
 
 def paper_table():

@@ -3,11 +3,12 @@
     python bench/rnn.py [--rounds 15] [--json results/rnn_speed/cpu.json]
 
 All sides of a comparison take turns in one process, in an order that is turned round every time, so what else the
-machine does hits all of them alike. What is printed is the median of the ratios of one round, with the lowest and
-the highest. A GRU of the same width multiplies by three matrices where FastGRNN has one.
+machine does hits all of them alike. What is printed is the median of the ratios of one round, with the quartiles.
+A GRU of the same width multiplies by three matrices where FastGRNN has one.
 
 The ranks are compared at batch 1, where a microphone or a watch would run: networks of learned rank, compacted,
-against the one of full rank.
+against the one of full rank; in torch, and at the sizes and ranks of the paper in MNN, exported as by
+`sparing.export.mnn.save`. The exports take most of the time of this script.
 """
 
 import argparse
@@ -15,13 +16,16 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sparing.rnn import FastGRNN, compact_
+from sparing.export import mnn, runtimes
+from sparing.models import fastgrnn
+from sparing.rnn import FastGRNN, compact_, is_diagonal
 
 
 class StepByStep(nn.Module):
@@ -39,12 +43,25 @@ class StepByStep(nn.Module):
         return torch.stack(states, 1), h
 
 
-def compacted(features, hidden, rank):
-    """A network whose recurrent rank was learned down to `rank`, after compaction."""
-    rnn = FastGRNN(features, hidden, learned_rank=True)
+def compacted(model, **ranks):
+    """A model of learned ranks after compaction, had it learned these of `hidden` and `input`; full where not given."""
     with torch.no_grad():
-        rnn.cell.hidden.diagonal.weight[:, rank:] = 0
-    return compact_(rnn)
+        for name, module in model.named_modules():
+            if is_diagonal(name, module):
+                module.weight[:, ranks.get(name.split(".")[-2], module.weight.numel()) :] = 0
+    return compact_(model)
+
+
+class InMNN:
+    """A classifier in MNN, with one thread, as a function of nothing but its batch."""
+
+    def __init__(self, model, example):
+        with tempfile.TemporaryDirectory() as folder:
+            path = mnn.save(model, Path(folder, "network.mnn"), tuple(example.shape)).path
+            self.run = runtimes.mnn(str(path), threads=1)([example.numpy()])
+
+    def __call__(self, x):
+        return self.run()
 
 
 def train_step(module, x):
@@ -70,7 +87,7 @@ def seconds(run, module, x, repeat):
 
 
 def compare(sides, run, x, rounds, repeat):
-    """Every side against the first: median, lowest and highest ratio over the rounds, and median seconds."""
+    """Every side against the first: median and quartiles of the ratio over the rounds, and median milliseconds."""
     for module in sides.values():
         run(module, x)
     times = {name: [] for name in sides}
@@ -81,7 +98,8 @@ def compare(sides, run, x, rounds, repeat):
     rows = []
     for name, mine in times.items():
         ratios = [a / b for a, b in zip(mine, base, strict=True)]
-        row = {"side": name, "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        row = {"side": name, "ratio": middle, "lower": lower, "upper": upper}
         rows.append(row | {"milliseconds": 1e3 * statistics.median(mine)})
     return rows
 
@@ -96,24 +114,36 @@ def main():
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {options.rounds} rounds")
     result = {"torch": torch.__version__, "device": where, "threads": torch.get_num_threads()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    result |= {"commit": commit.stdout.strip() or None, "rounds": options.rounds, "rows": []}
+    result |= {"commit": commit.stdout.strip() or None, "rows": []}
 
-    def show(what, sides, run, x, repeat):
-        for row in compare({name: side.to(device) for name, side in sides.items()}, run, x, options.rounds, repeat):
-            result["rows"].append({"what": what, "batch": len(x), "steps": x.shape[1], "features": x.shape[2], **row})
-            spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-            print(f"{what:>28}  batch {len(x):>3}  {row['side']:>13}  {row['ratio']:.2f} ({spread})", flush=True)
+    def show(what, sides, run, x, repeat, rounds):
+        for row in compare(sides, run, x, rounds, repeat):
+            shape = {"batch": len(x), "steps": x.shape[1], "features": x.shape[2]}
+            result["rows"].append({"what": what, **shape, "rounds": rounds, **row})
+            spread = f"{row['lower']:.2f} to {row['upper']:.2f}"
+            print(f"{what:>32}  batch {len(x):>3}  {row['side']:>13}  {row['ratio']:.2f} ({spread})", flush=True)
 
     for hidden, features, steps in ((100, 32, 99), (80, 9, 128)):
-        rnn = FastGRNN(features, hidden)
-        sides = {"GRU": nn.GRU(features, hidden, batch_first=True), "FastGRNN": rnn, "cell by cell": StepByStep(rnn)}
+        rnn, gru = FastGRNN(features, hidden).to(device), nn.GRU(features, hidden, batch_first=True).to(device)
+        sides = {"GRU": gru, "FastGRNN": rnn, "cell by cell": StepByStep(rnn)}
         for batch, repeat in ((1, 5), (100, 1)):
             x = torch.randn(batch, steps, features, device=device)
-            show(f"training, {hidden} units", sides, train_step, x, repeat)
-            show(f"inference, {hidden} units", sides, infer, x, repeat)
-    for hidden, ranks in ((100, (40, 24)), (512, (128, 64)), (1024, (256, 64))):
-        sides = {"full rank": FastGRNN(32, hidden)} | {f"rank {rank}": compacted(32, hidden, rank) for rank in ranks}
-        show(f"inference, {hidden} units", sides, infer, torch.randn(1, 99, 32, device=device), 2)
+            show(f"training, {hidden} units", sides, train_step, x, repeat, options.rounds)
+            show(f"inference, {hidden} units", sides, infer, x, repeat, options.rounds)
+    many = 100 * options.rounds  # of single calls, which are short
+    for hidden, ranks in ((100, (40, 24)), (256, (64, 32)), (512, (128, 64)), (1024, (256, 64))):
+        sides = {"full rank": FastGRNN(32, hidden).to(device)}
+        for rank in ranks:
+            sides[f"rank {rank}"] = compacted(FastGRNN(32, hidden, learned_rank=True), hidden=rank).to(device)
+        show(f"inference, {hidden} units", sides, infer, torch.randn(1, 99, 32, device=device), 1, many)
+    if device.type == "cpu":
+        for hidden, features, steps, ranks in ((100, 32, 99, ((12, 40), (9, 24))), (80, 9, 128, ((9, 8),))):
+            x = torch.randn(1, steps, features)
+            sides = {"full rank": InMNN(fastgrnn(12, features, hidden_size=hidden), x)}
+            for w, u in ranks:
+                low = fastgrnn(12, features, hidden_size=hidden, learned_rank=True)
+                sides[f"ranks {w}, {u}"] = InMNN(compacted(low, input=w, hidden=u), x)
+            show(f"inference in MNN, {hidden} units", sides, infer, x, 1, many)
     if options.json:
         path = Path(options.json)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,12 @@ class Untraceable(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+def stored_shapes(path):
+    import onnx
+
+    return {tuple(tensor.dims) for tensor in onnx.load(path).graph.initializer}
+
+
 @pytest.mark.parametrize("ranks", [{}, {"hidden_rank": 4}, {"learned_rank": True}], ids=str)
 def test_a_fastgrnn_is_written_for_any_batch(ranks):
     import onnxruntime
@@ -143,6 +149,42 @@ def test_a_fastgrnn_is_written_for_any_batch(ranks):
     x = torch.randn(7, 9, 6)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+    # U is stored as its two thin factors where they are smaller.
+    assert ((32, 32) in stored_shapes(written.path)) == ("hidden_rank" not in ranks)
+
+
+def test_what_a_learned_rank_left_dead_is_not_exported():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=32, learned_rank=True).eval()
+    with torch.no_grad():
+        model.rnn.cell.hidden.diagonal.weight[:, 4:] = 0
+    x = torch.randn(3, 9, 6)
+    small = network.plain(model)
+    assert [row.parameters for row in sparing.rnn.ranks(small).rows] == [32 * 6, 2 * 4 * 32]
+    torch.testing.assert_close(small(x), model(x), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        model.rnn.cell.hidden.diagonal.weight.zero_()
+    dead = network.plain(model)
+    assert all(parameter.numel() for parameter in dead.parameters())  # no runtime takes a matrix without elements
+    torch.testing.assert_close(dead(x), model(x), atol=1e-6, rtol=0)
+    with pytest.raises(sparing.InputError, match=r"^OpenVINO cannot read the network: [^\n]+$"):
+        openvino.save(sparing.rnn.compact_(model), "dead.xml", (1, 9, 6))
+
+
+def test_zeros_that_onnx_implies_are_written_out():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=8).eval()  # its first state is zeros, as many as the batch
+    nodes = onnx.export(model, (1, 3, 6)).model.graph.all_nodes()
+    (zeros,) = [node for node in nodes if node.op_type == "ConstantOfShape"]
+    value = zeros.attributes["value"].as_tensor().numpy()
+    assert (value.tolist(), value.dtype) == ([0.0], "float32")
+
+
+def test_a_sparse_fastgrnn_is_right_in_mnn():
+    model = sparing.models.fastgrnn(5, 6, hidden_size=32, hidden_rank=4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter[torch.rand_like(parameter) < 0.9] = 0
+    assert mnn.save(model, "model.mnn", (1, 9, 6)).error < 1e-5  # which is checked with another batch
 
 
 def test_what_cannot_be_exported_is_refused_in_one_sentence():

@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "threshold",
     },
     "data": {"errors", "files"},
-    "export": {"errors", "files", "macs", "models", "select", "sparsify", "threshold"},
+    "export": {"errors", "files", "macs", "models", "rnn", "select", "sparsify", "threshold"},
     "train": {
         "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim",
         "plots", "models", "methods", "rnn", "threshold",

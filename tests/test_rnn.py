@@ -136,9 +136,12 @@ def test_the_layer_equals_its_cell_step_by_step(kind, batch, device):
 
 def test_thin_products_are_used_where_they_save():
     rnn = FastGRNN(6, 16, hidden_rank=3)
-    assert len(rnn._recurrent(1)) == 1
-    assert len(rnn._recurrent(300)) == 2
-    assert len(FastGRNN(6, 16, hidden_rank=9)._recurrent(10_000)) == 1
+    assert len(rnn._recurrent(batch=1, steps=9)) == 1
+    assert len(rnn._recurrent(batch=300, steps=9)) == 2
+    assert len(FastGRNN(6, 16, hidden_rank=9)._recurrent(batch=10_000, steps=9)) == 1
+    # Multiplying out pays over many steps only.
+    rnn = FastGRNN(6, 128, hidden_rank=40)
+    assert [len(rnn._recurrent(batch=1, steps=steps)) for steps in (9, 99)] == [2, 1]
 
 
 @pytest.mark.parametrize("hidden_rank", [None, 1])
@@ -169,6 +172,14 @@ def test_variable_lengths_equal_sequences_one_by_one():
     sum(last.sum() for last in alone).backward()
     for a, p in zip(together, rnn.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad)
+
+
+def test_lengths_may_be_of_any_whole_kind_and_batches_empty():
+    rnn = FastGRNN(4, 8)
+    x, lengths = torch.randn(2, 5, 4), torch.tensor([5, 3])
+    for kind in (torch.uint8, torch.int32):
+        assert torch.equal(rnn(x, lengths.to(kind))[1], rnn(x, lengths)[1])
+    assert rnn(x[:0], lengths[:0])[1].shape == (0, 8)
 
 
 def test_the_classifier_reads_each_sequence_to_its_own_end():
@@ -477,6 +488,9 @@ REFUSED = {
     "length zero": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([0, 5])), "length 0"),
     "length beyond": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([6, 5])), "length 6"),
     "lengths of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([5])), r"\(2,\)"),
+    "lengths in a list": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), [5, 5]), "must be a tensor of shape.*not list"),
+    "lengths as a mask": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([True, True])), "torch.bool"),
+    "a state of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), h=torch.zeros(1, 4)), r"\(2, 4\), not"),
     "a kernel": (lambda: factorize_(nn.Conv2d(3, 4, 3), select=["weight"]), "only a matrix"),
     "nothing": (lambda: factorize_(nn.Sequential(nn.ReLU())), "chose no layer"),
     "twice": (lambda: factorize_(factorize_(nn.Linear(3, 3))), "Factored"),

@@ -306,10 +306,14 @@ def test_the_lists_of_the_archive_go_before_the_rule(commands, tmp_path):
     for part, speakers in names.items():
         lines = [f"{word}/{speaker}_nohash_0.wav" for word in (*WORDS, "bed", "cat") for speaker in speakers]
         (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
-    (root / "yes" / f"{SPEAKERS[20]}_nohash_0.wav").unlink()
+    (root / "yes" / f"{SPEAKERS[20]}_nohash_0.wav").unlink()  # a training recording, which no list names
     data = google12(str(root))
     # A tenth of 219 is rounded up.
     assert [data.size(part) for part in ("train", "validation", "test")] == [219 + 44, 30 + 6, 50 + 10]
+    (root / "stop" / f"{SPEAKERS[4]}_nohash_0.wav").unlink()
+    (root / "bed" / f"{SPEAKERS[4]}_nohash_0.wav").unlink()
+    with pytest.raises(InputError, match=r"stop.00000004_nohash_0.wav is missing \(2 of the 96 recordings"):
+        google12(str(root))
     (root / "testing_list.txt").unlink()
     with pytest.raises(InputError, match="testing_list.txt is missing"):
         google12(str(root))
@@ -387,6 +391,13 @@ def test_wavs_that_cannot_be_used_are_refused(tmp_path):
         read_wav(path, 16_000)
     write_wav(path, tone(101, 440))
     assert torch.equal(read_wav(path, 16_000), torch.from_numpy(tone(101, 440)).float())
+
+
+def test_digits_half_unpacked_are_refused(tmp_path):
+    root = make_digits(tmp_path)
+    (root / "recordings" / "7_ann_10.wav").unlink()
+    with pytest.raises(InputError, match=r"7_ann_10\.wav is missing"):
+        spoken_digits(str(root))
 
 
 def test_a_stranger_among_the_recordings_is_named(tmp_path):

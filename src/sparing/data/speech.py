@@ -61,8 +61,8 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
         cache: the file to keep the spectra in; left out, `google12.safetensors` in `root`.
 
     Raises:
-        InputError: a folder or a list is missing; a file is no 16-bit mono wav of 16 kHz; the cache
-            cannot be written; kaldi-native-fbank is not installed.
+        InputError: a folder, a list or a recording in a list is missing; a file is no 16-bit mono wav of
+            16 kHz; the cache cannot be written; kaldi-native-fbank is not installed.
 
     Source: Warden, "Speech Commands", 2018; the mixture follows the speech_commands example of TensorFlow,
     which picks unknown words by chance where this takes the smallest SHA-1 of their names.
@@ -108,26 +108,36 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
         cache: the file to keep the spectra in; left out, `spoken_digits.safetensors` in `root`.
 
     Raises:
-        InputError: there are no recordings; a file is no 16-bit mono wav of 8 kHz; the cache cannot be
-            written; kaldi-native-fbank is not installed.
+        InputError: there are no recordings, or a digit is missing where there are others of its speaker
+            and number; a file is no 16-bit mono wav of 8 kHz; the cache cannot be written;
+            kaldi-native-fbank is not installed.
 
     Source: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
     """
     folder = Path(root)
-    named = re.compile(r"([0-9])_\w+_(\d+)\.wav")
+    named = re.compile(r"([0-9])_(\w+)_(\d+)\.wav")
     clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
-    for path in sorted((folder / "recordings" if (folder / "recordings").is_dir() else folder).glob("*.wav")):
+    spoken: dict[tuple[str, int], set[int]] = {}
+    recordings = folder / "recordings" if (folder / "recordings").is_dir() else folder
+    for path in sorted(recordings.glob("*.wav")):
         match = named.fullmatch(path.name)
         if match is None:
             raise InputError(f"data {path}: is not named digit_speaker_number.wav, as those of {FSDD_PAGE} are")
-        number = int(match[2])
+        digit, number = int(match[1]), int(match[3])
         part = "test" if number < 5 else "validation" if number < 10 else "train"
-        clips[part].append((Clip(path, 0, 8_000, False), int(match[1])))
+        clips[part].append((Clip(path, 0, 8_000, False), digit))
+        spoken.setdefault((match[2], number), set()).add(digit)
     if not all(clips.values()):
         raise InputError(
             f"data spoken_digits: {folder} holds {sum(map(len, clips.values()))} recordings, which is not all; get "
             f"them from {FSDD_PAGE} and name their folder with data.root"
         )
+    for (speaker, number), digits in spoken.items():
+        for digit in set(range(10)) - digits:
+            raise InputError(
+                f"data spoken_digits: {recordings / f'{digit}_{speaker}_{number}.wav'} is missing, of the ten digits "
+                f"of a round; get all recordings from {FSDD_PAGE}"
+            )
     return _spectra("spoken_digits", clips, 8_000, Path(cache) if cache else folder / "spoken_digits.safetensors", 10)
 
 
@@ -215,6 +225,12 @@ def _speech_commands_parts(folder: Path) -> Callable[[Path], str]:
         (absent,) = set(files.values()) - set(there)
         raise InputError(f"data google12: {absent} is missing, beside {there[0].name}; unpack the archive again")
     listed = {line: part for part, path in files.items() for line in path.read_text(encoding="utf-8").split()}
+    missing = [line for line in listed if not (folder / line).is_file()]
+    if missing:
+        raise InputError(
+            f"data google12: {folder / missing[0]} is missing ({len(missing)} of the {len(listed)} recordings that the "
+            "lists name are); unpack the archive again"
+        )
     return lambda path: listed.get(_relative(path), "train")
 
 

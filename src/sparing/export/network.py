@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparing.errors import InputError
 from sparing.macs import Example
+from sparing.rnn import compact_, ranks
 from sparing.sparsify import densify_
 
 # The packages that `pip install 'sparing[export]'` brings, by the name they are imported under.
@@ -57,8 +58,11 @@ def require(*names: str) -> None:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A densified copy of the model on the CPU, in evaluation mode."""
-    return densify_(copy.deepcopy(model)).cpu().eval()
+    """A plain copy of the model on the CPU, in evaluation mode, without what learned ranks left dead."""
+    small = copy.deepcopy(model)
+    # A rank of zero stays as it is: compaction would leave matrices without elements, which runtimes refuse.
+    small = compact_(small) if all(row.rank for row in ranks(small).rows) else densify_(small)
+    return small.cpu().eval()
 
 
 def random_inputs(example: Example, batch: int = 2) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

@@ -60,6 +60,8 @@ def export(network: nn.Module, example: Example) -> "torch.onnx.ONNXProgram":
     Raises:
         InputError: torch cannot trace the model, or ONNX has no words for it.
     """
+    import onnx_ir  # comes with onnxscript
+
     traced = trace(network, example)
     with _quiet():
         try:
@@ -68,6 +70,10 @@ def export(network: nn.Module, example: Example) -> "torch.onnx.ONNXProgram":
             raise InputError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
     assert program is not None
     graph = program.model.graph
+    for node in graph.all_nodes():
+        # Zero is what ONNX means where no value is given; MNN's converter takes what its memory holds.
+        if node.op_type == "ConstantOfShape" and "value" not in node.attributes:
+            node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor([0.0]))
     for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
         for index, value in enumerate(values):
             value.name = f"{kind}{index}"

@@ -27,8 +27,8 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         example: as for `sparing.export.onnx.save`.
 
     Raises:
-        InputError: a package is missing; the path has another suffix; the model cannot be exported;
-            what was exported computes something else; a file cannot be written.
+        InputError: a package is missing; the path has another suffix; the model cannot be exported, or
+            not be read by OpenVINO; what was exported computes something else; a file cannot be written.
 
     Examples:
         >>> save(sparing.models.resnet8(), "resnet8.xml", (1, 1, 28, 28))  # doctest: +SKIP
@@ -45,7 +45,11 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         between, made = Path(folder, "network.onnx"), Path(folder, "network.xml")
         onnx.export(network, example).save(between)
         # Not openvino.convert_model, which reports its use over the network.
-        openvino.save_model(openvino.Core().read_model(between), made, compress_to_fp16=False)
+        try:
+            openvino.save_model(openvino.Core().read_model(between), made, compress_to_fp16=False)
+        except RuntimeError as failure:
+            reason = " ".join(str(failure).split())
+            raise InputError(f"OpenVINO cannot read the network: {reason}") from failure
         inputs = [tensor.numpy() for tensor in (*args, *kwargs.values())]
         try:
             with Process("openvino_fp32", made, threads=1) as process:

@@ -22,8 +22,8 @@ from sparing.rnn.gates import Gate, find_gate
 from sparing.rnn.low_rank import LowRankLinear, linear
 
 THIN_SAVES = 2**15
-"""Multiply-accumulates a step from which two thin products beat one whole one, on a CPU: about 1 µs, which is
-what the second call costs."""
+"""Multiply-accumulates a step from which two thin products beat one whole one, on a CPU: what the second call costs.
+Saved are those of a smaller product, and a step's share of multiplying U out, which is done once a sequence."""
 
 
 class FastGRNNCell(nn.Module):
@@ -134,12 +134,16 @@ class FastGRNN(nn.Module):
             the state after its last step, (N, H).
 
         Raises:
-            InputError: x has another shape, no steps, or a length is not in [1, T].
+            InputError: x or h has another shape, there are no steps, or a length is not in [1, T].
         """
         cell = self.cell
         if x.dim() != 3 or x.shape[2] != cell.input_size or x.shape[1] == 0:
             raise InputError(
                 f"FastGRNN takes inputs of shape (batch, steps ≥ 1, {cell.input_size}), not {tuple(x.shape)}"
+            )
+        if h is not None and h.shape != (x.shape[0], cell.hidden_size):
+            raise InputError(
+                f"FastGRNN takes a state of shape ({x.shape[0]}, {cell.hidden_size}), not {tuple(h.shape)}"
             )
         if lengths is not None:
             _check_lengths(lengths, x)
@@ -153,14 +157,16 @@ class FastGRNN(nn.Module):
             cell.bias_update - cell.bias_gate,
             steepness,
             steepness + floor,
-            *self._recurrent(h.shape[0]),
+            *self._recurrent(h.shape[0], x.shape[1]),
         )
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             # Compilers and autocast know what to do with every step of the loop, and nothing of a backward by hand.
             outputs = _states(cell.gate, cell.update, *arguments)[0]
         else:
             outputs = _Sequence.apply(cell.gate, cell.update, *arguments)
-        last = outputs[-1] if lengths is None else outputs[lengths - 1, torch.arange(len(lengths), device=x.device)]
+        if lengths is None:
+            return outputs.transpose(0, 1), outputs[-1]
+        last = outputs[lengths.long() - 1, torch.arange(len(lengths), device=x.device)]
         return outputs.transpose(0, 1), last
 
     def uses_of_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> Mapping[nn.Module, int]:
@@ -169,16 +175,19 @@ class FastGRNN(nn.Module):
         parts = hidden.children() if isinstance(hidden, LowRankLinear) else [hidden]
         return dict.fromkeys(parts, steps)
 
-    def _recurrent(self, batch: int) -> tuple[Tensor, ...]:
-        """U in one piece, or in two thin ones if they save more than a second product costs."""
+    def _recurrent(self, batch: int, steps: int) -> tuple[Tensor, ...]:
+        """U in one piece, or in two thin ones if they save more than a second product a step costs."""
         hidden = self.cell.hidden
-        if isinstance(hidden, LowRankLinear):
-            right, left = hidden.factors
-            if torch.compiler.is_compiling():  # a choice by the batch would bind the graph to some batches
-                return (left @ right,)
-            saved = batch * (left.shape[0] * right.shape[1] - left.numel() - right.numel())
-            return (right, left) if saved > THIN_SAVES else (left @ right,)
-        return (hidden.weight,)
+        if not isinstance(hidden, LowRankLinear):
+            return (hidden.weight,)
+        right, left = hidden.factors
+        units, rank = left.shape
+        saved = units * units - 2 * rank * units
+        if torch.compiler.is_compiling():  # a choice by the batch would bind the graph to some batches
+            thin = saved > 0
+        else:
+            thin = batch * saved + units * units * rank // steps > THIN_SAVES
+        return (right, left) if thin else (left @ right,)
 
 
 def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned: bool) -> nn.Linear | LowRankLinear:
@@ -191,10 +200,12 @@ def _matrix(argument: str, outputs: int, inputs: int, rank: int | None, learned:
 
 
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
-    if lengths.shape != x.shape[:1] or lengths.is_floating_point():
+    if not isinstance(lengths, Tensor):
+        raise InputError(f"lengths must be a tensor of shape ({len(x)},), not {type(lengths).__name__}")
+    if lengths.shape != x.shape[:1] or lengths.dtype == torch.bool or lengths.is_floating_point():
         found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
         raise InputError(f"lengths must be whole numbers of shape ({len(x)},), not {found}")
-    if torch.compiler.is_compiling() or lengths.is_meta:
+    if torch.compiler.is_compiling() or lengths.is_meta or not len(lengths):
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > x.shape[1]:
