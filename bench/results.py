@@ -29,6 +29,22 @@ FRONTIER = {
     "acdc": "AC/DC",
 }
 """What bench/frontier.py trains: name → what the tables call it."""
+PAIRS = {
+    "resnet8-mnist5k": "resnet8, MNIST-5k",
+    "resnet8-fashion-mnist": "resnet8, Fashion-MNIST",
+    "mobilenet_v1-fashion-mnist": "MobileNetV1 × 0.25, Fashion-MNIST",
+    "fastgrnn-watch": "FastGRNN, watch",
+}
+ZEROS_ASKED, MACS_ASKED = (80, 90, 95, 98), (20, 10, 5)
+COMPARED = {
+    "str_sparsity": "STR, `sparsity=`",
+    "str": "STR, decay by trial",
+    "st3": "ST-3",
+    "st3_clipped": "ST-3, gradients clipped",
+    "feather": "Feather",
+    "feather_clipped": "Feather, gradients clipped",
+}
+"""What bench/target.py trains: recipes of recipes/targets/, percentages, and methods at the same zeros."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
 
 
