@@ -20,6 +20,7 @@ FRONTIER = {
     "dense": "dense",
     "str": "STR",
     "str_sparsity": "STR, asked for the sparsity",
+    "str_matched": "STR, asked for what STR reached",
     "gmp": "GMP, uniform",
     "gmp_str_budget": "GMP, with the budget STR learned",
     "rigl": "RigL, ERK",
@@ -58,10 +59,10 @@ def add(run, recipe):
     (folder / f"seed{metrics['seed']}.json").write_text(json.dumps(entry, indent=2) + "\n")
 
 
-def spread(values, scale=1.0, digits=2):
+def spread(values, scale=1.0, form=".2f"):
     """The mean, with the standard deviation if the values differ."""
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    return mean if len(set(values)) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+    mean = f"{scale * statistics.mean(values):{form}}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {scale * statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def recipes():
@@ -175,6 +176,8 @@ def frontier_table():
                 cells = [cell(found[name, a], a) if (name, a) in found else "not run" for a in asked]
                 rows.append(f"| {label} | {' | '.join(cells)} |")
             rows.append("")
+        rows += [f"| {data}: differences, points | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        rows += [*frontier_differences(found), ""]
         entries = [entry for group in found.values() for entry in group]
         machines = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
         seeds = sorted({len(group) for group in found.values()})
@@ -182,6 +185,21 @@ def frontier_table():
             count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
             rows += [f"Mean ± standard deviation; {count} seed(s) a cell; {'; '.join(sorted(machines))}.", ""]
     return rows[:-1]
+
+
+def frontier_differences(found):
+    """Accuracy of one less that of another with the same seed and as many zeros, in points."""
+    pairs = [("str_matched", "str")]
+    pairs += [("str_sparsity", name) for name in ("gmp", "rigl", "st3", "feather", "global_magnitude", "acdc")]
+    rows = []
+    for name, other in pairs:
+        cells = []
+        for asked in SPARSITIES:
+            mine, theirs = ({e["seed"]: e["accuracy"] for e in found.get((key, asked), [])} for key in (name, other))
+            points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+            cells.append(spread(points, form="+.2f") if points else "not run")
+        rows.append(f"| {FRONTIER[name]} − {FRONTIER[other]} | {' | '.join(cells)} |")
+    return rows
 
 
 def frontier_accuracy(entries, asked):
@@ -203,19 +221,22 @@ def frontier_figure():
     found = frontier("fashion_mnist")
     if not found:
         return
+    drawn = [name for name in FRONTIER if name not in ("dense", "str_matched")]  # which would lie on STR's line
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
     for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
-        for index, (name, label) in enumerate(FRONTIER.items()):
+        for index, name in enumerate(drawn):
             groups = [entries for (variant, _), entries in found.items() if variant == name]
             points = sorted(
                 (statistics.mean(map(cost, group)), statistics.mean(e["accuracy"] for e in group)) for group in groups
             )
-            if name == "dense" and points:
-                axes.axhline(points[0][1], color="black", linewidth=1, linestyle="--", label=label)
-            elif points:
+            if points:
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, marker=".", linewidth=1, color=colormaps["tab10"](index), label=label)
+                axes.plot(x, y, marker=".", linewidth=1, color=colormaps["tab10"](index), label=FRONTIER[name])
+        for (variant, _), group in found.items():
+            if variant == "dense":
+                dense = statistics.mean(e["accuracy"] for e in group)
+                axes.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
         axes.set(xlabel=title, xscale="log")
     figure.axes[0].set_ylabel("test accuracy")
     figure.axes[1].legend(frameon=False, fontsize="small")

@@ -61,6 +61,13 @@ def test_small_resnets(function, weights):
     assert sum(layer.weight.numel() for layer in layers.values()) == weights
 
 
+def test_a_stem_of_stride_two_halves_the_pictures():
+    # 14², 7² and 4² pixels in place of 28², 14² and 7².
+    stages = 144 * 14**2, 2 * 2304 * 14**2, (4608 + 9216 + 512) * 7**2, (18432 + 36864 + 2048) * 4**2, 640
+    model = sparing.models.resnet8(stem_stride=2)
+    assert sparing.report(model, input_size=(1, 1, 28, 28)).total.dense_macs == sum(stages)
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "macs"),
     [

@@ -25,13 +25,14 @@ MAY_IMPORT = {
         "errors", "budget", "macs", "masks", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
     "select": {"errors", "parametrizations"},
-    "sparsify": {"errors", "parametrizations", "select"},
+    "register": {"errors", "select"},
+    "sparsify": {"errors", "parametrizations", "register", "select"},
     "macs": {"errors", "select"},
     "report": {"macs", "select"},
     "budget": {"errors", "files", "masks", "select"},
     "optim": {"errors", "parametrizations", "select"},
     "plots": {"report"},
-    "rnn": {"errors", "select", "sparsify"},
+    "rnn": {"errors", "register", "select", "sparsify"},
     "models": {"rnn"},
     "methods": {
         "errors", "budget", "decay", "macs", "masks", "optim", "parametrizations", "schedules", "select", "sparsify",
@@ -50,8 +51,8 @@ MAY_IMPORT = {
         "sparsify", "sweep", "train",
     },
 }  # fmt: skip
-CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "sparsify", "macs", "report"]
-CORE += ["budget", "decay", "masks", "optim", "rnn", "models", "methods", "published", "target"]
+CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "register", "sparsify", "macs"]
+CORE += ["report", "budget", "decay", "masks", "optim", "rnn", "models", "methods", "published", "target"]
 
 
 def room(path):

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sparing.errors import InputError, SparsityWarning
 from sparing.parametrizations import Sparse
-from sparing.select import Layer, Place, Select, find_layers, resolve
+from sparing.register import check_weight, register, unregister
+from sparing.select import Layer, Select, find_layers, resolve
 
 Part = TypeVar("Part", bound=Sparse)
 
@@ -251,12 +251,7 @@ def densify_(model: nn.Module) -> nn.Module:
         )
     """
     for layer in sparse_layers(model).values():
-        places = _distinct(layer)
-        for index, place in enumerate(places):
-            _own_class(place.module)
-            # Only the first place is given the effective weight: the others hold the same
-            # Parameter, and would threshold it a second time.
-            parametrize.remove_parametrizations(place.module, place.tensor_name, leave_parametrized=index == 0)
+        unregister(layer)
     return model
 
 
@@ -316,86 +311,6 @@ def _check_raw(model: nn.Module, layers: Mapping[str, Layer]) -> None:
                 f"the weight of layer {names[id(parameter)]!r} is also the parameter {key!r}, which would stay dense; "
                 "leave the layer out with select="
             )
-
-
-def check_weight(layer: Layer) -> None:
-    """Refuse a weight that nothing can be made of.
-
-    Raises:
-        InputError: it carries a parametrization, is not floating point, not finite, or has no elements.
-    """
-    for place in layer.places:
-        if place.parametrizations is not None:
-            other = type(place.parametrizations[0]).__name__
-            raise InputError(
-                f"layer {layer.name!r} already carries the parametrization {other}; remove it with "
-                "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
-            )
-    weight = layer.weight
-    if not weight.is_floating_point():
-        raise InputError(f"layer {layer.name!r} has {weight.dtype} weights; only floating point can be sparsified")
-    if weight.numel() == 0:
-        raise InputError(f"layer {layer.name!r} has no weights: its shape is {tuple(weight.shape)}")
-    if not weight.is_meta:
-        bad = weight.numel() - int(torch.isfinite(weight).sum())
-        if bad:
-            raise InputError(f"layer {layer.name!r} holds {bad} weights that are NaN or infinite, of {weight.numel()}")
-
-
-def register(layer: Layer, parametrization: nn.Module) -> None:
-    """Let `parametrization` make a layer's weight, in all of its places."""
-    first, *others = _distinct(layer)
-    for place in layer.places:
-        if parametrize.is_parametrized(place.module):
-            _own_class(place.module)
-    parametrize.register_parametrization(first.module, first.tensor_name, parametrization)
-    shared = first.module.parametrizations[first.tensor_name]  # type: ignore[index, union-attr]
-    for place in others:
-        parametrize.register_parametrization(place.module, place.tensor_name, parametrization)
-        place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator, union-attr]
-    for place in layer.places:
-        if isinstance(place.module, nn.RNNBase):
-            _read_weights_when_run(place.module)
-
-
-def _distinct(layer: Layer) -> Iterator[Place]:
-    """A layer's places without those that are the same module under a second name."""
-    return iter({(id(place.module), place.tensor_name): place for place in reversed(layer.places)}.values())
-
-
-def _read_weights_when_run(rnn: nn.RNNBase) -> None:
-    """Make a recurrent layer use its effective weights, and compute each of them once a call.
-
-    torch's RNN layers keep a private list of their weights. Left alone it goes stale, holds on to
-    the last graph and so breaks deepcopy, and is refreshed by evaluating every weight five times.
-    """
-    parametrized_class = type(rnn)
-    if "_flat_weights" in vars(parametrized_class):
-        return
-    run = parametrized_class.forward
-
-    def current_weights(self: nn.RNNBase) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
-
-    def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-        with parametrize.cached():
-            return run(self, *args, **kwargs)
-
-    # They would refresh and copy that list at every call.
-    parametrized_class._update_flat_weights = lambda self: None  # type: ignore[method-assign]
-    parametrized_class.flatten_parameters = lambda self: None  # type: ignore[method-assign]
-    parametrized_class._flat_weights = property(current_weights, lambda self, value: None)  # type: ignore[assignment]
-    parametrized_class.forward = forward  # type: ignore[method-assign]
-
-
-def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
-
-    torch puts the parametrized property on a class that deep copies share, and takes it off that
-    class on removal: densifying a copy would break the model it was copied from.
-    """
-    shared = type(module)
-    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _warn_if_empty(sparsifier: Sparsifier) -> None:

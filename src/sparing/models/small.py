@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from sparing.models.resnet import BasicBlock, initialize_
 
 
-def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Module:
+def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_stride: int = 1) -> nn.Module:
     """Three stages of one block. 77,072 weights at width 16, one input channel and ten classes.
 
     Args:
         num_classes: outputs of the classifier.
         in_channels: channels of the images, 1 for gray, 3 for color.
         width: channels of the first stage; the others have twice and four times as many.
+        stem_stride: of the first convolution; 2 leaves about a quarter of the MACs.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -24,25 +25,25 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.
         >>> resnet8().fc
         Linear(in_features=64, out_features=10, bias=False)
     """
-    return SmallResNet(1, num_classes, in_channels, width)
+    return SmallResNet(1, num_classes, in_channels, width, stem_stride)
 
 
-def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> nn.Module:
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, stem_stride: int = 1) -> nn.Module:
     """Three stages of three blocks; arguments as `resnet8`.
 
     Examples:
         >>> len(resnet20().layer1)
         3
     """
-    return SmallResNet(3, num_classes, in_channels, width)
+    return SmallResNet(3, num_classes, in_channels, width, stem_stride)
 
 
 class SmallResNet(nn.Module):
     """A 3×3 stem, three stages of basic blocks, average pooling and a classifier without bias."""
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int, stem_stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         stages, inputs = [], width

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.register import check_weight, register
 from sparing.select import Layer, Select, find_layers, resolve
-from sparing.sparsify import check_weight, densify_, register
+from sparing.sparsify import densify_
 
 
 class Diagonal(nn.Module):
