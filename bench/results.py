@@ -40,10 +40,11 @@ ZEROS_ASKED, MACS_ASKED = (80, 90, 95, 98), (20, 10, 5)
 COMPARED = {
     "str_sparsity": "STR, `sparsity=`",
     "str": "STR, decay by trial",
-    "st3": "ST-3",
-    "st3_clipped": "ST-3, gradients clipped",
-    "feather": "Feather",
-    "feather_clipped": "Feather, gradients clipped",
+    "str_matched": "STR, asked for what that reached",
+    "st3_as_released": "ST-3, as released",
+    "feather_as_released": "Feather, as released",
+    "st3": "ST-3, defaults here",
+    "feather": "Feather, defaults here",
 }
 """What bench/target.py trains: recipes of recipes/targets/, percentages, and methods at the same zeros."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"

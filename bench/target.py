@@ -25,9 +25,9 @@ from results import COMPARED, MACS_ASKED, PAIRS, ZEROS_ASKED
 DECAY = {90: 0.0125, 95: 0.02, 98: 0.04}
 
 CLIPPED = ["clip_grad_norm=3.0"]
-"""The codes of ST-3 and of Feather clip gradients at this norm."""
+"""The codes of ST-3 and of Feather clip gradients at this norm, and renew their masks at every step."""
 
-# Row → the method at a percentage, and changes of the recipe beside it.
+# Row → the method at a percentage, and changes of the recipe beside it; `str_matched` depends on a run.
 ROWS = {
     "dense": lambda percent: (None, []),
     "str_sparsity": lambda percent: ({"name": "str", "sparsity": percent / 100}, []),
@@ -35,9 +35,15 @@ ROWS = {
     "str": lambda percent: ({"name": "str", "init": -20.0}, [f"optimizer.threshold_weight_decay={DECAY[percent]}"]),
     "st3": lambda percent: ({"name": "st3", "sparsity": percent / 100}, []),
     "feather": lambda percent: ({"name": "feather", "sparsity": percent / 100}, []),
-    "st3_clipped": lambda percent: ({"name": "st3", "sparsity": percent / 100}, CLIPPED),
-    "feather_clipped": lambda percent: ({"name": "feather", "sparsity": percent / 100}, CLIPPED),
+    "st3_as_released": lambda percent: ({"name": "st3", "sparsity": percent / 100, "every": 1}, CLIPPED),
+    "feather_as_released": lambda percent: ({"name": "feather", "sparsity": percent / 100, "every": 1}, CLIPPED),
 }
+
+
+def sparsity_of_str(pair, percent, seed):
+    """Where STR by weight decay landed: what STR is asked for to be compared with it at equal zeros."""
+    entry = ROOT / "results" / "target" / pair / f"str-{percent}-seed{seed}.json"
+    return json.loads(entry.read_text())["sparsity"]
 
 
 def run(pair, row, percent, seed, out, console):
@@ -46,7 +52,10 @@ def run(pair, row, percent, seed, out, console):
     entry = ROOT / "results" / "target" / pair / f"{name}.json"
     if entry.is_file():
         return
-    method, changes = ROWS[row](percent)
+    if row == "str_matched":
+        method, changes = {"name": "str", "sparsity": sparsity_of_str(pair, percent, seed)}, []
+    else:
+        method, changes = ROWS[row](percent)
     metrics = train_into(
         entry,
         ROOT / "recipes" / "targets" / f"{pair}.yaml",
