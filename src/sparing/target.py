@@ -248,9 +248,7 @@ def _last_affordable(tallies: Sequence[_Tally], budget: int) -> float:
         if turn < 2 and low < 1 < high:
             rho = 1 - NEAR if turn == 0 else 1 + NEAR
         counts = torch.stack([tally.living(rho) for tally in tallies]).tolist()
-        left = budget - sum(
-            tally.cost * max(tally.least, count) for tally, count in zip(tallies, counts, strict=True)
-        )
+        left = budget - sum(tally.cost * max(tally.least, count) for tally, count in zip(tallies, counts, strict=True))
         if 0 <= left < dearest and 1000 * left <= budget:
             return rho
         low, high = (rho, high) if left > 0 else (low, rho)
