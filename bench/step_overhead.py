@@ -82,8 +82,8 @@ VARIANTS |= {"str_sparsity": asked(sparsity=0.9), "str_macs": asked(macs=0.1, in
 class Side:
     """One variant of the model, with its optimizer: something that takes training steps."""
 
-    def __init__(self, kind, model, images, labels, amp, compiled):
-        self.images, self.labels, self.amp = images, labels, amp
+    def __init__(self, kind, model, images, labels, amp, compiled, clock):
+        self.images, self.labels, self.amp, self.clock = images, labels, amp, clock
         model.to(images.device)
         self.sparsifier = VARIANTS[kind](model)
         model.to(memory_format=torch.channels_last).train()
@@ -115,37 +115,37 @@ class Side:
     def seconds(self):
         """The mean seconds of a step over the method's interval."""
         self.at(PLAIN)
-        start = time.perf_counter()
+        start = self.clock()
         self.step()
-        plain = time.perf_counter() - start
+        plain = self.clock() - start
         if self.every == 1:
             return plain
         # Methods act before or after the step they count, so one of these two is the update.
         self.at(self.update - 1)
-        start = time.perf_counter()
+        start = self.clock()
         self.step()
         self.step()
-        return (time.perf_counter() - start + (self.every - 2) * plain) / self.every
+        return (self.clock() - start + (self.every - 2) * plain) / self.every
 
     def update_seconds(self):
         """The mean seconds over its interval of what the method does after a step."""
         if self.sparsifier is None:
             return 0.0
         self.at(self.update)
-        start = time.perf_counter()
+        start = self.clock()
         self.sparsifier.method.after_step(self.sparsifier)
         if self.images.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / self.every
+        return (self.clock() - start) / self.every
 
 
-def measure(name, against, wanted, batch, size, rounds, amp, compiled, device):
+def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, device):
     """Ratio of every variant to the one it is held against, and its peak memory on a GPU."""
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
     model = sparing.models.MODELS[name]()
     kinds = dict.fromkeys([against, *wanted])
-    sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled) for kind in kinds}
+    sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled, clock) for kind in kinds}
     peaks = {}
     for kind, side in sides.items():
         side.step()  # allocations, autotuning and compilation are not the question
@@ -199,6 +199,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of the processor, for one thread on a machine others use"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,8 +215,9 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     result = {"commit": commit.stdout.strip() or None, "torch": torch.__version__, "device": where}
     result |= {"options": chosen, "import": imports, "rows": []}
+    clock = time.process_time if options.cpu_time else time.perf_counter
     for name in options.model:
-        how = (options.batch, options.size, options.rounds, options.amp, options.compile, device)
+        how = (options.batch, options.size, options.rounds, options.amp, options.compile, clock, device)
         rows = measure(name, options.against, options.variant, *how)
         result["rows"] += rows
         for row in rows:
