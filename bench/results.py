@@ -517,6 +517,23 @@ def target_differences_table():
     return [*rows, "", "Mean ± standard deviation of the differences at equal seeds (how many)."]
 
 
+def target_cost_table():
+    """A step of STR with a total, of one without."""
+    result = json.loads(ROOT.joinpath("results/step_overhead/target.json").read_text())
+    names = {"str_sparsity": "`sparsity=`", "str_macs": "`macs=`"}
+    rows = ["| | step time, of plain STR | the pulls alone, of a step |", "|---|---|---|"]
+    for row in result["rows"]:
+        if row["variant"] in names:
+            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            rows.append(f"| {names[row['variant']]} | {ratio} | {100 * row['update_share']:.2f} % |")
+    first, options = result["rows"][0], result["options"]
+    clock = "processor time" if options["cpu_time"] else "wall time"
+    precision = "bf16 autocast" if options["amp"] else "float32"
+    how = f"{first['model']}, batch {first['batch']}, {first['size']}², {precision}, {clock}"
+    note = f"Medians, lowest and highest of {options['rounds']} interleaved rounds; {how}; {result['device']}, "
+    return [*rows, "", f"{note}torch {result['torch']}, commit {result['commit'][:7]}."]
+
+
 TABLES = {
     "runs": runs_table,
     "overhead": overhead_table,
@@ -531,6 +548,7 @@ TABLES = {
     "requests": requests_table,
     "target": target_table,
     "target_differences": target_differences_table,
+    "target_cost": target_cost_table,
 }
 PAGES = (
     "README.md",
