@@ -4,9 +4,13 @@ import copy
 import csv
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from glob import glob
 from pathlib import Path
 
 import optuna
@@ -227,7 +231,7 @@ import json, sys, time, warnings
 import sparing.sweep
 from test_sweep import measured
 warnings.simplefilter("error")
-path, out, seconds = sys.argv[1:]
+path, out, seconds, storage = sys.argv[1:]
 def train_run(recipe, out, *, resume):
     out.mkdir(parents=True)
     (out / "begun").touch()
@@ -235,13 +239,13 @@ def train_run(recipe, out, *, resume):
     return measured(recipe)
 sparing.sweep.train_run = train_run
 sparing.sweep.Sweep.check = lambda self: None
-print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out)))
+print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out, storage=storage or None)))
 """
 
 
-def worker(path, out, seconds):
+def worker(path, out, seconds, storage=""):
     """A process at work on a sweep, whose trials take that many seconds."""
-    command = [sys.executable, "-c", WORKER, str(path), str(out), str(seconds)]
+    command = [sys.executable, "-c", WORKER, str(path), str(out), str(seconds), storage]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
 
@@ -301,6 +305,42 @@ def test_two_workers_at_once_make_exactly_the_trials_asked_for(tmp_path):
     assert results[0] == results[1]
     assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 9
     assert len(list((tmp_path / "out" / "trials").glob("*/begun"))) == 9
+
+
+@pytest.fixture
+def postgres():
+    """The address of a PostgreSQL server that lives as long as a test."""
+    pytest.importorskip("psycopg")
+    found = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *glob("/usr/lib/postgresql/*/bin")]))
+    if found is None:
+        pytest.skip("no PostgreSQL server here")
+    # It refuses to run as root, and its socket needs a short path that its user can reach.
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as place:
+        if user:
+            shutil.chown(place, "postgres", "postgres")
+        run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, cwd=place, **user)
+        control = [str(Path(found).with_name("pg_ctl")), "--pgdata", f"{place}/data", "--wait", "--log", f"{place}/log"]
+        run([found, "--pgdata", f"{place}/data", "--username", "sparing", "--auth", "trust"])
+        run([*control, "start", "--options", f"-k {place} -c listen_addresses='' -c fsync=off"])
+        try:
+            yield f"postgresql+psycopg://sparing@/postgres?host={place}"
+        finally:
+            run([*control, "stop", "--mode", "immediate"])
+
+
+def test_machines_that_share_no_directory_make_exactly_the_trials_asked_for(tmp_path, postgres):
+    path = write(tmp_path, trials=5)
+    outs = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    with worker(path, outs[0], 0.3, postgres) as first, worker(path, outs[1], 0.3, postgres) as second:
+        answers = [process.communicate(timeout=300) for process in (first, second)]
+    assert [err for _, err in answers] == ["", ""]
+    results = [json.loads(out) for out, _ in answers]
+    assert results[0] == results[1]
+    assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 5
+    begun = [sorted(path.parent.name for path in out.glob("trials/*/begun")) for out in outs]
+    assert sorted(begun[0] + begun[1]) == [f"{row['trial']:04d}" for row in results[0]["trials"]]
+    assert all(begun), "both had a share of them"
 
 
 def test_a_trial_that_another_worker_finishes_while_the_tables_are_made_does_no_harm(tmp_path, monkeypatch, untrained):

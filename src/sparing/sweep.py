@@ -398,11 +398,14 @@ def _study(sweep: Sweep, out: Path, url: str | None) -> "Iterator[optuna.Study]"
 def _open(url: str) -> "RDBStorage":
     """The database, with its tables made if it has none."""
     from optuna.storages import RDBStorage
+    from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, DBAPIError
 
-    # SQLite: seconds to wait for another worker's write. Elsewhere a connection may end during a long trial.
-    local = url.startswith("sqlite")
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+    # A connection of its own for every question: over a long trial one that is kept may end, and one that is
+    # kept by a storage that could not be opened nobody closes.
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": 60}  # seconds to wait for another worker's write
     tries = 5
     while True:
         try:
