@@ -30,6 +30,23 @@ FRONTIER = {
     "acdc": "AC/DC",
 }
 """What bench/frontier.py trains: name → what the tables call it."""
+PAIRS = {
+    "resnet8-mnist5k": "resnet8, MNIST-5k",
+    "resnet8-fashion-mnist": "resnet8, Fashion-MNIST",
+    "mobilenet_v1-fashion-mnist": "MobileNetV1 × 0.25, Fashion-MNIST",
+    "fastgrnn-watch": "FastGRNN, watch",
+}
+ZEROS_ASKED, MACS_ASKED = (80, 90, 95, 98), (20, 10, 5)
+COMPARED = {
+    "str_sparsity": "STR, `sparsity=`",
+    "str": "STR, decay by trial",
+    "str_matched": "STR, asked for what that reached",
+    "st3_as_released": "ST-3, as released",
+    "feather_as_released": "Feather, as released",
+    "st3": "ST-3, defaults here",
+    "feather": "Feather, defaults here",
+}
+"""What bench/target.py trains: recipes of recipes/targets/, percentages, and methods at the same zeros."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
 
 
@@ -465,34 +482,104 @@ def kernels_table():
     return [*rows, "", note]
 
 
+def target_entries(pair):
+    """The runs of bench/target.py and bench/freezing.py on one pair: (row, percentage) → entries by seed."""
+    found = {}
+    for path in sorted(ROOT.joinpath("results/target", pair).glob("*.json")):
+        entry = json.loads(path.read_text())
+        found.setdefault((entry["row"], entry["percent"]), []).append(entry)
+    return found
+
+
+def target_note(entries):
+    """Machines and commits of runs."""
+    machines = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}" for e in entries}
+    commits = sorted({(e["commit"] or "none")[:7] for e in entries})
+    return f"{'; '.join(sorted(machines))}; commit {', '.join(commits)}"
+
+
+def requests_table():
+    """Totals that STR was asked for, and what came out of one run each."""
+    rows = ["| network, data | dense accuracy, % | asked for | reached | test accuracy, % |", "|---|---|---|---|---|"]
+    asked = [("str_sparsity", percent) for percent in ZEROS_ASKED] + [("str_macs", percent) for percent in MACS_ASKED]
+    shown = []
+    for pair, name in PAIRS.items():
+        found = target_entries(pair)
+        dense = [f"{100 * entry['accuracy']:.2f}" for entry in found.get(("dense", 0), [])]
+        for row, percent in asked:
+            what = f"{percent} % zeros" if row == "str_sparsity" else f"{percent} % of MACs"
+            entry = next((each for each in found.get((row, percent), []) if each["seed"] == 0), None)
+            if entry is None:
+                rows.append(f"| {name} | {''.join(dense) or 'not run'} | {what} | not run | not run |")
+                continue
+            reached = entry["sparsity"] if row == "str_sparsity" else entry["macs"] / entry["dense_macs"]
+            shown.append(entry)
+            rows.append(
+                f"| {name} | {''.join(dense) or 'not run'} | {what} | {100 * reached:.3f} % "
+                f"| {100 * entry['accuracy']:.2f} |"
+            )
+    return [*rows, "", f"One run each, seed 0, no setting changed but the total; {target_note(shown)}."]
+
+
+PERCENTS = (90, 95, 98)
+
+
 def target_table():
     """STR asked for a total, beside STR as it is, ST-3 and Feather, at the same percentages of zeros."""
-    found, notes = {}, set()
-    for path in sorted(ROOT.joinpath("results/target").glob("*.json")):
-        entry = json.loads(path.read_text())
-        found.setdefault((entry["percent"], entry["row"]), []).append(entry)
-        threads = f"{entry['threads']} thread(s), torch {entry['torch']}, commit {(entry['commit'] or 'none')[:7]}"
-        notes.add(f"{entry['device']}, {threads}")
+    found = target_entries("resnet8-mnist5k")
     rows = [
-        "| asked for | | test accuracy, % | sparsity, % | MACs | weights of the emptiest layer | seeds |",
+        "| zeros | | test accuracy, % | sparsity, % | MACs | layers without a weight | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = {"str_sparsity": "STR, `sparsity=`", "str": "STR, decay by trial", "st3": "ST-3", "feather": "Feather"}
-    asked = [(percent, row) for percent in (90, 95, 98) for row in names]
-    names["str_macs"] = "STR, `macs=`"
-    for percent, row in [*asked, *(key for key in sorted(found) if key[1] == "str_macs")]:
-        entries = found.get((percent, row))
-        goal = f"{100 - percent} % of MACs" if row == "str_macs" else f"{percent} % zeros"
-        if entries is None:
-            rows.append(f"| {goal} | {names[row]} | not run | | | | 0 |")
-            continue
-        values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "macs")}
-        emptiest = min(min(entry["nonzero_of_layers"].values()) for entry in entries)
-        rows.append(
-            f"| {goal} | {names[row]} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
-            f"| {round(statistics.mean(values['macs'])):,} | {emptiest} | {len(entries)} |"
-        )
-    return [*rows, "", f"Seeds 0 up; mean ± standard deviation where there are several; {'; '.join(sorted(notes))}."]
+    for percent in PERCENTS:
+        for row, name in COMPARED.items():
+            entries = found.get((row, percent))
+            if entries is None:
+                rows.append(f"| {percent} % | {name} | not run | | | | 0 |")
+                continue
+            values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "macs")}
+            lost = [sum(sparsity == 1 for sparsity in entry["budget"].values()) for entry in entries]
+            rows.append(
+                f"| {percent} % | {name} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
+                f"| {round(statistics.mean(values['macs'])):,} | {', '.join(map(str, lost))} | {len(entries)} |"
+            )
+    shown = [entry for (row, _), entries in found.items() if row in COMPARED for entry in entries]
+    return [*rows, "", f"Seeds 0 up; mean ± standard deviation where there are several; {target_note(shown)}."]
+
+
+def target_differences_table():
+    """Accuracy of one way less that of another, seed by seed."""
+    found = target_entries("resnet8-mnist5k")
+    names = COMPARED | {"str_fixed": "the same, s fixed at 75 %", "str_lifted": "the same, thresholds lifted at 75 %"}
+    rows = [f"| points of test accuracy | {' | '.join(f'{p} %' for p in PERCENTS)} |", "|---|---|---|---|"]
+    pairs = [("str_matched", "str"), ("str_sparsity", "st3_as_released"), ("str_sparsity", "feather_as_released")]
+    for one, other in [*pairs, ("str_fixed", "str_sparsity"), ("str_lifted", "str_sparsity")]:
+        cells = []
+        for percent in PERCENTS:
+            mine, theirs = (
+                {entry["seed"]: entry["accuracy"] for entry in found.get((row, percent), [])} for row in (one, other)
+            )
+            points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+            cells.append(f"{spread(points, form='+.2f')} ({len(points)})" if points else "not run")
+        rows.append(f"| {names[one]} − {names[other]} | {' | '.join(cells)} |")
+    return [*rows, "", "Mean ± standard deviation of the differences at equal seeds (how many)."]
+
+
+def target_cost_table():
+    """A step of STR with a total, of one without."""
+    result = json.loads(ROOT.joinpath("results/step_overhead/target.json").read_text())
+    names = {"str_sparsity": "`sparsity=`", "str_macs": "`macs=`"}
+    rows = ["| | step time, of plain STR | the pulls alone, of a step |", "|---|---|---|"]
+    for row in result["rows"]:
+        if row["variant"] in names:
+            ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+            rows.append(f"| {names[row['variant']]} | {ratio} | {100 * row['update_share']:.2f} % |")
+    first, options = result["rows"][0], result["options"]
+    clock = "processor time" if options["cpu_time"] else "wall time"
+    precision = "bf16 autocast" if options["amp"] else "float32"
+    how = f"{first['model']}, batch {first['batch']}, {first['size']}², {precision}, {clock}"
+    note = f"Medians, lowest and highest of {options['rounds']} interleaved rounds; {how}; {result['device']}, "
+    return [*rows, "", f"{note}torch {result['torch']}, commit {result['commit'][:7]}."]
 
 
 TABLES = {
@@ -507,7 +594,10 @@ TABLES = {
     "frontier": frontier_table,
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
+    "requests": requests_table,
     "target": target_table,
+    "target_differences": target_differences_table,
+    "target_cost": target_cost_table,
 }
 PAGES = (
     "README.md",

@@ -46,6 +46,12 @@ def test_mobilenet_v1_is_the_papers():
     assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 568_740_352
 
 
+def test_mobilenet_v1_takes_gray_pictures():
+    model = sparing.models.mobilenet_v1(num_classes=10, width=0.25, in_channels=1).eval()
+    assert model.model[0][0].weight.shape == (8, 1, 3, 3)
+    assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
 def test_resnet18_has_the_published_size():
     # torchvision's ResNet-18 has 11,689,512 parameters: these weights, 9,600 of batch
     # normalization, and a classifier bias of 1,000 that ours has not.

@@ -14,7 +14,7 @@ import sparing
 from sparing import STR, InputError
 from sparing.masks import count_kept
 from sparing.schedules import cubic
-from sparing.target import pull
+from sparing.target import _Tally, pull
 from sparing.train.build import build_sparsifier
 from sparing.train.recipe import Recipe
 from sparing.train.run import report_run, train_run
@@ -63,6 +63,35 @@ def test_the_count_is_met_exactly_by_one_factor_for_all_layers(seed, sizes, spar
     torch.testing.assert_close(factors[free], factors[free][:1].expand(sum(free)), rtol=1e-5, atol=1e-5)
     if any(free):
         assert (factors >= factors[free][0] - 1e-5).all()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "filter"])
+@pytest.mark.parametrize("share", [0.999, 0.5, 0.02])
+def test_a_pull_counts_most_weights_only_a_few_times(granularity, share, monkeypatch):
+    torch.manual_seed(0)
+    layers, goal = layers_of([4000, 2000], [-2.0, -3.0], sparsity=0.99, std=0.1, granularity=granularity)
+    pull(layers, goal, 10_000)
+    counted = []
+    above = _Tally._above
+    monkeypatch.setattr(_Tally, "_above", lambda self, rho: counted.append(len(self.sizes)) or above(self, rho))
+    pull(layers, goal, round(share * 10_000))
+    assert sum(nonzero(layers)) == round(share * 10_000)
+    # Near the last total: two looks, two more to set apart what is near, and a part of them for each halving.
+    assert sum(counted) < (5 if share == 0.999 else 12) * 48_000
+
+
+def test_weights_of_a_layer_on_its_floor_cost_the_others_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    sparsifier = sparing.sparsify_(model, STR(macs=0.1, steps=100, input_size=(1, 1, 8, 8)))
+    layers, goal = sparsifier.layers, sparsifier.plan
+    with torch.no_grad():
+        layers["3"].weight.mul_(1e-3)
+    pull(layers, goal, goal.final)
+    convolution, linear = nonzero(layers)
+    assert linear == goal.least["3"]
+    # The next weight, of the 36 uses of the convolution, would be too much.
+    assert goal.final - 36 < 36 * convolution + linear <= goal.final
 
 
 def test_layers_keep_the_order_of_their_thresholds_and_the_gradient_decides_it():

@@ -4,18 +4,15 @@
 
 Weight decay does the same to s in STR, s ← (1 − ηλ) s, with a λ that somebody has to find by trial. Here the
 strength of the pull is solved for. What each layer makes of it stays learned: in between, its s moves by the
-gradient. s is negative, so a smaller ρ makes all thresholds higher, and weight i of layer l lives while
-
-    ρ > ρ_i = g⁻¹(|W_i| / k) / s_l
-
-These numbers are computed once, and ρ is found among them by counting. Should ρ = 0 not be enough, s goes on
-above zero, alike in all layers: s_l ← −ρ for ρ ≤ 0.
+gradient. s is negative, so a smaller ρ makes all thresholds higher. It is found by bisection: weight i of layer l
+lives while |W_i| > k · g(ρ · s_l), and the weights that do are counted. Should ρ = 0 not be enough, s goes on above
+zero, alike in all layers: s_l ← −ρ for ρ ≤ 0.
 
 A weight costs 1 where a number of weights is asked for, and its layer's uses (see `sparing.macs`) where MACs are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +26,18 @@ from sparing.parametrizations import SoftThreshold
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer, find_layers
 from sparing.sparsify import Sparsifier
-from sparing.threshold import INVERSES
 
 FLOOR = 0.1
 """No layer keeps a smaller share of its weights than a tenth of the share that all of them keep together."""
 
 NEARLY_ZERO = -1e-3
 """Where s is kept from zero, from which no factor would bring it back."""
+
+FARTHEST = 16.0
+"""As far as s is moved either way; sigmoid(16) is within 2e-7 of one."""
+
+NEAR = 1 / 64
+"""ρ is looked for within this of one first: from one pull to the next the total changes little."""
 
 
 @dataclass(frozen=True)
@@ -165,67 +167,92 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
     Args:
         layers: sparsified with `SoftThreshold`, s of their own.
         goal: of these layers.
-        wanted: the cost, met to the last weight that is affordable. Rounding of s, and weights of equal size, can
-            add or take a few; in bf16, where many are equal, some tenths of a percent of all.
+        wanted: the cost. If all weights cost the same it is met to the last weight that is affordable, else to a
+            thousandth. Weights of equal size live or die together; in bf16, where many are equal, that is some
+            tenths of a percent of all.
     """
     if any(hasattr(layer.weight, "full_tensor") for layer in layers.values()):
         raise InputError("STR: a total does not run under FSDP2; use DistributedDataParallel, or a weight decay on s")
-    factors = {name: _last_factors(layer) for name, layer in layers.items()}
-    # What lives in any case is paid for first; the rest goes to the weights that die last.
-    floors = {name: _above_smallest(each, goal.least[name]) for name, each in factors.items()}
-    pools: dict[int, list[Tensor]] = {}
-    for name, each in factors.items():
-        others = each[each >= floors[name]]
-        pools.setdefault(goal.costs[name], []).append(others)
-        wanted -= goal.costs[name] * (len(each) - len(others))
-    rho = _last_affordable({cost: torch.cat(each) for cost, each in pools.items()}, wanted)
-    for name, layer in layers.items():
-        part = layer.parametrization
-        assert isinstance(part, SoftThreshold)
-        own = floors[name].clamp_min(rho)
-        part.s.copy_(torch.where(own > 0, own * part.s.clamp(max=NEARLY_ZERO), -own))
+    tallies = {name: _Tally(layer, goal.costs[name], goal.least[name]) for name, layer in layers.items()}
+    rho = _last_affordable(list(tallies.values()), wanted)
+    for name, tally in tallies.items():
+        # A layer on its floor is pulled no further than to it.
+        enough = int(tally.living(rho)) >= tally.least
+        own = rho if enough else _last_affordable([_Tally(layers[name], cost=1)], tally.least)
+        tally.part.s.copy_(_moved(tally.part.s, own))
 
 
-def _last_factors(layer: Layer) -> Tensor:
-    """ρ_i of every weight of a layer, the factor down to which it lives; flat."""
-    part = layer.parametrization
-    assert isinstance(part, SoftThreshold)
-    size = layer.weight.abs().to(torch.promote_types(layer.weight.dtype, torch.float32))
-    alone = INVERSES[part.g](size / part.scale)
-    return torch.where(alone < 0, alone / part.s.clamp(max=NEARLY_ZERO), -alone).flatten()
+def _moved(s: Tensor, rho: float) -> Tensor:
+    return rho * s.clamp(max=NEARLY_ZERO) if rho > 0 else torch.full_like(s, -rho)
 
 
 # --8<-- [end:pull]
 
 
-def _above_smallest(values: Tensor, count: int) -> Tensor:
-    """A number above the `count` smallest values, and halfway to the next."""
-    if count == len(values):
-        return values.amax() + 1
-    return values.topk(count + 1, largest=False).values[-2:].mean()
+class _Tally:
+    """How many weights of a layer live under any ρ.
 
-
-def _last_affordable(pools: Mapping[int, Tensor], budget: int) -> float:
-    """The ρ under which there are as many factors as the budget buys; by bisection.
-
-    Of one cost, exactly as many. Of several, to a thousandth of the budget or to the next one of them.
+    Attributes:
+        sizes: of the weights of which that is not yet known for every ρ that is still possible; flat.
+        s: theirs, or one for all of them.
+        certain: how many others live.
 
     Args:
-        pools: cost → the factors of all weights of that cost.
+        layer: sparsified with `SoftThreshold`.
+        cost: of one weight.
+        least: how many are paid for, should fewer live.
+    """
+
+    def __init__(self, layer: Layer, cost: int, least: int = 0) -> None:
+        assert isinstance(layer.parametrization, SoftThreshold)
+        self.part, self.cost, self.least = layer.parametrization, cost, least
+        self.sizes = layer.weight.abs().flatten()
+        s = self.part.s
+        self.s = s if s.numel() == 1 else s.expand_as(layer.weight).flatten()
+        self.certain = torch.zeros((), dtype=torch.int64, device=s.device)
+
+    def living(self, rho: float) -> Tensor:
+        """How many live, without waiting for a GPU to count them."""
+        return self.certain + self._above(rho).count_nonzero()
+
+    def narrow(self, low: float, high: float) -> None:
+        """Have only values between `low` and `high` to answer for, and weights that live under one of them alone."""
+        sure = self._above(low)
+        self.certain += sure.count_nonzero()
+        unsure = self._above(high) & ~sure
+        self.sizes = self.sizes[unsure]
+        self.s = self.s if self.s.numel() == 1 else self.s[unsure]
+
+    def _above(self, rho: float) -> Tensor:
+        # As the operator has it, to the last bit.
+        threshold = self.part.scale * self.part.g(_moved(self.s, rho))
+        return self.sizes > threshold.to(self.sizes.dtype)
+
+
+def _last_affordable(tallies: Sequence[_Tally], budget: int) -> float:
+    """The ρ under which so many weights live as the budget buys; by bisection.
+
+    If all cost the same, exactly as many, else to a thousandth of the budget or to the next of them. Leaves the
+    tallies with what lies near that ρ.
+
+    Args:
+        tallies: of the layers.
         budget: ≥ 0.
     """
-    filled = {cost: pool for cost, pool in pools.items() if len(pool)}
-    lowest = min((float(pool.amin()) for pool in filled.values()), default=0.0) - 1
-    highest = max((float(pool.amax()) for pool in filled.values()), default=0.0) + 1
-    low, rho, high = lowest, highest, highest
+    dearest = max(tally.cost for tally in tallies)
+    nearest_to_zero = torch.stack([tally.s.clamp(max=NEARLY_ZERO).amax() for tally in tallies]).amax()
+    low, high = -FARTHEST, max(FARTHEST / -float(nearest_to_zero), 1.0)
     # More halvings than this tell no two float32 apart.
-    for _ in range(64):
-        left = budget - sum(cost * int((pool < rho).count_nonzero()) for cost, pool in filled.items())
-        low, high = (rho, high) if left >= 0 else (low, rho)
-        if low == high or (0 <= left < max(filled) and 1000 * left <= budget):
-            break
+    for turn in range(64):
         rho = (low + high) / 2
-    # Halfway to the neighbours, so that the rounding of s moves neither across.
-    below = max(float(pool.masked_fill(pool >= low, lowest).amax()) for pool in filled.values()) if filled else lowest
-    above = min(float(pool.masked_fill(pool < low, highest).amin()) for pool in filled.values()) if filled else highest
-    return (below + above) / 2
+        if turn < 2 and low < 1 < high:
+            rho = 1 - NEAR if turn == 0 else 1 + NEAR
+        counts = torch.stack([tally.living(rho) for tally in tallies]).tolist()
+        left = budget - sum(tally.cost * max(tally.least, count) for tally, count in zip(tallies, counts, strict=True))
+        if 0 <= left < dearest and 1000 * left <= budget:
+            return rho
+        low, high = (rho, high) if left > 0 else (low, rho)
+        if turn % 4 == 1:
+            for tally in tallies:
+                tally.narrow(low, high)
+    return low

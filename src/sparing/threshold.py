@@ -23,12 +23,6 @@ from sparing.errors import InputError
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 """The maps g from the learned number s to a threshold, by the name a recipe uses."""
 
-INVERSES: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
-    torch.sigmoid: lambda t: torch.logit(t, eps=1e-7),
-    torch.exp: lambda t: torch.log(t.clamp_min(1e-30)),
-}
-"""From those maps back to s, for sizes ≥ 0 of weights; finite where g⁻¹ is not."""
-
 
 def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
     """Shrink every weight toward zero by the threshold, and to exactly zero within it.

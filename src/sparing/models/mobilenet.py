@@ -12,30 +12,31 @@ from torch import Tensor, nn
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
-def mobilenet_v1(num_classes: int = 1000, width: float = 1.0) -> nn.Module:
+def mobilenet_v1(num_classes: int = 1000, width: float = 1.0, in_channels: int = 3) -> nn.Module:
     """MobileNetV1: a 3×3 convolution, thirteen depthwise-separable blocks, a classifier.
 
     Args:
         num_classes: outputs of the classifier.
         width: factor on every number of channels.
+        in_channels: channels of the images, 1 for gray, 3 for color.
 
     Returns:
-        A module from images (N, 3, H, W) to logits (N, num_classes).
+        A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
     Examples:
         >>> mobilenet_v1(num_classes=10).fc
         Linear(in_features=1024, out_features=10, bias=False)
     """
-    return MobileNetV1(num_classes, width)
+    return MobileNetV1(num_classes, width, in_channels)
 
 
 class MobileNetV1(nn.Module):
     """See `mobilenet_v1`."""
 
-    def __init__(self, num_classes: int, width: float) -> None:
+    def __init__(self, num_classes: int, width: float, in_channels: int) -> None:
         super().__init__()
         inputs = int(32 * width)
-        layers = [_convolution(3, inputs, 3, stride=2)]
+        layers = [_convolution(in_channels, inputs, 3, stride=2)]
         for channels, stride in BLOCKS:
             outputs = int(channels * width)
             depthwise = _convolution(inputs, inputs, 3, stride, groups=inputs)
