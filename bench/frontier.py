@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ledger import ROOT, train_into
+from ledger import CLIPPED, ROOT, train_into
 from results import FRONTIER, SPARSITIES
 from sparing import InputError
 from sparing.data import DATASETS
@@ -70,6 +70,8 @@ class Study:
             budget.parent.mkdir(parents=True, exist_ok=True)
             budget.write_text(json.dumps(self.learned(sparsity, seed)["budget"]))
             return {"name": "gmp", "budget": str(budget)}, []
+        if variant in ("st3_as_released", "feather_as_released"):
+            return {"name": variant.removesuffix("_as_released"), "sparsity": sparsity, "every": 1}, CLIPPED
         return {"name": variant, "sparsity": sparsity}, []
 
     def learned(self, sparsity, seed):

@@ -19,13 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ledger import ROOT, train_into
+from ledger import CLIPPED, ROOT, train_into
 from results import COMPARED, MACS_ASKED, PAIRS, ZEROS_ASKED
 
 DECAY = {90: 0.0125, 95: 0.02, 98: 0.04}
-
-CLIPPED = ["clip_grad_norm=3.0"]
-"""The codes of ST-3 and of Feather clip gradients at this norm, and renew their masks at every step."""
 
 # Row → the method at a percentage, and changes of the recipe beside it; `str_matched` depends on a run.
 ROWS = {
