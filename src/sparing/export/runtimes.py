@@ -24,6 +24,10 @@ from typing import Any
 
 Run = Callable[[], Sequence[Any]]
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""For GLIBC_TUNABLES: memory in pages of megabytes, as the kernel has them. With small ones every access to another
+channel is one to another page, whose place is looked up again, and large tensors are given back and cleared anew."""
+
 
 def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
     """An .onnx file in ONNX Runtime."""
@@ -109,6 +113,8 @@ class UnavailableError(Exception):
 class Process:
     """A network loaded into a runtime in a process of its own, idle until asked.
 
+    On Linux it has `HUGE_PAGES`, unless GLIBC_TUNABLES says otherwise: all runtimes alike.
+
     Args:
         runtime: a name of `RUNTIMES`.
         path: the network's file, of the kind that runtime reads.
@@ -123,7 +129,8 @@ class Process:
     """
 
     def __init__(self, runtime: str, path: str | Path, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment = {"GLIBC_TUNABLES": HUGE_PAGES, **os.environ, **counts}
         self._folder = tempfile.TemporaryDirectory(prefix="sparing-")
         self._errors = open(Path(self._folder.name, "errors"), "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
