@@ -12,7 +12,8 @@ under --out: they are no part of the study.
 
 `python bench/results.py table` and `figures` then build the table and the figure of docs/choosing.md.
 
-Methods that are asked for a sparsity run with their defaults. Plain STR cannot be asked; what it reaches
+Methods that are asked for a sparsity run with their defaults, and ST-3 and Feather once more with what their codes
+have and the defaults have not. Plain STR cannot be asked; what it reaches
 with DECAY is what is shown, what GMP gets with its budget, and what STR is asked for in `str_matched`.
 recipes/sweeps/str-fashion-mnist.yaml searches for better.
 """

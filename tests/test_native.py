@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import sparing
 from sparing.export import native, network
-from sparing.export.runtimes import Process
+from sparing.export.runtimes import HUGE_PAGES, Process
 
 pytest.importorskip("onnx", reason="onnx of sparing[export] is not installed")
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
@@ -130,6 +130,19 @@ def test_a_network_with_them_computes_the_same(always):
     with Process("torch_sparse", "block.pt2", threads=1) as process:  # keywords, in the order of the example
         got = process.run([tensor.numpy() for tensor in kwargs.values()])
     assert network.largest_error(expected, got) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment of a process is not to be read")
+@pytest.mark.parametrize(("given", "tunables"), [(None, HUGE_PAGES), ("", "")])
+def test_a_timed_runtime_has_large_pages_unless_told_otherwise(monkeypatch, given, tunables):
+    if given is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), "linear.pt2")
+    with Process("torch_eager", "linear.pt2", threads=1) as process:
+        environment = Path(f"/proc/{process._process.pid}/environ").read_text().split("\0")
+    assert f"GLIBC_TUNABLES={tunables}" in environment
 
 
 def test_each_convolution_is_measured_where_it_may_be_sparse(always):
