@@ -31,7 +31,7 @@ clean:
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,digits]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,digits,export]'
 	@touch $@
 
 .venv/dev: .venv/demo

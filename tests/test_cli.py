@@ -102,12 +102,14 @@ def test_train_prints_json_and_nothing_else(place):
 
 
 def test_stop_after_and_resume(place):
-    first = sparing("train", "recipe.yaml", "--out", "parts", "--stop-after", "1", "--set", "seed=3", cwd=place)
+    # Brackets, because rich takes them for markup unless it is told not to.
+    first = sparing("train", "recipe.yaml", "--out", "parts[a]", "--stop-after", "1", "--set", "seed=3", cwd=place)
     assert first.returncode == 0
-    assert "continue with: sparing train recipe.yaml --set seed=3 --out parts --resume auto" in first.stdout
-    second = sparing("train", "recipe.yaml", "--out", "parts", "--resume", "auto", "--set", "seed=3", cwd=place)
+    assert "continue with: sparing train recipe.yaml --set seed=3 --out 'parts[a]' --resume auto" in first.stdout
+    second = sparing("train", "recipe.yaml", "--out", "parts[a]", "--resume", "auto", "--set", "seed=3", cwd=place)
     assert second.returncode == 0
     assert "continuing after epoch 1 of 2" in second.stdout
+    assert "Latency: not measured; pip install 'sparing[export]'" in second.stdout
 
 
 def test_eval_agrees_with_train(place):

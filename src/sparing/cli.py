@@ -108,7 +108,7 @@ def train(
     """Train a recipe into a run directory."""
     loaded = load_recipe(recipe, set_ or [])
     out = out or Path("runs") / recipe.stem
-    console = Console(quiet=as_json)
+    console = Console(quiet=as_json, markup=False)
     changes = [part for change in set_ or [] for part in ("--set", change)]
     again = shlex.join(["sparing", "train", str(recipe), *changes, "--out", str(out), "--resume", "auto"])
     try:
@@ -151,7 +151,7 @@ def sweep(
     options = [("--trials", trials), ("--out", out), ("--storage", storage)]
     given = [part for name, value in options if value is not None for part in (name, str(value))]
     try:
-        result = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json))
+        result = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
     except KeyboardInterrupt:
         again = shlex.join(["sparing", "sweep", str(sweep), *given])
         print(f"sparing: interrupted; finished trials are kept, continue with: {again}", file=sys.stderr)
@@ -293,7 +293,7 @@ def methods(as_json: Json = False) -> None:
         table.add_column(heading)
     for row in rows:
         table.add_row(row["name"], row["summary"], row["source"], row["file"])
-    Console().print(table, highlight=False)
+    Console(markup=False).print(table, highlight=False)
 
 
 @app.command()
