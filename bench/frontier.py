@@ -12,9 +12,10 @@ under --out: they are no part of the study.
 
 `python bench/results.py table` and `figures` then build the table and the figure of docs/choosing.md.
 
-Methods that are asked for a sparsity run with their defaults, and ST-3 and Feather once more with what their codes
-have and the defaults have not. Plain STR cannot be asked; what it reaches
-with DECAY is what is shown, what GMP gets with its budget, and what STR is asked for in `str_matched`.
+Methods that are asked for a sparsity run with their defaults; ST-3, Feather and STR-Feather with gradients clipped,
+as in the codes of the first two, and these once more with masks renewed at every step, as there. Plain STR cannot be asked; what it reaches
+with DECAY is what is shown, what GMP gets with its budget, and what STR is asked for in `str_matched`. `str_macs` and
+`str_feather_macs` are asked for the MACs that Feather ends with, to compare at equal MACs.
 recipes/sweeps/str-fashion-mnist.yaml searches for better.
 """
 
@@ -65,19 +66,25 @@ class Study:
         if variant == "str_sparsity":
             return {"name": "str", "sparsity": sparsity}, []
         if variant == "str_matched":
-            return {"name": "str", "sparsity": self.learned(sparsity, seed)["sparsity"]}, []
+            return {"name": "str", "sparsity": self.finished("str", sparsity, seed)["sparsity"]}, []
+        if variant in ("st3", "feather", "str_feather"):
+            return {"name": variant, "sparsity": sparsity}, CLIPPED
+        if variant in ("str_macs", "str_feather_macs"):
+            macs = self.finished("feather_as_released", sparsity, seed)["macs"]
+            name = variant.removesuffix("_macs")
+            return {"name": name, "macs": macs}, CLIPPED if name == "str_feather" else []
         if variant == "gmp_str_budget":
             budget = self.out / f"{self.name('str', sparsity, seed)}-budget.json"
             budget.parent.mkdir(parents=True, exist_ok=True)
-            budget.write_text(json.dumps(self.learned(sparsity, seed)["budget"]))
+            budget.write_text(json.dumps(self.finished("str", sparsity, seed)["budget"]))
             return {"name": "gmp", "budget": str(budget)}, []
         if variant in ("st3_as_released", "feather_as_released"):
             return {"name": variant.removesuffix("_as_released"), "sparsity": sparsity, "every": 1}, CLIPPED
         return {"name": variant, "sparsity": sparsity}, []
 
-    def learned(self, sparsity, seed):
-        """The ledger's entry of plain STR, whose sparsity or budget another is to get."""
-        entry = self.entry("str", sparsity, seed)
+    def finished(self, variant, sparsity, seed):
+        """The ledger's entry of a run whose sparsity, budget or MACs another is to get."""
+        entry = self.entry(variant, sparsity, seed)
         if not entry.is_file():
             raise InputError(f"needs {entry.name}, which is not run")
         return json.loads(entry.read_text())

@@ -21,6 +21,7 @@ FRONTIER = {
     "str": "STR",
     "str_sparsity": "STR, asked for the sparsity",
     "str_matched": "STR, asked for what STR reached",
+    "str_feather": "STR-Feather",
     "gmp": "GMP, uniform",
     "gmp_str_budget": "GMP, with the budget STR learned",
     "rigl": "RigL, ERK",
@@ -30,6 +31,8 @@ FRONTIER = {
     "feather_as_released": "Feather, as released",
     "global_magnitude": "global magnitude",
     "acdc": "AC/DC",
+    "str_macs": "STR, asked for the MACs of Feather as released",
+    "str_feather_macs": "STR-Feather, asked for the MACs of Feather as released",
 }
 """What bench/frontier.py trains: name → what the tables call it."""
 PAIRS = {

@@ -269,7 +269,7 @@ def test_a_run_ends_on_its_macs_and_its_directory_can_be_read_without_data(tmp_p
         ({"macs": 1.5, "steps": 100, "input_size": (1, 8)}, "macs must be a number .int. above 0, or a fraction"),
         ({"macs": 0, "steps": 100, "input_size": (1, 8)}, "macs must be a number .int. above 0, or a fraction"),
         ({"macs": True, "steps": 100, "input_size": (1, 8)}, "macs must be a number .int. above 0, or a fraction"),
-        ({"sparsity": 0.9, "steps": 100, "begin": 0.8}, "begin=0.8 .step 80. comes after end=0.6"),
+        ({"sparsity": 0.9, "steps": 100, "begin": 0.9}, "begin=0.9 .step 90. comes after end=0.8"),
         ({"sparsity": 0.9, "steps": 100, "granularity": "global"}, "a total needs a granularity other than 'global'"),
         ({"sparsity": 0.9, "steps": 100, "g": torch.sigmoid}, "a total needs .* a g known by name"),
     ],

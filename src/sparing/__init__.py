@@ -26,6 +26,7 @@ from sparing.methods import (
     Spartan,
     ST3Sigma,
     StaticRandom,
+    STRFeather,
     VariationalDropout,
 )
 from sparing.optim import param_groups
@@ -61,6 +62,7 @@ __all__ = [
     "Report",
     "RigL",
     "ST3Sigma",
+    "STRFeather",
     "SoftThreshold",
     "Sparse",
     "Sparsifier",

@@ -39,19 +39,14 @@ class Sparse(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
-class SoftThreshold(Sparse):
-    """S(W, t) = sign(W) · relu(|W| − t), with the threshold t = scale · g(s) learned through s.
+class LearnedThreshold(Sparse):
+    """Abstract: a threshold t = scale · g(s) that is learned through s.
 
     Args:
         s: the learned number, of a shape that broadcasts to the weight. The same Parameter in
             several modules makes them share one threshold.
         g: the map from s to numbers ≥ 0.
         scale: a constant factor, the k of k · sigmoid.
-
-    Examples:
-        >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
-        >>> soft(torch.tensor([-0.5, 0.1, 0.3]))
-        tensor([-0.3808,  0.0000,  0.1808], grad_fn=<_SoftThresholdBackward>)
     """
 
     def __init__(self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
@@ -64,11 +59,21 @@ class SoftThreshold(Sparse):
         t = self.g(self.s)
         return t if self.scale == 1.0 else self.scale * t
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return soft_threshold(weight, self.threshold())
-
     def extra_repr(self) -> str:
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"
+
+
+class SoftThreshold(LearnedThreshold):
+    """S(W, t) = sign(W) · relu(|W| − t), with the threshold t = scale · g(s) learned through s.
+
+    Examples:
+        >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
+        >>> soft(torch.tensor([-0.5, 0.1, 0.3]))
+        tensor([-0.3808,  0.0000,  0.1808], grad_fn=<_SoftThresholdBackward>)
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return soft_threshold(weight, self.threshold())
 
 
 class Masked(Sparse):
@@ -139,40 +144,38 @@ class MaskStraightThrough(torch.autograd.Function):
 
 
 # --8<-- [start:rescaled]
-class RescaledSoftThreshold(Masked):
-    """S = c ⊙ sign(W) ⊙ relu(|W| − th) ⊙ M forward, but dW = dS.
+class RescaledSoftThreshold(Sparse):
+    """S = c ⊙ sign(W) ⊙ relu(|W| − th) forward, but dW = dS.
 
-    One threshold th, and a scale c a filter: what ST-3 and ST-3σ train. `keep` is what the layer has
-    now, as no layer has a number of its own to arrive at.
+    One threshold th, and a scale c a filter: what ST-3 and ST-3σ train.
 
     Args:
-        weight: gives shape and device.
+        weight: gives shape, dtype and device.
     """
 
     th: Tensor
     scale: Tensor
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
+        super().__init__()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
-        self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
-        self.register_buffer("scale", torch.ones(per_filter, dtype=torch.float32, device=weight.device))
+        self.register_buffer("th", torch.zeros((), dtype=dtype, device=weight.device))
+        self.register_buffer("scale", torch.ones(per_filter, dtype=dtype, device=weight.device))
 
-    def renew(self, mask: Tensor, th: Tensor, size: Tensor) -> None:
-        """Take a new mask and threshold, and the scales that follow for weights of these sizes |W|."""
-        self.mask.copy_(mask)
-        self.keep.copy_(mask.sum())
+    def renew(self, th: Tensor, size: Tensor) -> None:
+        """Take a new threshold, and the scales that follow for weights of these sizes |W|."""
         self.th.copy_(th)
-        size = size.reshape(len(size), -1).to(torch.promote_types(size.dtype, torch.float32))
+        size = size.reshape(len(size), -1).to(self.th.dtype)
         # The small number is the code's: it keeps a filter of zeros from dividing by zero.
-        q = ((size * mask.reshape(size.shape)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
+        q = ((size * (size > self.th)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
         self.scale.copy_((1.01 / (q + 0.01)).reshape(self.scale.shape))
 
     def threshold(self) -> Tensor:
         return self.th
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = RescaledStraightThrough.apply(weight, self.mask, self.th, self.scale)
+        result: Tensor = RescaledStraightThrough.apply(weight, self.th, self.scale)
         return result
 
 
@@ -180,9 +183,9 @@ class RescaledStraightThrough(torch.autograd.Function):
     """The formula of `RescaledSoftThreshold`, with the identity for a backward."""
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, th: Tensor, scale: Tensor) -> Tensor:
+    def forward(weight: Tensor, th: Tensor, scale: Tensor) -> Tensor:
         th = th.to(weight.dtype)
-        return torch.where(mask, scale.to(weight.dtype) * (weight - weight.clamp(-th, th)), 0.0)
+        return scale.to(weight.dtype) * (weight - weight.clamp(-th, th))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -190,7 +193,42 @@ class RescaledStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_output, None, None, None
+        return grad_output, None, None
 
 
 # --8<-- [end:rescaled]
+
+
+# --8<-- [start:feather]
+class FeatherStraightThrough(torch.autograd.Function):
+    """Feather's curve, with gradients that are not its own: what Feather and STR-Feather train.
+
+    S  = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M,   M = 1{|W| > th}
+    dW = dS ⊙ (M + θ (1 − M))
+    dth = −Σ dS ⊙ sign(S)                              as of the soft threshold
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, th: Tensor, theta: float) -> Tensor:
+        size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+        th = th.to(weight.dtype).to(size.dtype)
+        # The formula with |W| taken out of the root: the cube of a small weight would underflow.
+        factor = (1 - (th / size) ** 3).clamp_min(0) ** (1 / 3)
+        return torch.where(size > th, weight * factor.to(weight.dtype), 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(output)  # the layer that uses it keeps it anyway
+        ctx.th, ctx.theta = (inputs[1].shape, inputs[1].dtype), inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (effective,) = ctx.saved_tensors
+        grad = grad_output if ctx.theta == 1 else torch.where(effective != 0, grad_output, ctx.theta * grad_output)
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None
+        shape, dtype = ctx.th
+        return grad, -(grad_output * effective.sign()).sum(dtype=dtype).reshape(shape), None
+
+
+# --8<-- [end:feather]

@@ -22,7 +22,7 @@ from sparing.budget import check_target
 from sparing.errors import InputError
 from sparing.macs import Example, count_uses
 from sparing.masks import count_kept
-from sparing.parametrizations import SoftThreshold
+from sparing.parametrizations import LearnedThreshold
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer, find_layers
 from sparing.sparsify import Sparsifier
@@ -65,6 +65,7 @@ class Target:
     to the last step, after which it is met; a run that is longer than `steps` drifts from it.
 
     Args:
+        method: the name of the method that aims at it, for messages.
         sparsity: of the sparsified layers together, in [0, 1); or None.
         macs: of the whole model as `report` counts them, the layers that are not sparsified included: a fraction
             (float) of the dense model's, or their number (int); or None.
@@ -78,6 +79,7 @@ class Target:
         InputError: both or none of sparsity and macs; no steps; MACs without input_size; a value out of range.
     """
 
+    method: str
     sparsity: float | None
     macs: float | int | None
     steps: int | None
@@ -89,22 +91,24 @@ class Target:
     def __post_init__(self) -> None:
         sparsity, macs = self.sparsity, self.macs
         if sparsity is not None and macs is not None:
-            raise InputError("STR: give sparsity= or macs=, not both")
+            raise InputError(f"{self.method}: give sparsity= or macs=, not both")
         if macs is None:
-            check_target("STR", sparsity, None)
+            check_target(self.method, sparsity, None)
         elif isinstance(macs, bool) or not (
             (isinstance(macs, int) and macs > 0) or (isinstance(macs, float) and 0 < macs < 1)
         ):
             raise InputError(
-                "STR: macs must be a number (int) above 0, or a fraction (float) of the dense model's between 0 and 1, "
-                f"got {macs!r}"
+                f"{self.method}: macs must be a number (int) above 0, or a fraction (float) of the dense model's "
+                f"between 0 and 1, got {macs!r}"
             )
         elif self.input_size is None:
-            raise InputError(f"STR: macs={macs!r} needs input_size=, the shape of one input such as (1, 3, 224, 224)")
+            raise InputError(
+                f"{self.method}: macs={macs!r} needs input_size=, the shape of one input such as (1, 3, 224, 224)"
+            )
         if self.steps is None:
             asked = f"sparsity={sparsity!r}" if macs is None else f"macs={macs!r}"
-            raise InputError(f"STR: {asked} needs steps=, the optimizer steps of the whole run")
-        check_schedule("STR", self.steps, self.begin, self.end, self.every)
+            raise InputError(f"{self.method}: {asked} needs steps=, the optimizer steps of the whole run")
+        check_schedule(self.method, self.steps, self.begin, self.end, self.every)
 
     def goal(self, model: nn.Module, layers: Mapping[str, Layer]) -> Goal:
         """What it means for a network.
@@ -139,13 +143,13 @@ class Target:
     def _out_of_reach(self, lowest: int, highest: int, beside: int, layers: int) -> str:
         if self.macs is None:
             return (
-                f"STR: sparsity={self.sparsity!r} leaves less than one weight for each of {layers} layers; with "
-                f"{highest:,} weights in them it can be from 0 to {1 - lowest / highest:.6g}"
+                f"{self.method}: sparsity={self.sparsity!r} leaves less than one weight for each of {layers} layers; "
+                f"with {highest:,} weights in them it can be from 0 to {1 - lowest / highest:.6g}"
             )
         unselected = f", {beside:,} of them in layers that are not sparsified" if beside else ""
         return (
-            f"STR: macs={self.macs!r} is out of reach: the model has {highest:,} MACs{unselected}, and {lowest:,} with "
-            f"one weight left in each sparsified layer; give a number between, or a fraction above "
+            f"{self.method}: macs={self.macs!r} is out of reach: the model has {highest:,} MACs{unselected}, and "
+            f"{lowest:,} with one weight left in each sparsified layer; give a number between, or a fraction above "
             f"{lowest / max(highest, 1):.3g}"
         )
 
@@ -165,14 +169,16 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
     """Move all s, s_l ← ρ · s_l, so that the layers cost what is wanted.
 
     Args:
-        layers: sparsified with `SoftThreshold`, s of their own.
+        layers: sparsified with `LearnedThreshold`, s of their own.
         goal: of these layers.
         wanted: the cost. If all weights cost the same it is met to the last weight that is affordable, else to a
             thousandth. Weights of equal size live or die together; in bf16, where many are equal, that is some
             tenths of a percent of all.
     """
     if any(hasattr(layer.weight, "full_tensor") for layer in layers.values()):
-        raise InputError("STR: a total does not run under FSDP2; use DistributedDataParallel, or a weight decay on s")
+        raise InputError(
+            "a total for thresholds does not run under FSDP2; use DistributedDataParallel, or STR without one"
+        )
     tallies = {name: _Tally(layer, goal.costs[name], goal.least[name]) for name, layer in layers.items()}
     rho = _last_affordable(list(tallies.values()), wanted)
     for name, tally in tallies.items():
@@ -198,13 +204,13 @@ class _Tally:
         certain: how many others live.
 
     Args:
-        layer: sparsified with `SoftThreshold`.
+        layer: sparsified with `LearnedThreshold`.
         cost: of one weight.
         least: how many are paid for, should fewer live.
     """
 
     def __init__(self, layer: Layer, cost: int, least: int = 0) -> None:
-        assert isinstance(layer.parametrization, SoftThreshold)
+        assert isinstance(layer.parametrization, LearnedThreshold)
         self.part, self.cost, self.least = layer.parametrization, cost, least
         self.sizes = layer.weight.abs().flatten()
         s = self.part.s

@@ -17,6 +17,7 @@ SPARSITY = 0.75
 SETTINGS = {
     "str": {"init": -3.0},
     "str_sparsity": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
+    "str_feather": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
     "gmp": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
     "rigl": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
     "dnw": {"sparsity": SPARSITY},
@@ -47,6 +48,7 @@ EXACT_LAYERS = {"dnw", "set", "gmp", "rigl", "magnitude", "static_random"}
 # Methods that end with exactly the number asked for, over all layers.
 EXACT_TOTAL = EXACT_LAYERS | {
     "str_sparsity",
+    "str_feather",
     "spartan",
     "st3",
     "st3_sigma",

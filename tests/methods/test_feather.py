@@ -74,19 +74,26 @@ def test_the_total_follows_the_cubic_ramp_of_half_the_run_and_the_threshold_is_o
     for done in range(1, 21):
         run.train(1)
         parts = [layer.parametrization for layer in run.sparsifier.layers.values()]
-        total = sum(part.mask.numel() for part in parts)
-        assert sum(int(part.mask.sum()) for part in parts) == count_kept(total, cubic(done, 0, 10, 0.75))
-        assert all(int(part.keep) == int(part.mask.sum()) for part in parts)
+        effective = [layer.effective_weight for layer in run.sparsifier.layers.values()]
+        total = sum(weight.numel() for weight in effective)
+        assert sum(int(weight.count_nonzero()) for weight in effective) == count_kept(total, cubic(done, 0, 10, 0.75))
         assert len({float(part.threshold()) for part in parts}) == 1
         thresholds.append(float(parts[0].threshold()))
     assert len(set(thresholds)) == 20
 
 
+def test_between_two_updates_a_weight_lives_while_it_is_above_the_threshold():
+    model = sparsified(WEIGHT, sparsity=0.5)
+    weight = model.parametrizations.weight.original
+    weight.data[0] = torch.tensor([0.5, -2.0, 2.0])
+    assert torch.allclose(model.weight[0] ** 3, torch.tensor([0.0, -7.0, 7.0]), rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
-def test_equal_weights_and_zeros_keep_the_count_and_stay_finite():
+def test_equal_weights_and_zeros_are_zero_together_and_stay_finite():
     for weight in (torch.ones(4, 4), torch.zeros(4, 4)):
         model = sparsified(weight, sparsity=0.5)
-        assert int(model.parametrizations.weight[0].mask.sum()) == 8
+        assert model.parametrizations.weight[0].threshold() == weight.amax()
         assert torch.equal(model.weight, torch.zeros(4, 4))
 
 

@@ -81,9 +81,9 @@ def test_the_total_follows_the_cubic_ramp_exactly_and_the_threshold_is_one():
     for done in range(1, 21):
         run.train(1)
         parts = [layer.parametrization for layer in run.sparsifier.layers.values()]
-        total = sum(part.mask.numel() for part in parts)
-        assert sum(int(part.mask.sum()) for part in parts) == count_kept(total, cubic(done, 4, 12, 0.75))
-        assert all(int(part.keep) == int(part.mask.sum()) for part in parts)
+        effective = [layer.effective_weight for layer in run.sparsifier.layers.values()]
+        total = sum(weight.numel() for weight in effective)
+        assert sum(int(weight.count_nonzero()) for weight in effective) == count_kept(total, cubic(done, 4, 12, 0.75))
         assert len({float(part.threshold()) for part in parts}) == 1
     assert float(parts[0].threshold()) > 0
 
@@ -99,12 +99,22 @@ def test_between_two_updates_nothing_is_renewed_and_the_last_step_is_an_update()
     assert renewed == [3, 6, 9, 12, 15, 18, 20]
 
 
-def test_equal_weights_and_filters_of_zeros_keep_the_count_and_stay_finite():
+def test_between_two_updates_a_weight_lives_while_it_is_above_the_threshold():
+    model, step = sparsified([WEIGHT], steps=10, sparsity=0.5, begin=0, end=0)
+    step()
+    scale = model[0].parametrizations.weight[0].scale
+    model[0].parametrizations.weight.original.data[0] = torch.tensor([0.5, -1.5, 2.0])  # beside a threshold of 1
+    assert torch.equal(model[0].weight, scale * torch.tensor([[0.0, -0.5, 1.0], [0.0, 0.0, -3.0]]))
+
+
+@pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
+def test_equal_weights_are_zero_together_and_filters_of_zeros_stay_finite():
     model, step = sparsified(
         [torch.ones(4, 4), torch.tensor([[1.0] * 4, [0.0] * 4])], steps=10, sparsity=0.5, begin=0, end=0
     )
     step()
-    assert sum(int(layer.parametrizations.weight[0].mask.sum()) for layer in model) == 12
+    assert all(layer.parametrizations.weight[0].threshold() == 1 for layer in model)
+    assert all(layer.weight.count_nonzero() == 0 for layer in model)
     assert all(torch.isfinite(layer.parametrizations.weight[0].scale).all() for layer in model)
 
 

@@ -20,6 +20,7 @@ from sparing.methods.st3 import ST3
 from sparing.methods.st3_sigma import ST3Sigma
 from sparing.methods.static_random import StaticRandom
 from sparing.methods.str import STR
+from sparing.methods.str_feather import STRFeather
 from sparing.methods.variational_dropout import VariationalDropout
 
 # No annotation: in this namespace `str` is the submodule.
@@ -27,6 +28,7 @@ METHODS = {
     method.name: method
     for method in (
         STR,
+        STRFeather,
         GMP,
         RigL,
         DNW,
@@ -70,6 +72,7 @@ __all__ = [
     "Magnitude",
     "RigL",
     "ST3Sigma",
+    "STRFeather",
     "Spartan",
     "StaticRandom",
     "VariationalDropout",

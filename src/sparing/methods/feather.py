@@ -1,22 +1,21 @@
 """Feather: a thresholding between soft and hard, straight-through gradients, one global threshold.
 
     r_t = r · (1 − (1 − (t − t0) / (t1 − t0))³)                the cubic ramp from 0 to r
-    M   = the (1 − r_t) share of largest |W|, all layers at once
-    th  = the largest |W| outside M
+    th  = the largest |W| but for the (1 − r_t) share of largest, all layers at once
+    M   = 1{|W| > th}
     S   = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M
     dW  = dS ⊙ (M + θ (1 − M)),   θ = ½ for r > 0.95, else 1
 
 Source: Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN
 Sparsification", BMVC 2023, and its code (sparse_utils.py).
-Deviations: the code takes th from an interpolated quantile; here the count is exact and th is the
-largest weight left out, so a kept weight that ties with th is live and zero. When training is over the
-code replaces S by the hard threshold W ⊙ M; here the network stays the one that was trained.
-The code takes a new threshold every step (`every=1`); see ST-3.
+Deviations: the code takes th from an interpolated quantile; here the count is exact, but for weights that tie
+with th. When training is over the code replaces S by the hard threshold W ⊙ M; here the network stays the one
+that was trained. The code takes a new threshold every step (`every=1`); see ST-3.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from sparing.budget import check_target
 from sparing.errors import InputError
 from sparing.masks import count_kept, keep_top_together
-from sparing.parametrizations import Masked, Sparse
+from sparing.parametrizations import FeatherStraightThrough, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
@@ -42,7 +41,7 @@ class Feather(Method):
         sparsity: the final one, r, of all layers together.
         begin: t0, where the ramp begins: a step (int) or a fraction of `steps` (float).
         end: t1, where it ends, likewise.
-        every: optimizer steps between two updates of threshold and masks.
+        every: optimizer steps between two updates of the threshold.
         theta: θ in [0, 1], the factor on the gradient of dead weights; None takes ½ above a sparsity of
             0.95 and 1 up to it.
 
@@ -86,55 +85,32 @@ class Feather(Method):
         sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
         masks = keep_top_together(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
         th = torch.stack([size.masked_fill(mask, 0).amax() for size, mask in zip(sizes, masks, strict=True)]).amax()
-        for part, mask in zip(parts, masks, strict=True):
-            part.mask.copy_(mask)
-            part.keep.copy_(mask.sum())
+        for part in parts:
             part.th.copy_(th)
 
 
-class FeatherThreshold(Masked):
-    """S = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M forward, dW = dS ⊙ (M + θ (1 − M)) backward.
-
-    `keep` is what the layer has now, as no layer has a number of its own to arrive at.
+class FeatherThreshold(Sparse):
+    """S = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M forward, dW = dS ⊙ (M + θ (1 − M)) backward, M = 1{|W| > th}.
 
     Args:
-        weight: gives shape and device.
+        weight: gives dtype and device.
         theta: θ.
     """
 
     th: Tensor
 
     def __init__(self, weight: Tensor, theta: float) -> None:
-        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
-        self.register_buffer("th", torch.zeros((), dtype=torch.float32, device=weight.device))
+        super().__init__()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("th", torch.zeros((), dtype=dtype, device=weight.device))
         self.theta = theta
 
     def threshold(self) -> Tensor:
         return self.th
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _Feather.apply(weight, self.mask, self.th, self.theta)
+        result: Tensor = FeatherStraightThrough.apply(weight, self.th, self.theta)
         return result
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, theta={self.theta}"
-
-
-class _Feather(torch.autograd.Function):
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, th: Tensor, theta: float) -> Tensor:
-        size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
-        # The formula with |W| taken out of the root: the cube of a small weight would underflow.
-        factor = (1 - (th / size) ** 3).clamp_min(0) ** (1 / 3)
-        return torch.where(mask & (size > th), weight * factor.to(weight.dtype), 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.theta = inputs[3]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (mask,) = ctx.saved_tensors
-        grad = grad_output if ctx.theta == 1 else torch.where(mask, grad_output, ctx.theta * grad_output)
-        return grad, None, None, None
+        return f"theta={self.theta}"

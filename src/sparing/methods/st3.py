@@ -1,18 +1,17 @@
 """ST-3: soft thresholding and straight-through gradients under one threshold for the whole network.
 
     r_t = p · (1 − (1 − (t − t0) / (t1 − t0))³)                the cubic ramp from 0 to p
-    M   = the (1 − r_t) share of largest |W|, all layers at once
-    th  = the largest |W| outside M
+    th  = the largest |W| but for the (1 − r_t) share of largest, all layers at once
+    M   = 1{|W| > th}
     S   = c ⊙ sign(W) ⊙ (|W| − th) ⊙ M,   dW = dS              straight through
     c_f = 1.01 / (q_f + 0.01),   q_f = mean |W ⊙ M| / mean |W|, a filter f
 
 Source: Vanderschueren & De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you
 need for Sparse Training?", WACV 2023, and its code (quantized.py, pruning.py).
-Deviations: the code takes th from an interpolated quantile; here the count is exact and th is the
-largest weight left out, so a kept weight that ties with th is live and zero. The code's released
-configuration then trains on from its best checkpoint with the masks frozen; here the masks are renewed
-to the end of the run, and that is all. It renews them at every step (`every=1`); every 16 steps cost a
-sixteenth.
+Deviations: the code takes th from an interpolated quantile; here the count is exact, but for weights that tie
+with th. The code's released configuration then trains on from its best checkpoint with the masks frozen; here
+th is renewed to the end of the run, and that is all. The code renews th and c at every step (`every=1`); every
+16 steps cost a sixteenth. In between, M follows the weights and th stands.
 """
 
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ class ST3(Method):
         sparsity: the final one, p, of all layers together.
         begin: t0, where the ramp begins: a step (int) or a fraction of `steps` (float).
         end: t1, where it ends, likewise.
-        every: optimizer steps between two updates of threshold, masks and scales.
+        every: optimizer steps between two updates of threshold and scales.
 
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
@@ -76,5 +75,5 @@ class ST3(Method):
         sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
         masks = keep_top_together(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
         th = torch.stack([size.masked_fill(mask, 0).amax() for size, mask in zip(sizes, masks, strict=True)]).amax()
-        for part, size, mask in zip(parts, sizes, masks, strict=True):
-            part.renew(mask, th, size)
+        for part, size in zip(parts, sizes, strict=True):
+            part.renew(th, size)

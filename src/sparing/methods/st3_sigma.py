@@ -1,8 +1,8 @@
 """ST-3σ: ST-3 with a threshold a layer, in proportion to the scale of the layer's weights.
 
     σ_l = 1 / √(Σ shape_l)                                     a constant of the layer
-    M   = the (1 − r_t) share of largest |W_l| / σ_l, all layers at once
-    th  = the largest |W_l| / σ_l outside M,   th_l = th · σ_l
+    th  = the largest |W_l| / σ_l but for the (1 − r_t) share of largest, all layers at once
+    M   = 1{|W_l| > th_l},   th_l = th · σ_l
     S   = c ⊙ sign(W) ⊙ (|W| − th_l) ⊙ M,   dW = dS            straight through
     c_f = 1.01 / (q_f + 0.01),   q_f = mean |W ⊙ M| / mean |W|, a filter f
 
@@ -11,11 +11,10 @@ r_t is the cubic ramp from 0 to the final sparsity.
 Source: Vanderschueren & De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you
 need for Sparse Training?", WACV 2023, and its code (pruning.py, l1std), which alone gives σ_l.
 Deviations: σ_l is the code's constant, made of the dimensions of the weight, not a standard deviation
-that is measured. The code takes th from an interpolated quantile; here the count is exact and th is the
-largest left out, so a kept weight that ties with th_l is live and zero. The code's released
-configuration then trains on from its best checkpoint with the masks frozen; here the masks are renewed
-to the end of the run, and that is all. It renews them at every step (`every=1`); every 16 steps cost a
-sixteenth.
+that is measured. The code takes th from an interpolated quantile; here the count is exact, but for weights that
+tie with th_l. The code's released configuration then trains on from its best checkpoint with the masks frozen;
+here th is renewed to the end of the run, and that is all. The code renews th and c at every step (`every=1`);
+every 16 steps cost a sixteenth. In between, M follows the weights and th_l stands.
 """
 
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ class ST3Sigma(Method):
         sparsity: the final one, of all layers together.
         begin: where the ramp begins: a step (int) or a fraction of `steps` (float).
         end: where it ends, likewise.
-        every: optimizer steps between two updates of thresholds, masks and scales.
+        every: optimizer steps between two updates of thresholds and scales.
 
     Raises:
         InputError: a value is out of range; see `check_target` and `check_schedule`.
@@ -85,7 +84,8 @@ class ST3Sigma(Method):
         masks = keep_top_together(scores, count_kept(sum(score.numel() for score in scores), sparsity))
         th = torch.stack([score.masked_fill(mask, 0).amax() for score, mask in zip(scores, masks, strict=True)]).amax()
         for part, size, mask, sigma in zip(parts, sizes, masks, sigmas, strict=True):
-            part.renew(mask, th * sigma, size)
+            # th · σ_l may be rounded to just below the weight that th was taken from.
+            part.renew(torch.maximum(th * sigma, size.masked_fill(mask, 0).amax()), size)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class STR(Method):
     macs: float | int | None = None
     steps: int | None = None
     input_size: Example | None = None
-    begin: int | float = 0.0
-    end: int | float = 0.6
+    begin: int | float = 0.2
+    end: int | float = 0.8
     every: int = 16
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class STR(Method):
             return None
         if self.granularity == "global" or callable(self.g):
             raise InputError("STR: a total needs a granularity other than 'global', and a g known by name")
-        return Target(self.sparsity, self.macs, self.steps, self.input_size, self.begin, self.end, self.every)
+        return Target("STR", self.sparsity, self.macs, self.steps, self.input_size, self.begin, self.end, self.every)
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         return MAPS[self.g] if isinstance(self.g, str) else self.g
