@@ -1,13 +1,14 @@
-"""Whether it helps STR that is asked for a sparsity to leave thresholds alone for the last part of the run.
+"""Whether it helps STR that is asked for a sparsity to leave thresholds alone once it is reached.
 
-    python bench/freezing.py [--variants fixed lifted] [--percents 95 98] [--seeds 0 1 2] [--out runs/target]
+    python bench/freezing.py [--variants asked fixed lifted] [--percents 95 98] [--seeds 0 1 2] [--out runs/freezing]
 
-Two ways, both from three quarters of the run on, beside the runs of `str_sparsity` in bench/target.py:
+Three ways to spend the last fifth of the run, on recipes/targets/resnet8-mnist5k.yaml:
 
+    asked     STR as it is: s goes on learning, and is pulled to the total every 16 steps
     fixed     s moves no more; the last step alone pulls once again, so that the total is exact
     lifted    W ← S and the threshold goes down to 1e-7: survivors are trained without it, the dead stay dead
 
-Neither is a method of the library. Writes results/target/resnet8-mnist5k/str_<variant>-<percent>-seed<n>.json.
+The last two are no methods of the library. Writes results/freezing/<variant>-<percent>-seed<n>.json.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from sparing.parametrizations import SoftThreshold
 from sparing.schedules import to_step
 from sparing.target import FARTHEST, pull
 
-PAIR = "resnet8-mnist5k"
+RECIPE = ROOT / "recipes" / "targets" / "resnet8-mnist5k.yaml"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Fixed(STR):
 
     name: ClassVar[str] = "str_fixed"
 
-    freeze: float = 0.75
+    freeze: float = 0.8
 
     def is_frozen(self, step):
         return step >= to_step(self.freeze, self.steps)
@@ -71,7 +72,7 @@ class Lifted(Fixed):
                             moment[layer.weight == 0] = 0
 
 
-VARIANTS = {"fixed": Fixed, "lifted": Lifted}
+VARIANTS = {"asked": STR, "fixed": Fixed, "lifted": Lifted}
 
 
 def main():
@@ -79,7 +80,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--percents", type=int, nargs="+", default=[95, 98])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "target")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "freezing")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     METHODS.update({method.name: method for method in VARIANTS.values()})  # for the recipe to know them
@@ -87,19 +88,18 @@ def main():
         for percent in options.percents:
             for variant in options.variants:
                 method = {"name": VARIANTS[variant].name, "sparsity": percent / 100}
-                name = f"{method['name']}-{percent}-seed{seed}"
-                entry = ROOT / "results" / "target" / PAIR / f"{name}.json"
+                name = f"{variant}-{percent}-seed{seed}"
+                entry = ROOT / "results" / "freezing" / f"{name}.json"
                 if entry.is_file():
                     continue
                 metrics = train_into(
                     entry,
-                    ROOT / "recipes" / "targets" / f"{PAIR}.yaml",
+                    RECIPE,
                     [f"method={json.dumps(method)}", f"seed={seed}"],
-                    options.out / PAIR / name,
-                    row=method["name"],
+                    options.out / name,
+                    variant=variant,
                     percent=percent,
                     arguments=method,
-                    changes=[],
                 )
                 console.print(
                     f"{name}: accuracy {100 * metrics['accuracy']:.2f} %, sparsity {100 * metrics['sparsity']:.3f} %"

@@ -42,16 +42,12 @@ PAIRS = {
     "fastgrnn-watch": "FastGRNN, watch",
 }
 ZEROS_ASKED, MACS_ASKED = (80, 90, 95, 98), (20, 10, 5)
-COMPARED = {
-    "str_sparsity": "STR, `sparsity=`",
-    "str": "STR, decay by trial",
-    "str_matched": "STR, asked for what that reached",
-    "st3_as_released": "ST-3, as released",
-    "feather_as_released": "Feather, as released",
-    "st3": "ST-3, defaults here",
-    "feather": "Feather, defaults here",
+"""What bench/target.py trains: recipes of recipes/targets/, and percentages."""
+FREEZING = {
+    "fixed": "s fixed for the last fifth",
+    "lifted": "thresholds lifted for the last fifth",
 }
-"""What bench/target.py trains: recipes of recipes/targets/, percentages, and methods at the same zeros."""
+"""What bench/freezing.py trains beside STR as it is."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
 
 
@@ -149,9 +145,10 @@ def methods_table():
     for name in sorted(mean, key=mean.get, reverse=True):
         values = {key: [e[key] for e in by_method[name]] for key in ("accuracy", "sparsity", "macs")}
         above = "" if name in ("dense", "static_random") else ("yes" if mean[name] > floor else "no")
+        time = f"{step[name]:.2f}" if name in step else "not run"
         rows.append(
             f"| {name} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
-            f"| {round(statistics.mean(values['macs'])):,} | {above} | {step[name]:.2f} |"
+            f"| {round(statistics.mean(values['macs'])):,} | {above} | {time} |"
         )
     notes = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
     count = {len(runs) for runs in by_method.values()}
@@ -194,19 +191,24 @@ def frontier_table():
 
 
 def frontier_differences(found):
-    """Accuracy of one less that of another with the same seed and as many zeros, in points."""
-    others = ("gmp", "rigl", "st3_as_released", "feather_as_released", "global_magnitude", "acdc")
+    """Accuracy of one less that of another with the same seed and as many zeros, or as many MACs."""
+    others = ("gmp", "rigl", "st3", "feather", "feather_as_released", "global_magnitude", "acdc")
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
+    pairs += [("str_feather", name) for name in ("str_sparsity", "feather", "feather_as_released")]
+    pairs += [("str_macs", "feather_as_released"), ("str_feather_macs", "feather_as_released")]
     rows = []
     for name, other in pairs:
-        cells = []
-        for asked in SPARSITIES:
-            mine, theirs = ({e["seed"]: e["accuracy"] for e in found.get((key, asked), [])} for key in (name, other))
-            points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-            cells.append(spread(points, form="+.2f") if points else "not run")
+        cells = [points_apart(found.get((name, asked), []), found.get((other, asked), [])) for asked in SPARSITIES]
         rows.append(f"| {FRONTIER[name]} − {FRONTIER[other]} | {' | '.join(cells)} |")
     return rows
+
+
+def points_apart(entries, others):
+    """Accuracy of runs less that of others with the same seeds."""
+    mine, theirs = ({entry["seed"]: entry["accuracy"] for entry in group} for group in (entries, others))
+    points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    return spread(points, form="+.2f") if points else "not run"
 
 
 def frontier_accuracy(entries, asked):
@@ -228,8 +230,9 @@ def frontier_figure():
     found = frontier("fashion_mnist")
     if not found:
         return
-    # Left out: what would lie on STR's line, and methods that lose the network at settings that are not theirs.
-    drawn = [name for name in FRONTIER if name not in ("dense", "str_matched", "st3", "feather")]
+    # Left out: what lies on the line of another.
+    same = ("str_matched", "str_macs", "str_feather_macs", "st3_as_released", "feather_as_released")
+    drawn = [name for name in FRONTIER if name != "dense" and name not in same]
     figure = Figure(figsize=(11, 4), layout="constrained")
     costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
     for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
@@ -490,7 +493,7 @@ def kernels_table():
 
 
 def target_entries(pair):
-    """The runs of bench/target.py and bench/freezing.py on one pair: (row, percentage) → entries by seed."""
+    """The runs of bench/target.py on one pair: (row, percentage) → entries by seed."""
     found = {}
     for path in sorted(ROOT.joinpath("results/target", pair).glob("*.json")):
         entry = json.loads(path.read_text())
@@ -528,48 +531,24 @@ def requests_table():
     return [*rows, "", f"One run each, seed 0, no setting changed but the total; {target_note(shown)}."]
 
 
-PERCENTS = (90, 95, 98)
-
-
-def target_table():
-    """STR asked for a total, beside STR as it is, ST-3 and Feather, at the same percentages of zeros."""
-    found = target_entries("resnet8-mnist5k")
-    rows = [
-        "| zeros | | test accuracy, % | sparsity, % | MACs | layers without a weight | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for percent in PERCENTS:
-        for row, name in COMPARED.items():
-            entries = found.get((row, percent))
-            if entries is None:
-                rows.append(f"| {percent} % | {name} | not run | | | | 0 |")
-                continue
-            values = {key: [entry[key] for entry in entries] for key in ("accuracy", "sparsity", "macs")}
-            lost = [sum(sparsity == 1 for sparsity in entry["budget"].values()) for entry in entries]
-            rows.append(
-                f"| {percent} % | {name} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
-                f"| {round(statistics.mean(values['macs'])):,} | {', '.join(map(str, lost))} | {len(entries)} |"
-            )
-    shown = [entry for (row, _), entries in found.items() if row in COMPARED for entry in entries]
-    return [*rows, "", f"Seeds 0 up; mean ± standard deviation where there are several; {target_note(shown)}."]
-
-
-def target_differences_table():
-    """Accuracy of one way less that of another, seed by seed."""
-    found = target_entries("resnet8-mnist5k")
-    names = COMPARED | {"str_fixed": "the same, s fixed at 75 %", "str_lifted": "the same, thresholds lifted at 75 %"}
-    rows = [f"| points of test accuracy | {' | '.join(f'{p} %' for p in PERCENTS)} |", "|---|---|---|---|"]
-    pairs = [("str_matched", "str"), ("str_sparsity", "st3_as_released"), ("str_sparsity", "feather_as_released")]
-    for one, other in [*pairs, ("str_fixed", "str_sparsity"), ("str_lifted", "str_sparsity")]:
-        cells = []
-        for percent in PERCENTS:
-            mine, theirs = (
-                {entry["seed"]: entry["accuracy"] for entry in found.get((row, percent), [])} for row in (one, other)
-            )
-            points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-            cells.append(f"{spread(points, form='+.2f')} ({len(points)})" if points else "not run")
-        rows.append(f"| {names[one]} − {names[other]} | {' | '.join(cells)} |")
-    return [*rows, "", "Mean ± standard deviation of the differences at equal seeds (how many)."]
+def freezing_table():
+    """What became of STR whose thresholds were left alone at the end, less what became of STR as it is."""
+    found = {}
+    for path in sorted(ROOT.joinpath("results/freezing").glob("*.json")):
+        entry = json.loads(path.read_text())
+        found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
+    percents = sorted({percent for _, percent in found})
+    rows = [f"| points of test accuracy, less STR as it is | {' | '.join(f'{p} %' for p in percents)} |"]
+    rows.append(f"|---|{'---|' * len(percents)}")
+    for name, label in FREEZING.items():
+        cells = [
+            points_apart(found.get((name, percent), []), found.get(("asked", percent), [])) for percent in percents
+        ]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    seeds = {len(entries) for entries in found.values()}
+    note = target_note([entry for entries in found.values() for entry in entries])
+    count = " or ".join(map(str, sorted(seeds)))
+    return [*rows, "", f"Mean ± standard deviation of the differences at equal seeds, {count} of them; {note}."]
 
 
 def target_cost_table():
@@ -602,8 +581,7 @@ TABLES = {
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
     "requests": requests_table,
-    "target": target_table,
-    "target_differences": target_differences_table,
+    "freezing": freezing_table,
     "target_cost": target_cost_table,
 }
 PAGES = (
