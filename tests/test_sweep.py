@@ -22,7 +22,9 @@ import sparing.sweep
 from sparing import InputError
 from sparing.cli import main
 from sparing.data import DATASETS
-from sparing.sweep import DEATHS, Range, Sweep, _after_death, _run_of, _Worker, load_sweep, run_sweep
+from sparing.sweep import Range, Sweep, load_sweep, run_sweep
+from sparing.sweep.study import DEATHS, _after_death, run_of
+from sparing.sweep.worker import _suggest, _Worker
 from sparing.train.log import read_history
 
 SWEEPS = sorted(Path(__file__).parent.parent.joinpath("recipes", "sweeps").glob("*.yaml"))
@@ -71,7 +73,7 @@ def _read_once(name, arguments):
 @pytest.fixture(autouse=True)
 def _data_read_once(monkeypatch):
     """Reading the digits takes longer than training on them."""
-    for module in (sparing.sweep, sparing.train.run):
+    for module in (sparing.sweep.file, sparing.train.run):
         monkeypatch.setattr(module, "build_data", lambda spec: _read_once(spec.name, tuple(spec.model_extra.items())))
 
 
@@ -80,7 +82,7 @@ def untrained(monkeypatch):
     """Trials that take no time; the directories in the order of training."""
     trained = []
     monkeypatch.setattr(Sweep, "check", lambda self: None)
-    monkeypatch.setattr(sparing.sweep, "pareto_front", lambda points, front, cost: Figure())
+    monkeypatch.setattr(sparing.sweep.worker, "pareto_front", lambda points, front, cost: Figure())
 
     def train_run(recipe, out, *, resume):
         assert resume
@@ -88,7 +90,7 @@ def untrained(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         return measured(recipe)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", train_run)
     return trained
 
 
@@ -127,7 +129,7 @@ def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, un
         cost = {"nonzero": int(1e4 * x), "macs": int(1e4 * (0.1 - x))}
         return measured(recipe) | cost | {"validation_accuracy": abs(x - 0.05)}
 
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", train_run)
     result = run_sweep(sweep(trials=12, objective=objective), tmp_path / "out")
     assert len(result["trials"]) == 12
 
@@ -155,7 +157,7 @@ def test_a_finished_sweep_is_left_as_it_is_and_can_be_made_longer(tmp_path, untr
 
 
 def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.sweep.worker.train_run
     errors = [InputError("the loss became nan"), torch.OutOfMemoryError("no memory\nof much")]
 
     def failing(recipe, out, *, resume):
@@ -163,7 +165,7 @@ def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_pa
             raise errors.pop(0)
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", failing)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", failing)
     result = run_sweep(sweep(trials=3), tmp_path / "out")
     rows = table(tmp_path / "out" / "trials.csv")
     assert [row["state"] for row in rows] == ["failed", "failed", "finished"]
@@ -178,13 +180,13 @@ def test_a_loss_that_is_not_finite_is_such_a_trial(tmp_path):
 
 
 def test_any_other_error_is_a_bug_and_shows(tmp_path, monkeypatch, untrained):
-    monkeypatch.setattr(sparing.sweep, "train_run", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_sweep(sweep(), tmp_path / "out")
 
 
 def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatch):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.sweep.worker.train_run
     seen = []
 
     def interrupted(recipe, out, *, resume):
@@ -194,7 +196,7 @@ def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", interrupted)
     wanted = sweep(set={"schedule.epochs": 2}, trials=1)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(wanted, tmp_path / "out")
@@ -207,7 +209,7 @@ def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatc
 
 
 def test_finished_trials_outlive_an_interruption(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.sweep.worker.train_run
 
     def interrupted(recipe, out, *, resume):
         if len(untrained) == 2:
@@ -215,7 +217,7 @@ def test_finished_trials_outlive_an_interruption(tmp_path, monkeypatch, untraine
             raise KeyboardInterrupt
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep(trials=4), tmp_path / "out")
     kept = table(tmp_path / "out" / "trials.csv")
@@ -237,7 +239,7 @@ def train_run(recipe, out, *, resume):
     (out / "begun").touch()
     time.sleep(float(seconds))
     return measured(recipe)
-sparing.sweep.train_run = train_run
+sparing.sweep.worker.train_run = train_run
 sparing.sweep.Sweep.check = lambda self: None
 print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out, storage=storage or None)))
 """
@@ -259,7 +261,7 @@ def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untra
             time.sleep(0.1)
         killed.kill()
     assert begun.exists()
-    monkeypatch.setattr(sparing.sweep, "HEARTBEAT", 1)
+    monkeypatch.setattr(sparing.sweep.study, "HEARTBEAT", 1)
     result = run_sweep(load_sweep(path), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     # 0001 would be that of Optuna's new trial, which goes on in the old directory.
@@ -267,7 +269,7 @@ def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untra
 
 
 def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.sweep.worker.train_run
 
     def slept(recipe, out, *, resume):
         if not untrained:
@@ -278,7 +280,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(tmp_path, m
             storage.engine.dispose()
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", slept)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", slept)
     result = run_sweep(sweep(trials=2), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     assert [out.name for out in untrained] == ["0000", "0000", "0002"]
@@ -288,11 +290,11 @@ def test_a_trial_in_which_workers_keep_dying_is_given_up():
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
     for _ in range(DEATHS):
         trial = study.ask()
-        assert _run_of(trial) == 0
+        assert run_of(trial) == 0
         trial.suggest_float("x", 0, 1)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         _after_death(study, study.trials[trial.number])
-    assert _run_of(study.ask()) == DEATHS
+    assert run_of(study.ask()) == DEATHS
     assert len({trial.params["x"] for trial in study.trials[:DEATHS]}) == 1
 
 
@@ -355,7 +357,7 @@ def test_a_trial_that_another_worker_finishes_while_the_tables_are_made_does_no_
             before.state, before._user_attrs = optuna.trial.TrialState.RUNNING, {}
         return row(worker, before)
 
-    monkeypatch.setattr("sparing.sweep.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sparing.sweep.worker.time.sleep", lambda seconds: None)
     monkeypatch.setattr(_Worker, "_row", before_its_end)
     result = run_sweep(sweep(), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished"] * 3
@@ -414,7 +416,7 @@ def test_values_reach_the_recipe_as_what_they_are():
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
     for _ in range(5):
         trial = study.ask()
-        values = {key: sparing.sweep._suggest(trial, key, space) for key, space in whole.search.items()}
+        values = {key: _suggest(trial, key, space) for key, space in whole.search.items()}
         assert isinstance(whole.recipe_with(values).schedule.epochs, int)
         assert isinstance(whole.recipe_with(values).optimizer.lr, float)
     methods = [{"name": "gmp"}, {"name": "magnitude"}, None]
@@ -529,7 +531,7 @@ def test_the_command_shows_the_front_and_says_how_to_continue(tmp_path, monkeypa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupt)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", interrupt)
     monkeypatch.setattr(sys, "argv", [*arguments[:4], "3", *arguments[5:]])
     with pytest.raises(SystemExit) as end:
         main()
