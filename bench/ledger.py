@@ -12,7 +12,7 @@ from sparing.train.run import train_run
 ROOT = Path(__file__).parent.parent
 
 CLIPPED = ["clip_grad_norm=3.0"]
-"""The codes of ST-3 and of Feather clip gradients at this norm, and renew their masks at every step."""
+"""The codes of ST-3 and of Feather clip gradients at this norm, and renew the threshold at every step."""
 
 
 def train_into(entry, recipe, overrides, run, **facts):

@@ -262,6 +262,7 @@ def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untra
         killed.kill()
     assert begun.exists()
     monkeypatch.setattr(sparing.sweep.study, "HEARTBEAT", 1)
+    monkeypatch.setattr(sparing.sweep.worker, "LOOK_AGAIN", 1)
     result = run_sweep(load_sweep(path), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     # 0001 would be that of Optuna's new trial, which goes on in the old directory.

@@ -14,7 +14,7 @@ import sparing
 from sparing import STR, InputError
 from sparing.masks import count_kept
 from sparing.schedules import cubic
-from sparing.target import _Tally, pull
+from sparing.target import LOWEST, _Tally, pull
 from sparing.train.build import build_sparsifier
 from sparing.train.recipe import Recipe
 from sparing.train.run import report_run, train_run
@@ -140,6 +140,17 @@ def test_weights_that_are_zero_and_weights_too_large_for_any_threshold_are_count
     assert 0 < (layers["0"].weight.abs() > 1).sum() < 200
     pull(layers, goal, 200)
     assert nonzero(layers) == [200]
+
+
+def test_pulls_to_a_dense_network_do_not_send_s_away():
+    layers, goal = layers_of([50, 20], [-1.0, -8.0])
+    for _ in range(20):
+        pull(layers, goal, goal.dense)
+        with torch.no_grad():
+            layers["0"].parametrization.s.fill_(-1.0)
+    assert numbers(layers).min() >= LOWEST
+    pull(layers, goal, goal.final)
+    assert sum(nonzero(layers)) == goal.final
 
 
 def test_weights_too_large_for_any_threshold_do_not_blow_up():
@@ -307,3 +318,15 @@ def test_a_sparsifier_of_a_second_phase_works_out_its_goal_again():
         model(torch.randn(8, 16)).square().mean().backward()
         again.optimizers[0].step()
     assert sparing.report(model).total.nonzero == round(0.2 * (16 * 24 + 24 * 4))
+
+
+def test_sharded_weights_are_refused_at_the_first_step():
+    model = nn.Linear(8, 8)
+    sparsifier = sparing.sparsify_(model, STR(sparsity=0.5, steps=100))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    # What a DTensor has, and FSDP2 makes of parameters.
+    model.parametrizations.weight.original.full_tensor = lambda: None
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(InputError, match="STR: a total does not run under FSDP2; use DistributedDataParallel"):
+        optimizer.step()

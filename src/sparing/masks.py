@@ -1,7 +1,7 @@
 """Masks with exact counts: which weights live, and how a total is shared out.
 
-Every function here keeps the count it is asked for, ties included: a mask made by comparing with a
-threshold would keep too many where weights are equal.
+A mask keeps the count it is asked for, ties included: one made by comparing with a threshold would not
+where weights are equal.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,24 @@ def keep_top_together(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     together = keep_top(torch.cat([s.reshape(-1) for s in scores]), count)
     parts = together.split([s.numel() for s in scores])
     return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+def largest_left_out(sizes: Sequence[Tensor], count: int) -> Tensor:
+    """The threshold above which `count` of all values lie: the largest of the others; 0 if there are none.
+
+    Fewer lie above it where values are equal to it.
+
+    Args:
+        sizes: |W| of the layers, say; ≥ 0.
+        count: 0 to the number of values.
+
+    Examples:
+        >>> largest_left_out([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
+        tensor(1.)
+    """
+    together = torch.cat([size.reshape(-1) for size in sizes])
+    left_out = together.numel() - count
+    return together.kthvalue(left_out).values if left_out else together.new_zeros(())
 
 
 def rewire(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int) -> Tensor:

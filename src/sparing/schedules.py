@@ -104,7 +104,7 @@ def to_step(position: int | float, steps: int) -> int:
 
 
 def is_update(step: int, begin: int, end: int, every: int) -> bool:
-    """Whether a mask is made anew at this step: every so many steps from `begin`, and at `end` in any case.
+    """Whether masks or thresholds are renewed at this step: every so many steps from `begin`, and at `end` in any case.
 
     Examples:
         >>> [step for step in range(12) if is_update(step, 2, 9, 3)]

@@ -36,6 +36,9 @@ NEARLY_ZERO = -1e-3
 FARTHEST = 16.0
 """As far as s is moved either way; sigmoid(16) is within 2e-7 of one."""
 
+LOWEST = -64.0
+"""Where s is kept from below: a threshold of 1e-28 is none, and s would not be back in time."""
+
 NEAR = 1 / 64
 """ρ is looked for within this of one first: from one pull to the next the total changes little."""
 
@@ -92,6 +95,8 @@ class Target:
         sparsity, macs = self.sparsity, self.macs
         if sparsity is not None and macs is not None:
             raise InputError(f"{self.method}: give sparsity= or macs=, not both")
+        if macs is None and sparsity is None:
+            raise InputError(f"{self.method}: give sparsity=, a fraction in [0, 1), or macs=")
         if macs is None:
             check_target(self.method, sparsity, None)
         elif isinstance(macs, bool) or not (
@@ -154,7 +159,16 @@ class Target:
         )
 
     def after_step(self, sparsifier: Sparsifier) -> None:
-        """Pull, where a pull is due."""
+        """Pull, where a pull is due.
+
+        Raises:
+            InputError: after the first step, under FSDP2, whose shards nobody here counts together.
+        """
+        if any(hasattr(layer.weight, "full_tensor") for layer in sparsifier.layers.values()):
+            raise InputError(
+                f"{self.method}: a total does not run under FSDP2; use DistributedDataParallel, or STR with a weight "
+                "decay on s instead"
+            )
         assert self.steps is not None  # __post_init__ has seen to it
         begin, end = to_step(self.begin, self.steps), to_step(self.end, self.steps)
         if is_update(sparsifier.step, begin, self.steps, self.every):
@@ -175,10 +189,6 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
             thousandth. Weights of equal size live or die together; in bf16, where many are equal, that is some
             tenths of a percent of all.
     """
-    if any(hasattr(layer.weight, "full_tensor") for layer in layers.values()):
-        raise InputError(
-            "a total for thresholds does not run under FSDP2; use DistributedDataParallel, or STR without one"
-        )
     tallies = {name: _Tally(layer, goal.costs[name], goal.least[name]) for name, layer in layers.items()}
     rho = _last_affordable(list(tallies.values()), wanted)
     for name, tally in tallies.items():
@@ -189,7 +199,7 @@ def pull(layers: Mapping[str, Layer], goal: Goal, wanted: int) -> None:
 
 
 def _moved(s: Tensor, rho: float) -> Tensor:
-    return rho * s.clamp(max=NEARLY_ZERO) if rho > 0 else torch.full_like(s, -rho)
+    return (rho * s.clamp(max=NEARLY_ZERO)).clamp(min=LOWEST) if rho > 0 else torch.full_like(s, -rho)
 
 
 # --8<-- [end:pull]

@@ -22,7 +22,8 @@ from harness import (
 import sparing
 from sparing import METHODS
 from sparing.masks import count_kept
-from sparing.parametrizations import Masked
+from sparing.methods.feather import FeatherThreshold
+from sparing.parametrizations import LearnedThreshold, Masked, RescaledSoftThreshold
 
 pytestmark = pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
 every_method = pytest.mark.parametrize("name", SETTINGS)
@@ -81,6 +82,8 @@ def test_what_is_pruned_is_exactly_zero_under_momentum_and_decay(name, model):
             part = layer.parametrization
             if isinstance(part, Masked):
                 assert layer.effective_weight[~part.mask].count_nonzero() == 0
+            if isinstance(part, (LearnedThreshold, RescaledSoftThreshold, FeatherThreshold)):
+                assert torch.equal(layer.effective_weight != 0, layer.weight.abs() > part.threshold())
 
 
 @every_method

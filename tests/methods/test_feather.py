@@ -1,4 +1,4 @@
-"""Feather: its thresholding, the factor θ on dead gradients, one threshold renewed every step."""
+"""Feather: its thresholding, the factor θ on dead gradients, one threshold for all layers."""
 
 import pytest
 import torch

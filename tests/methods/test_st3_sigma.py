@@ -7,6 +7,7 @@ from torch import nn
 
 import sparing
 from sparing.masks import count_kept
+from sparing.methods.st3_sigma import _between
 from sparing.schedules import cubic
 
 
@@ -75,8 +76,8 @@ def test_the_total_follows_the_cubic_ramp_exactly():
 
 
 def test_the_count_is_exact_for_any_widths():
-    # th · σ is rounded, and in one of three of these to below the weight that th came from.
-    for seed in range(100):
+    # th · σ is rounded, in one of three of these to below the weight that th came from, in few past the next one.
+    for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
         weights = [torch.randn(shape, generator=generator) for shape in [(7, 5 + seed), (3, 11), (13, 2)]]
         model = sparsified(weights, steps=10, sparsity=0.7, begin=0, end=0)
@@ -89,7 +90,7 @@ def test_half_precision_comes_near_the_count():
     model = sparsified(weights, steps=10, sparsity=0.9, begin=0, end=0)
     assert all(layer.weight.dtype == torch.bfloat16 for layer in model)
     # Equal weights, common in bf16, are zero together.
-    assert 0 <= count_kept(576, 0.9) - sum(int(layer.weight.count_nonzero()) for layer in model) <= 8
+    assert 0 <= count_kept(576, 0.9) - sum(int(layer.weight.count_nonzero()) for layer in model) <= 4
 
 
 def test_bad_input():
@@ -97,3 +98,12 @@ def test_bad_input():
         sparing.ST3Sigma(steps=10, sparsity=90)
     with pytest.raises(sparing.InputError, match=r"ST3Sigma: begin=0.6 \(step 6\) comes after end=0.5 \(step 5\)"):
         sparing.ST3Sigma(steps=10, sparsity=0.9, begin=0.6)
+
+
+def test_rounding_moves_no_threshold_past_a_weight():
+    size, live = torch.tensor([0.1, 0.3]), torch.tensor([False, True])
+    for th, expected in [(0.2, 0.2), (0.09999999, 0.1), (0.3, 0.1), (0.30000004, 0.1)]:
+        assert _between(torch.tensor(th), size, live, torch.float32) == torch.tensor(expected)
+    # In bf16 0.3003 is 0.3008.
+    halves = torch.tensor([0.1001, 0.3008]).bfloat16().float()
+    assert _between(torch.tensor(0.3003), halves, live, torch.bfloat16) == halves[0]

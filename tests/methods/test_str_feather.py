@@ -58,7 +58,7 @@ def test_the_operator_adds_nothing_to_what_a_layer_saves():
     assert [t.data_ptr() for t in saved if t.shape == WEIGHT.shape] == [effective.data_ptr()]
 
 
-def test_a_thresholds_layers_part_and_macs_are_met():
+def test_thresholds_of_layers_part_and_macs_are_met():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 4))
     method = sparing.STRFeather(steps=40, macs=0.2, input_size=(1, 2, 6, 6), every=4)
@@ -78,7 +78,7 @@ def test_a_thresholds_layers_part_and_macs_are_met():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "STRFeather: give sparsity="),
+        ({}, r"STRFeather: give sparsity=, a fraction in \[0, 1\), or macs=$"),
         ({"sparsity": 0.9, "macs": 0.1}, "STRFeather: give sparsity= or macs=, not both"),
         ({"macs": 0.1}, r"STRFeather: macs=0.1 needs input_size="),
         ({"sparsity": 0.9, "theta": 1.5}, "STRFeather: theta must be a number from 0 to 1, got 1.5"),

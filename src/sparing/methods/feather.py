@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparing.budget import check_target
 from sparing.errors import InputError
-from sparing.masks import count_kept, keep_top_together
+from sparing.masks import count_kept, largest_left_out
 from sparing.parametrizations import FeatherStraightThrough, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer
@@ -83,8 +83,7 @@ class Feather(Method):
         layers, parts = zip(*sparsifier.parts(FeatherThreshold), strict=True)
         sizes = [layer.weight.abs() for layer in layers]
         sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
-        masks = keep_top_together(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
-        th = torch.stack([size.masked_fill(mask, 0).amax() for size, mask in zip(sizes, masks, strict=True)]).amax()
+        th = largest_left_out(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
         for part in parts:
             part.th.copy_(th)
 

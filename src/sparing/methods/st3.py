@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from sparing.budget import check_target
-from sparing.masks import count_kept, keep_top_together
+from sparing.masks import count_kept, largest_left_out
 from sparing.parametrizations import RescaledSoftThreshold, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer
@@ -73,7 +73,6 @@ class ST3(Method):
         layers, parts = zip(*sparsifier.parts(RescaledSoftThreshold), strict=True)
         sizes = [layer.weight.abs() for layer in layers]
         sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
-        masks = keep_top_together(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
-        th = torch.stack([size.masked_fill(mask, 0).amax() for size, mask in zip(sizes, masks, strict=True)]).amax()
+        th = largest_left_out(sizes, count_kept(sum(size.numel() for size in sizes), sparsity))
         for part, size in zip(parts, sizes, strict=True):
             part.renew(th, size)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparing.budget import check_target
-from sparing.masks import count_kept, keep_top_together
+from sparing.masks import count_kept, largest_left_out
 from sparing.parametrizations import RescaledSoftThreshold, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
 from sparing.select import Layer
@@ -81,11 +81,16 @@ class ST3Sigma(Method):
         sizes = [_at_least_float32(layer.weight.abs()) for layer in layers]
         scores = [size / sigma for size, sigma in zip(sizes, sigmas, strict=True)]
         sparsity = cubic(sparsifier.step, begin, end, self.sparsity)
-        masks = keep_top_together(scores, count_kept(sum(score.numel() for score in scores), sparsity))
-        th = torch.stack([score.masked_fill(mask, 0).amax() for score, mask in zip(scores, masks, strict=True)]).amax()
-        for part, size, mask, sigma in zip(parts, sizes, masks, sigmas, strict=True):
-            # th · σ_l may be rounded to just below the weight that th was taken from.
-            part.renew(torch.maximum(th * sigma, size.masked_fill(mask, 0).amax()), size)
+        th = largest_left_out(scores, count_kept(sum(score.numel() for score in scores), sparsity))
+        for layer, part, size, score, sigma in zip(layers, parts, sizes, scores, sigmas, strict=True):
+            part.renew(_between(th * sigma, size, score > th, layer.weight.dtype), size)
+
+
+def _between(th: Tensor, size: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
+    """The threshold as weights of this dtype can meet it: rounding may not move it past one of them."""
+    highest_out, lowest_in = size.masked_fill(live, 0).amax(), size.masked_fill(~live, torch.inf).amin()
+    th = torch.maximum(th.to(dtype).to(size.dtype), highest_out)
+    return torch.where(th < lowest_in, th, highest_out)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class STR(Method):
         return MAPS[self.g] if isinstance(self.g, str) else self.g
 
     def _number(self, shape: tuple[int, ...], weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: see SoftThreshold.
+        # float32 whatever the weight's dtype: see Sparse.
         s = torch.full(shape, float(self.init), dtype=torch.float32, device=weight.device)
         return nn.Parameter(s, requires_grad=weight.requires_grad)
 

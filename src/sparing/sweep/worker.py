@@ -18,7 +18,7 @@ from sparing.errors import InputError
 from sparing.files import replacing, write_text
 from sparing.plots import pareto_front
 from sparing.sweep.file import Range, Sweep, ends
-from sparing.sweep.study import HEARTBEAT, open_study, queue_again, run_of
+from sparing.sweep.study import open_study, queue_again, run_of
 from sparing.train.distributed import from_torchrun
 from sparing.train.log import read_history
 from sparing.train.run import train_run
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MEASURED = ("validation_accuracy", "sparsity", "weights", "nonzero", "macs", "seconds")
 """What a trial tells of its `metrics.json`. Not the test accuracy: nothing is to be chosen by it."""
+LOOK_AGAIN = 5
+"""Seconds between two looks at the trials of others, when no other is left."""
 
 
 def run_sweep(
@@ -94,7 +96,7 @@ class _Worker:
                 if "waiting" in states or len(states) < self.wanted:
                     self._take()
                 elif "running" in states:
-                    time.sleep(min(HEARTBEAT, 5))
+                    time.sleep(LOOK_AGAIN)
                     optuna.storages.fail_stale_trials(self.study)
                 else:
                     break
