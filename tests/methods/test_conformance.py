@@ -167,6 +167,27 @@ def test_half_precision_and_meta_models_can_be_sparsified(name):
         assert sparsifier.layers["weight"].effective_weight.dtype == model.bias.dtype
 
 
+# torch.compile trips over what torch itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_method
+def test_compiles_in_one_graph_with_the_same_gradients(name):
+    run = Run("linear", make(name)).train(STEPS)
+    x, y = batch(run.shape, 0)
+
+    def gradients(forward):
+        run.optimizer.zero_grad()
+        torch.manual_seed(0)
+        torch.nn.functional.cross_entropy(forward(x), y).backward()
+        return {key: parameter.grad for key, parameter in run.model.named_parameters() if parameter.grad is not None}
+
+    eager = gradients(run.model)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(run.model, fullgraph=True, backend="aot_eager"))
+    assert compiled.keys() == eager.keys()
+    for key, gradient in eager.items():
+        torch.testing.assert_close(compiled[key], gradient)
+
+
 @every_method
 def test_a_method_is_a_frozen_dataclass_that_prints_itself(name):
     method = make(name)
