@@ -25,7 +25,6 @@ FRONTIER = {
     "gmp": "GMP, uniform",
     "gmp_str_budget": "GMP, with the budget STR learned",
     "rigl": "RigL, ERK",
-    "st3": "ST-3",
     "st3_as_released": "ST-3, as released",
     "feather": "Feather",
     "feather_as_released": "Feather, as released",
@@ -192,7 +191,7 @@ def frontier_table():
 
 def frontier_differences(found):
     """Accuracy of one less that of another with the same seed and as many zeros, or as many MACs."""
-    others = ("gmp", "rigl", "st3", "feather", "feather_as_released", "global_magnitude", "acdc")
+    others = ("gmp", "rigl", "st3_as_released", "feather", "feather_as_released", "global_magnitude", "acdc")
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
     pairs += [("str_feather", name) for name in ("str_sparsity", "feather", "feather_as_released")]
@@ -231,7 +230,7 @@ def frontier_figure():
     if not found:
         return
     # Left out: what lies on the line of another.
-    same = ("str_matched", "str_macs", "str_feather_macs", "st3_as_released", "feather_as_released")
+    same = ("str_matched", "str_macs", "str_feather_macs", "feather_as_released")
     drawn = [name for name in FRONTIER if name != "dense" and name not in same]
     figure = Figure(figsize=(11, 4), layout="constrained")
     costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
