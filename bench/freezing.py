@@ -38,7 +38,7 @@ class Fixed(STR):
     freeze: float = 0.8
 
     def is_frozen(self, step):
-        return step >= to_step(self.freeze, self.steps)
+        return step > to_step(self.freeze, self.steps)
 
     def before_step(self, sparsifier):
         if self.is_frozen(sparsifier.step):

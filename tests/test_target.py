@@ -159,6 +159,24 @@ def test_weights_too_large_for_any_threshold_do_not_blow_up():
     assert torch.isfinite(numbers(layers)).all()
 
 
+@pytest.mark.parametrize("total", [{"sparsity": 0.9}, {"macs": 0.1, "input_size": (1, 50)}])
+def test_a_total_that_is_missed_is_said(total):
+    model = nn.Linear(50, 8)
+    sparsifier = sparing.sparsify_(model, STR(**total, steps=20, every=4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier.attach(optimizer)
+    model.parametrizations.weight.original.data.fill_(3.0)
+    with pytest.warns(sparing.SparsityWarning) as said:
+        for _ in range(20):
+            (0 * model(torch.randn(2, 50)).sum()).backward()
+            optimizer.step()
+    assert len(said) == 1
+    message = str(said[0].message)
+    assert "STR: the run ends at 400 " in message
+    assert "where 40 were asked for" in message
+    assert "(layer 'weight' has one of 3)" in message
+
+
 def test_bf16_comes_within_half_a_point_and_s_stays_float32():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).bfloat16()

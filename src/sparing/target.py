@@ -12,6 +12,7 @@ A weight costs 1 where a number of weights is asked for, and its layer's uses (s
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.budget import check_target
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.macs import Example, count_uses
 from sparing.masks import count_kept
 from sparing.parametrizations import LearnedThreshold
@@ -175,6 +176,23 @@ class Target:
             goal: Goal = sparsifier.plan
             gone = math.floor(cubic(sparsifier.step, begin, end, goal.dense - goal.final))
             pull(sparsifier.layers, goal, goal.dense - gone)
+            if sparsifier.step == self.steps:
+                self._warn_if_missed(goal, sparsifier.layers)
+
+    def _warn_if_missed(self, goal: Goal, layers: Mapping[str, Layer]) -> None:
+        costs = {name: goal.costs[name] * layer.nonzero() for name, layer in layers.items()}
+        if sum(costs.values()) <= goal.final:
+            return
+        largest = {name: float(layer.weight.detach().abs().amax()) for name, layer in layers.items()}
+        name = max(largest, key=largest.__getitem__)
+        unit = "weights" if self.macs is None else "MACs"
+        warnings.warn(
+            f"{self.method}: the run ends at {sum(costs.values()):,} {unit} in sparsified layers, where {goal.final:,} "
+            f"were asked for: weights have outgrown the highest threshold (layer {name!r} has one of "
+            f"{largest[name]:.3g}). Clip the gradients, lower the learning rate, or decay weights more",
+            SparsityWarning,
+            stacklevel=2,
+        )
 
 
 # --8<-- [start:pull]
