@@ -166,10 +166,14 @@ def test_a_total_that_is_missed_is_said(total):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparsifier.attach(optimizer)
     model.parametrizations.weight.original.data.fill_(3.0)
-    with pytest.warns(sparing.SparsityWarning) as said:
+
+    def train():
         for _ in range(20):
             (0 * model(torch.randn(2, 50)).sum()).backward()
             optimizer.step()
+
+    with pytest.warns(sparing.SparsityWarning) as said:
+        train()
     assert len(said) == 1
     message = str(said[0].message)
     assert "STR: the run ends at 400 " in message
