@@ -62,7 +62,7 @@ def test_a_number_in_exponent_notation_reaches_the_method_as_a_number(tmp_path):
         ("method: {name: str, g: [sigmoid]}", r"unknown g \['sigmoid'\]"),
         ("optimizer: {lr: -1}", "optimizer.lr: input should be greater than 0, got -1"),
         ("schedule: {epochs: 2, warmup_epochs: 2}", "schedule: warmup_epochs=2 must be below epochs=2"),
-        ("method: {init: -5}", "method: method needs a name; choose from str, gmp"),
+        ("method: {init: -5}", "method: method needs a name; choose from str, str_feather, gmp"),
         ("method: {name: sttr}", "method: unknown name 'sttr'; did you mean 'str'"),
         ("method: {name: str, inti: -5}", "method: method 'str' has no argument 'inti'; did you mean 'init'"),
         ("method: {name: str, init: low}", "init must be a finite number, got 'low'"),
