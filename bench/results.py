@@ -133,8 +133,8 @@ def methods_table():
     timings = [json.loads(p.read_text()) for p in sorted(ROOT.joinpath("results/step_overhead").glob("methods*.json"))]
     step = {row["variant"]: row["ratio"] for timed in timings for row in timed["rows"]}
     first = timings[0]["rows"][0]
-    rounds = " or ".join(str(timed["options"]["rounds"]) for timed in timings)
-    model = f"{first['model']}, batch {first['batch']}, {rounds} rounds"
+    rounds = ", ".join(map(str, sorted({timed["options"]["rounds"] for timed in timings})))
+    model = f"{first['model']}, batch {first['batch']}, rounds: {rounds}"
     entries = [json.loads(path.read_text()) for path in ROOT.joinpath("results/all_methods").glob("*.json")]
     by_method = {}
     for entry in sorted(entries, key=lambda entry: entry["seed"]):
@@ -181,11 +181,10 @@ def frontier_table():
         rows += [f"| {data}: differences, points | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
         rows += [*frontier_differences(found), ""]
         entries = [entry for group in found.values() for entry in group]
-        machines = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
         seeds = sorted({len(group) for group in found.values()})
         if entries:
             count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
-            rows += [f"Mean ± standard deviation; {count} seed(s) a cell; {'; '.join(sorted(machines))}.", ""]
+            rows += [f"Mean ± standard deviation; {count} seed(s) a cell; {ran_on(entries)}.", ""]
     return rows[:-1]
 
 
@@ -500,7 +499,7 @@ def target_entries(pair):
     return found
 
 
-def target_note(entries):
+def ran_on(entries):
     """Machines and commits of runs."""
     machines = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}" for e in entries}
     commits = sorted({(e["commit"] or "none")[:7] for e in entries})
@@ -527,7 +526,7 @@ def requests_table():
                 f"| {name} | {''.join(dense) or 'not run'} | {what} | {100 * reached:.3f} % "
                 f"| {100 * entry['accuracy']:.2f} |"
             )
-    return [*rows, "", f"One run each, seed 0, no setting changed but the total; {target_note(shown)}."]
+    return [*rows, "", f"One run each, seed 0, no setting changed but the total; {ran_on(shown)}."]
 
 
 def freezing_table():
@@ -545,7 +544,7 @@ def freezing_table():
         ]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     seeds = {len(entries) for entries in found.values()}
-    note = target_note([entry for entries in found.values() for entry in entries])
+    note = ran_on([entry for entries in found.values() for entry in entries])
     count = " or ".join(map(str, sorted(seeds)))
     return [*rows, "", f"Mean ± standard deviation of the differences at equal seeds, {count} of them; {note}."]
 

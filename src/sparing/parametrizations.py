@@ -63,6 +63,12 @@ class LearnedThreshold(Sparse):
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"
 
 
+def learned_number(shape: tuple[int, ...], start: float, weight: Tensor) -> nn.Parameter:
+    """The s of a `LearnedThreshold`: trained if the weight is, and float32 whatever its dtype (see `Sparse`)."""
+    s = torch.full(shape, float(start), dtype=torch.float32, device=weight.device)
+    return nn.Parameter(s, requires_grad=weight.requires_grad)
+
+
 class SoftThreshold(LearnedThreshold):
     """S(W, t) = sign(W) · relu(|W| − t), with the threshold t = scale · g(s) learned through s.
 
@@ -218,11 +224,14 @@ class FeatherStraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(output)  # the layer that uses it keeps it anyway
         ctx.th, ctx.theta = (inputs[1].shape, inputs[1].dtype), inputs[2]
+        if ctx.theta != 1 or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(output)  # the layer that uses it keeps it anyway, but for autocast
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.saved_tensors:
+            return grad_output, None, None
         (effective,) = ctx.saved_tensors
         grad = grad_output if ctx.theta == 1 else torch.where(effective != 0, grad_output, ctx.theta * grad_output)
         if not ctx.needs_input_grad[1]:

@@ -82,6 +82,16 @@ def test_the_total_follows_the_cubic_ramp_of_half_the_run_and_the_threshold_is_o
     assert len(set(thresholds)) == 20
 
 
+@pytest.mark.parametrize(("theta", "kept"), [(1.0, 0), (0.5, 1)])
+def test_straight_through_keeps_nothing_for_its_backward(theta, kept):
+    model = sparsified(WEIGHT, sparsity=0.5, theta=theta)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        effective = model.weight
+    assert len(saved) == kept
+    assert all(t.data_ptr() == effective.data_ptr() for t in saved)
+
+
 def test_between_two_updates_a_weight_lives_while_it_is_above_the_threshold():
     model = sparsified(WEIGHT, sparsity=0.5)
     weight = model.parametrizations.weight.original

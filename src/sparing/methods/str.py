@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparing.decay import weight_decay_for
 from sparing.errors import InputError
 from sparing.macs import Example
-from sparing.parametrizations import SoftThreshold, Sparse
+from sparing.parametrizations import SoftThreshold, Sparse, learned_number
 from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer, nearest
 from sparing.sparsify import Method, Sparsifier
 from sparing.target import Goal, Target
@@ -124,10 +124,10 @@ class STR(Method):
         if self.granularity == "global":
             # One module, not only one parameter: moving or loading a model may replace parameters.
             first = next(iter(layers.values()))
-            shared = SoftThreshold(self._number((1,), first.weight), g, self.scale)
+            shared = SoftThreshold(learned_number((1,), self.init, first.weight), g, self.scale)
             return dict.fromkeys(layers, shared)
         return {
-            name: SoftThreshold(self._number(self._shape(layer), layer.weight), g, self.scale)
+            name: SoftThreshold(learned_number(self._shape(layer), self.init, layer.weight), g, self.scale)
             for name, layer in layers.items()
         }
 
@@ -149,11 +149,6 @@ class STR(Method):
 
     def _map(self) -> Callable[[Tensor], Tensor]:
         return MAPS[self.g] if isinstance(self.g, str) else self.g
-
-    def _number(self, shape: tuple[int, ...], weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: see Sparse.
-        s = torch.full(shape, float(self.init), dtype=torch.float32, device=weight.device)
-        return nn.Parameter(s, requires_grad=weight.requires_grad)
 
     def _shape(self, layer: Layer) -> tuple[int, ...]:
         shape = tuple(layer.weight.shape)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.macs import Example
-from sparing.parametrizations import FeatherStraightThrough, LearnedThreshold, Sparse
+from sparing.parametrizations import FeatherStraightThrough, LearnedThreshold, Sparse, learned_number
 from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 from sparing.target import Goal, Target
@@ -75,7 +75,10 @@ class STRFeather(Method):
                 raise InputError(f"STRFeather: {field} must be a number from {low} to {high}, got {value!r}")
 
     def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
-        return {name: FeatherLearnedThreshold(self._number(layer.weight), self.theta) for name, layer in layers.items()}
+        return {
+            name: FeatherLearnedThreshold(learned_number((1,), self.init, layer.weight), self.theta)
+            for name, layer in layers.items()
+        }
 
     def plan(self, model: nn.Module, layers: Mapping[str, Layer]) -> Goal:
         return self._target().goal(model, layers)
@@ -87,11 +90,6 @@ class STRFeather(Method):
         return Target(
             "STRFeather", self.sparsity, self.macs, self.steps, self.input_size, self.begin, self.end, self.every
         )
-
-    def _number(self, weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: see Sparse.
-        s = torch.full((1,), float(self.init), dtype=torch.float32, device=weight.device)
-        return nn.Parameter(s, requires_grad=weight.requires_grad)
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
