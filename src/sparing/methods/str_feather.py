@@ -34,7 +34,7 @@ from sparing.target import Goal, Target
 class STRFeather(Method):
     """Learn a threshold for each layer, hardly shrink what is above it, and train what is below it as well.
 
-    Clip the gradients, as Feather's authors do, at norm 3: some runs to 99 % went astray without.
+    Clip the gradients, as Feather's authors do, at norm 3: a run to 99 % went astray without.
 
     Args:
         steps: optimizer steps of the whole run.
