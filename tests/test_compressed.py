@@ -308,6 +308,7 @@ def test_a_forged_header_is_refused_without_a_large_allocation(data):
     [
         (lambda head: head.update(version=2), "has version 2 of the format; this sparing reads version 1"),
         (lambda head: head.update(tensors=[]), "header is damaged"),
+        (lambda head: head["tensors"]["weight"].update(shape=[10**11, [None]]), "its shape is no list of lengths"),
         (lambda head: head["tensors"].update(weight="absent"), "header is damaged"),
         (lambda head: head["tensors"].update(weight=3), "header is damaged"),
         (lambda head: head["tensors"]["weight"].update(shape=[10**9, 9]), "'weight' is damaged .its runs cover 1200"),

@@ -198,6 +198,9 @@ class Compressed(Mapping[str, Tensor]):
     def _decode(self, name: str) -> Tensor:
         entry = self._entries[name]
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        # Before anything is multiplied by it: a number times a list is a list as long.
+        if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError("its shape is no list of lengths")
         made = {kind: self._file.get_tensor(f"{name}/{kind}") for kind in KINDS[entry["encoding"]]}
         if _checksum(made.values()) != entry["crc32"]:
             raise ValueError("its checksum differs")
