@@ -39,7 +39,7 @@ def networks():
 @torch.no_grad()
 def thinned_(model, budget):
     """The model with the smallest weights of each layer set to zero, as many as the budget says."""
-    for name, layer in sparing.select.find_layers(model).items():
+    for name, layer in sparing.layers.find_layers(model).items():
         mask = keep_top(layer.weight.abs(), count_kept(layer.weight.numel(), budget[name]))
         layer.weight.copy_(torch.where(mask, layer.weight, 0.0))
     return model
@@ -47,7 +47,7 @@ def thinned_(model, budget):
 
 def measure(name, budget, model, folder):
     """One row."""
-    layers = sparing.select.find_layers(model)
+    layers = sparing.layers.find_layers(model)
     state = model.state_dict()
     weights = {f"{layer}.weight": state[f"{layer}.weight"] for layer in layers}
     sizes = {}

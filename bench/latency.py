@@ -44,7 +44,7 @@ def network(name):
     shares = (
         sparing.Budget.uniform(model, float(share) / 100) if uniform else sparing.Budget.published(f"{kind}-{budget}")
     )
-    for layer_name, layer in sparing.select.find_layers(model).items():
+    for layer_name, layer in sparing.layers.find_layers(model).items():
         weight = layer.weight
         # Without zeros in the first and in depthwise convolutions, as GMP prunes a MobileNetV1: they have a few
         # weights a channel, and a channel that has none is dead, and with it what reads it.

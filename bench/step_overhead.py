@@ -55,7 +55,7 @@ def dense_(model):
 
 def naive_(model):
     """Put the formula on every layer that STR would sparsify."""
-    for layer in sparing.select.find_layers(model).values():
+    for layer in sparing.layers.find_layers(model).values():
         parametrize.register_parametrization(layer.module, "weight", Naive())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import webdataset
 
-from sparing.files import replacing
+from sparing.files import atomic_write
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path, help="holds a folder a class")
@@ -35,7 +35,7 @@ arguments.prefix.parent.mkdir(parents=True, exist_ok=True)
 for number in range(arguments.shards):
     shard = arguments.prefix.with_name(f"{arguments.prefix.name}-{number:04}.tar")
     own = pictures[number :: arguments.shards]
-    with replacing(shard) as temporary, webdataset.TarWriter(str(temporary)) as tar:
+    with atomic_write(shard) as temporary, webdataset.TarWriter(str(temporary)) as tar:
         for label, path in own:
             # What is after the first dot of a name in a shard says what it holds.
             key = f"{path.parent.name}/{path.stem.replace('.', '_')}"

@@ -26,7 +26,7 @@ def test_resnet50_is_the_papers():
     model = meta(sparing.models.resnet50)
     model.train()
     uses = sparing.count_uses(model, IMAGE)
-    layers = sparing.select.find_layers(model)
+    layers = sparing.layers.find_layers(model)
     assert len(layers) == 54
     assert sum(layer.weight.numel() for layer in layers.values()) == 25_502_912
     assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 4_089_184_256
@@ -41,7 +41,7 @@ def test_resnet50_is_the_papers():
 def test_mobilenet_v1_is_the_papers():
     model = meta(sparing.models.mobilenet_v1)
     uses = sparing.count_uses(model, IMAGE)
-    layers = sparing.select.find_layers(model)
+    layers = sparing.layers.find_layers(model)
     assert sum(layer.weight.numel() for layer in layers.values()) == 4_209_088
     assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 568_740_352
 
@@ -55,7 +55,7 @@ def test_mobilenet_v1_takes_gray_pictures():
 def test_resnet18_has_the_published_size():
     # torchvision's ResNet-18 has 11,689,512 parameters: these weights, 9,600 of batch
     # normalization, and a classifier bias of 1,000 that ours has not.
-    layers = sparing.select.find_layers(meta(sparing.models.resnet18))
+    layers = sparing.layers.find_layers(meta(sparing.models.resnet18))
     assert sum(layer.weight.numel() for layer in layers.values()) == 11_689_512 - 9_600 - 1_000
 
 
@@ -63,7 +63,7 @@ def test_resnet18_has_the_published_size():
 def test_small_resnets(function, weights):
     # ResNet-20 of the CIFAR-10 paper has 269,722 parameters, 268,336 of them in convolutions and
     # classifier; ours has two 1×1 shortcuts more, in place of zero padding.
-    layers = sparing.select.find_layers(getattr(sparing.models, function)())
+    layers = sparing.layers.find_layers(getattr(sparing.models, function)())
     assert sum(layer.weight.numel() for layer in layers.values()) == weights
 
 
@@ -93,7 +93,7 @@ def test_a_stem_of_stride_two_halves_the_pictures():
 )
 def test_macs_of_every_kind_of_layer(module, shape, macs):
     assert sparing.report(module, shape).total.dense_macs == macs
-    for layer in sparing.select.find_layers(module).values():
+    for layer in sparing.layers.find_layers(module).values():
         nn.init.normal_(layer.weight)
     sparing.sparsify_(module, STR(init=-0.5))
     account = sparing.report(module, shape)

@@ -20,7 +20,7 @@ def resnet():
 @pytest.fixture(scope="module")
 def cost(resnet):
     """The weights and multiply-accumulates that a budget leaves of ResNet-50, in millions."""
-    layers = sparing.select.find_layers(resnet)
+    layers = sparing.layers.find_layers(resnet)
     uses = sparing.count_uses(resnet, (1, 3, 224, 224))
 
     def count(budget):
@@ -220,7 +220,7 @@ def test_targets_that_do_not_are_refused(sparsity, budget, message):
 
 @pytest.fixture
 def layers():
-    return sparing.select.find_layers(nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4)))
+    return sparing.layers.find_layers(nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4)))
 
 
 def test_kept_counts_are_exact(layers, tmp_path):

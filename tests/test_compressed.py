@@ -84,7 +84,7 @@ def _own_directory(tmp_path, monkeypatch):
 def thresholded(budget):
     """ResNet-50's weights, normal and thresholded to a published budget."""
     with torch.device("meta"):
-        layers = sparing.select.find_layers(sparing.models.resnet50())
+        layers = sparing.layers.find_layers(sparing.models.resnet50())
     shares = sparing.Budget.published(budget)
     return {
         f"{name}.weight": sparing.soft_threshold(

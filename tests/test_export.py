@@ -484,7 +484,7 @@ def assert_smaller(model, example, expected):
     """The shrunk copy has weights of the expected shapes and the same outputs."""
     model.eval()
     small = shrink(model, example)
-    shapes = {name: tuple(layer.weight.shape) for name, layer in sparing.select.find_layers(small).items()}
+    shapes = {name: tuple(layer.weight.shape) for name, layer in sparing.layers.find_layers(small).items()}
     assert {name: shapes[name] for name in expected} == expected
     args, kwargs = network.random_inputs(example, 4)
     assert network.largest_error(network.outputs(model, args, kwargs), network.outputs(small, args, kwargs)) < 1e-5
@@ -624,7 +624,7 @@ def test_thresholds_a_filter_leave_a_smaller_network():
                 layer.parametrization.s[::2] = 10
     small = shrink(model, (1, 1, 28, 28))
     assert small.layer3[0].conv1.weight.shape[0] == 32
-    weights = sum(layer.weight.numel() for layer in sparing.select.find_layers(small).values())
+    weights = sum(layer.weight.numel() for layer in sparing.layers.find_layers(small).values())
     assert weights < 0.7 * 77_072
     args, _ = network.random_inputs((1, 1, 28, 28))
     assert network.largest_error(network.outputs(model.eval(), args, {}), network.outputs(small, args, {})) < 1e-5

@@ -24,25 +24,26 @@ MAY_IMPORT = {
     "target": {
         "errors", "budget", "macs", "masks", "parametrizations", "schedules", "select", "sparsify", "threshold",
     },
-    "select": {"errors", "parametrizations"},
+    "layers": {"errors", "parametrizations"},
+    "select": {"errors", "layers"},
     "register": {"errors", "select"},
     "sparsify": {"errors", "parametrizations", "register", "select"},
     "macs": {"errors", "select"},
     "report": {"macs", "select"},
     "budget": {"errors", "files", "masks", "select"},
-    "optim": {"errors", "parametrizations", "select"},
+    "param_groups": {"errors", "layers", "parametrizations"},
     "plots": {"report"},
     "rnn": {"errors", "register", "select", "sparsify"},
     "models": {"rnn"},
     "methods": {
-        "errors", "budget", "decay", "macs", "masks", "optim", "parametrizations", "schedules", "select", "sparsify",
+        "errors", "budget", "decay", "macs", "masks", "param_groups", "parametrizations", "schedules", "select", "sparsify",
         "target",
         "threshold",
     },
     "data": {"errors", "files"},
-    "export": {"errors", "files", "macs", "models", "rnn", "select", "sparsify", "threshold"},
+    "export": {"errors", "files", "layers", "macs", "models", "rnn", "select", "sparsify", "threshold"},
     "train": {
-        "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "optim",
+        "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "param_groups",
         "plots", "models", "methods", "rnn", "threshold",
     },
     "sweep": {"errors", "files", "plots", "train"},
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "register", "sparsify", "macs"]
-CORE += ["report", "budget", "decay", "masks", "optim", "rnn", "models", "methods", "published", "target"]
+CORE += ["report", "budget", "decay", "masks", "param_groups", "rnn", "models", "methods", "published", "target"]
 
 
 def room(path):

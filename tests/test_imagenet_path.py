@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparing.export.official import convert
+from sparing.export.str_release import convert
 from sparing.train.log import read_history
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, report_run
 from test_imagenet import _torchvision, noise, plant  # noqa: F401
-from test_official import STRConv, old_resnet, save, trained
+from test_str_release import STRConv, old_resnet, save, trained
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 100

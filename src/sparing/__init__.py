@@ -29,7 +29,7 @@ from sparing.methods import (
     STRFeather,
     VariationalDropout,
 )
-from sparing.optim import param_groups
+from sparing.param_groups import param_groups
 from sparing.parametrizations import SoftThreshold, Sparse
 from sparing.report import Report, report
 from sparing.sparsify import Method, Sparsifier, dense_state_dict, densify_, sparse_layers, sparsify_

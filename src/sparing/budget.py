@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, nearest
 from sparing.files import write_text
+from sparing.layers import Layer, find_layers
 from sparing.masks import count_kept
-from sparing.select import Layer, find_layers, nearest
 
 
 class Budget(Mapping[str, float]):

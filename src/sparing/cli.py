@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from sparing.budget import Budget
-from sparing.errors import InputError
-from sparing.export import latency, official
+from sparing.errors import InputError, nearest
+from sparing.export import latency, str_release
 from sparing.export.formats import FORMATS
 from sparing.export.runtimes import UnavailableError
 from sparing.export.shrink import shrink
-from sparing.files import replacing, write_text
+from sparing.files import atomic_write, write_text
+from sparing.layers import find_layers
 from sparing.macs import count_uses
 from sparing.masks import count_kept
 from sparing.methods import METHODS
 from sparing.models import MODELS
 from sparing.plots import latency_bars
 from sparing.rnn import ranks
-from sparing.select import find_layers, nearest
 from sparing.sparsify import Method, sparse_layers
 from sparing.sweep import load_sweep, run_sweep
 from sparing.train.distributed import is_first_process
@@ -272,7 +272,7 @@ def bench(
     measured = latency.measure(model, data["input_size"], batches=batch or (1, 16), threads=threads)
     write_text(run / "latency.json", measured.to_json() + "\n")
     (run / "figures").mkdir(exist_ok=True)
-    with replacing(run / "figures" / "latency.png") as temporary:
+    with atomic_write(run / "figures" / "latency.png") as temporary:
         latency_bars(measured.bars()).savefig(temporary, format="png", dpi=120)
     if as_json:
         print(measured.to_json())
@@ -299,7 +299,7 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(help="A checkpoint of the 2020 release of STR.")],
-    arch: Annotated[str, typer.Option(help=f"Its network: {', '.join(official.ARCHITECTURES)}.")],
+    arch: Annotated[str, typer.Option(help=f"Its network: {', '.join(str_release.ARCHITECTURES)}.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     keep_thresholds: Annotated[
         bool, typer.Option("--keep-thresholds", help="Keep weights and thresholds apart, for a model after sparsify_.")
@@ -310,11 +310,11 @@ def convert(
     """Make a safetensors file of a checkpoint of the 2020 release."""
     from safetensors.torch import save_file
 
-    state = official.convert(file, arch, keep_thresholds=keep_thresholds)
+    state = str_release.convert(file, arch, keep_thresholds=keep_thresholds)
     if names is not Names.sparing:
-        state = official.with_bias(state, arch)
+        state = str_release.with_bias(state, arch)
     try:
-        with replacing(out) as temporary:
+        with atomic_write(out) as temporary:
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error

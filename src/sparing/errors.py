@@ -1,5 +1,8 @@
 """The errors sparing raises for what a caller can mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the caller gave cannot be used.
@@ -19,3 +22,10 @@ class SparsityWarning(UserWarning):
     A layer holds no weight at all, so nothing can pass through it or train it; the numbers of a run
     can prune nothing; a picture of the training data cannot be read, and another takes its place.
     """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The tail of an error message about an unknown name: the nearest one, or all there are."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices) or 'nothing'}"

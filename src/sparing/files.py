@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends without an error.
 
     A reader, or a crash, sees the old file or the new one, never half of one.
 
     Examples:
-        >>> with replacing("notes.txt") as temporary:  # doctest: +SKIP
+        >>> with atomic_write("notes.txt") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("all or nothing")
     """
     path = Path(path).resolve()  # through a link, to what it names
@@ -35,5 +35,5 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all, in UTF-8."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

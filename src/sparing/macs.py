@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sparing.errors import InputError
-from sparing.select import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, find_layers
+from sparing.layers import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, find_layers
 
 Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 

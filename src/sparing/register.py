@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparing.errors import InputError
-from sparing.select import Layer, Place
+from sparing.layers import Layer, Place
 
 
 def check_weight(layer: Layer) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from sparing.layers import Layer, find_layers
 from sparing.macs import Example, count_uses
-from sparing.select import Layer, find_layers
 
 FIELDS = ("name", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense_macs", "macs")
 

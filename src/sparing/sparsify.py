@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
+from sparing.layers import Layer, find_layers
 from sparing.parametrizations import Sparse
 from sparing.register import check_weight, register, unregister
-from sparing.select import Layer, Select, find_layers, resolve
+from sparing.select import Select, resolve
 
 Part = TypeVar("Part", bound=Sparse)
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from sparing.budget import check_target
 from sparing.errors import InputError, SparsityWarning
+from sparing.layers import Layer, find_layers
 from sparing.macs import Example, count_uses
 from sparing.masks import count_kept
 from sparing.parametrizations import LearnedThreshold
 from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.select import Layer, find_layers
 from sparing.sparsify import Sparsifier
 
 FLOOR = 0.1

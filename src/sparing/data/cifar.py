@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparing.data.image import ImageData, Images, stratified_split
 from sparing.errors import InputError
-from sparing.files import replacing
+from sparing.files import atomic_write
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """By label."""
@@ -186,7 +186,7 @@ def _write_cache(archive: Path, parts: dict[str, Images]) -> None:
     tensors = {f"{part}.pixels": images.pixels for part, images in parts.items()}
     tensors |= {f"{part}.labels": images.labels for part, images in parts.items()}
     try:
-        with replacing(_cache(archive)) as temporary:
+        with atomic_write(_cache(archive)) as temporary:
             save_file(tensors, temporary, metadata={"archive": _signature(archive)})
     except OSError:  # a folder that cannot be written: decoded again next time
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparing.data.sequence import SequenceData, Sequences, normalized
 from sparing.errors import InputError
-from sparing.files import replacing
+from sparing.files import atomic_write
 
 FILTERS = 32
 WINDOW, STRIDE = 0.025, 0.010
@@ -283,7 +283,7 @@ def _spectra(
             tensors[f"{part}.lengths"] = torch.tensor([len(spectrum) for spectrum in spectra])
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(cache) as temporary:
+            with atomic_write(cache) as temporary:
                 save_file(tensors, temporary, {"key": key})
         except OSError as error:
             raise InputError(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparing.errors import CheckpointError, InputError
-from sparing.files import replacing
+from sparing.files import atomic_write
 
 VERSION = 1
 
@@ -102,7 +102,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
         parts |= {f"{name}/{kind}": part for kind, part in made.items()}
     head = json.dumps({"version": VERSION, "crc32": crc32(_canonical(entries)), "tensors": entries})
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(parts, temporary, metadata={"sparing.compressed": head})
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

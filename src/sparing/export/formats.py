@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 from sparing.export import compressed, mnn, native, onnx, openvino
 from sparing.export.network import Written
-from sparing.files import replacing
+from sparing.files import atomic_write
 from sparing.macs import Example
 from sparing.sparsify import dense_state_dict
 
@@ -30,7 +30,7 @@ def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
         name: t.detach().cpu().contiguous().clone() for name, t in dense_state_dict(model).items()
     }
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(state, temporary)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -29,8 +29,8 @@ from sparing.errors import InputError
 from sparing.export import mnn, native, onnx
 from sparing.export.network import PACKAGES, TOLERANCE, largest_error, outputs, plain, random_inputs, require
 from sparing.export.runtimes import Process, UnavailableError
+from sparing.layers import find_layers
 from sparing.macs import Example
-from sparing.select import find_layers
 
 SPARSE = "MNN sparse"
 

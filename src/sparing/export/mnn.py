@@ -19,7 +19,7 @@ from sparing.errors import InputError
 from sparing.export import onnx
 from sparing.export.network import Written, check, outputs, plain, random_inputs, require
 from sparing.export.runtimes import Process, UnavailableError
-from sparing.files import replacing
+from sparing.files import atomic_write
 from sparing.macs import Example
 
 SPARSE = ("--detectSparseSpeedUp",)
@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         error = check(f"{path} in MNN", outputs(network, args, kwargs), got)
         size = made.stat().st_size
         try:
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 shutil.copyfile(made, temporary)
         except OSError as failure:
             raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure

@@ -35,7 +35,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from sparing.errors import InputError
 from sparing.export.network import Written, check, outputs, plain, random_inputs
 from sparing.export.onnx import trace
-from sparing.files import replacing
+from sparing.files import atomic_write
 from sparing.macs import Example
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     program = trace(accelerate(model, example)[0], example)
     args, kwargs = random_inputs(example, batch=3)
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.export.save(program, file)
             error = check(str(path), outputs(plain(model), args, kwargs), outputs(load(temporary), args, kwargs))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.export.network import Written, check, outputs, plain, random_inputs, require
-from sparing.files import replacing
+from sparing.files import atomic_write
 from sparing.macs import Example
 
 
@@ -104,7 +104,7 @@ def trace(network: nn.Module, example: Example) -> "torch.export.ExportedProgram
 @contextmanager
 def _writing(path: str | Path) -> Iterator[Path]:
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             yield temporary
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from sparing.errors import InputError
 from sparing.export import onnx
 from sparing.export.network import Written, check, outputs, plain, random_inputs, require
 from sparing.export.runtimes import Process, UnavailableError
-from sparing.files import replacing
+from sparing.files import atomic_write
 from sparing.macs import Example
 
 
@@ -61,7 +61,7 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         try:
             # The weights first: a reader that sees the new graph finds the new weights.
             for suffix in (".bin", ".xml"):
-                with replacing(path.with_suffix(suffix)) as temporary:
+                with atomic_write(path.with_suffix(suffix)) as temporary:
                     shutil.copyfile(made.with_suffix(suffix), temporary)
         except OSError as failure:
             raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure

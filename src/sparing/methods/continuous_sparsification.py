@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.parametrizations import Sparse
 from sparing.schedules import check_schedule
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -21,9 +21,9 @@ import torch
 
 from sparing.budget import Budget, check_target, kept_counts
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import keep_top
 from sparing.parametrizations import DenseGradientMask, Sparse
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from sparing.budget import Budget, check_target, kept_counts
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import apportion, keep_top, random_mask, random_scores
-from sparing.optim import reset_state
+from sparing.param_groups import reset_state
 from sparing.parametrizations import Masked, Sparse
 from sparing.schedules import check_fraction, check_schedule, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

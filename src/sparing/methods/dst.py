@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.layers import TRANSPOSED_CONVOLUTIONS, Layer
 from sparing.parametrizations import Sparse
-from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer
 from sparing.sparsify import Method, Sparsifier
 
 LEAST_DENSITY = 0.01

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from sparing.budget import check_target
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import count_kept, largest_left_out
 from sparing.parametrizations import FeatherStraightThrough, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 
 from sparing.budget import check_target
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top_together
 from sparing.parametrizations import Mask, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

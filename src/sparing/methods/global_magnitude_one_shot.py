@@ -19,10 +19,10 @@ import torch
 
 from sparing.budget import check_target
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top_together
 from sparing.parametrizations import Mask, Sparse
 from sparing.schedules import check_schedule, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

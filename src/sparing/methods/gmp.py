@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 
 from sparing.budget import Budget, check_target, kept_counts
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top
 from sparing.parametrizations import Mask, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sparing.budget import check_target
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top_together
-from sparing.optim import skip_step
+from sparing.param_groups import skip_step
 from sparing.parametrizations import Masked, Sparse
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

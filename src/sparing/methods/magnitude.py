@@ -18,10 +18,10 @@ import torch
 
 from sparing.budget import Budget, check_target, kept_counts
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import keep_top
 from sparing.parametrizations import Mask, Sparse
 from sparing.schedules import check_schedule, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 
 from sparing.budget import Budget, check_target, kept_counts
+from sparing.layers import Layer
 from sparing.masks import random_mask, rewire
-from sparing.optim import reset_state, skip_step
+from sparing.param_groups import reset_state, skip_step
 from sparing.parametrizations import DenseGradientMask, Sparse
 from sparing.schedules import check_fraction, check_schedule, cosine, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

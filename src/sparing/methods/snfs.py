@@ -25,11 +25,11 @@ from torch import Tensor
 
 from sparing.budget import Budget, check_target, kept_counts
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import apportion, keep_top, random_mask
-from sparing.optim import reset_state
+from sparing.param_groups import reset_state
 from sparing.parametrizations import Masked, MaskStraightThrough, Sparse
 from sparing.schedules import check_fraction, check_schedule, cosine, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 
 from sparing.budget import check_target
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top_together
-from sparing.optim import skip_step
+from sparing.param_groups import skip_step
 from sparing.parametrizations import Mask, Sparse
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from sparing.budget import check_target
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.masks import count_kept, keep_top_together
 from sparing.parametrizations import Masked, Sparse
 from sparing.schedules import check_schedule, is_update, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 MOST_ITERATIONS = 100

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from sparing.budget import check_target
+from sparing.layers import Layer
 from sparing.masks import count_kept, largest_left_out
 from sparing.parametrizations import RescaledSoftThreshold, Sparse
 from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 

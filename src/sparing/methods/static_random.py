@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparing.budget import Budget, check_target, kept_counts
+from sparing.layers import Layer
 from sparing.masks import random_mask
 from sparing.parametrizations import Mask, Sparse
-from sparing.select import Layer
 from sparing.sparsify import Method
 
 

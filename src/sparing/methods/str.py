@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from sparing.decay import weight_decay_for
-from sparing.errors import InputError
+from sparing.errors import InputError, nearest
+from sparing.layers import TRANSPOSED_CONVOLUTIONS, Layer
 from sparing.macs import Example
 from sparing.parametrizations import SoftThreshold, Sparse, learned_number
-from sparing.select import TRANSPOSED_CONVOLUTIONS, Layer, nearest
 from sparing.sparsify import Method, Sparsifier
 from sparing.target import Goal, Target
 from sparing.threshold import MAPS

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.macs import Example
 from sparing.parametrizations import FeatherStraightThrough, LearnedThreshold, Sparse, learned_number
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 from sparing.target import Goal, Target
 

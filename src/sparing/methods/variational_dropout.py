@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.parametrizations import Sparse
 from sparing.schedules import check_schedule, to_step
-from sparing.select import Layer
 from sparing.sparsify import Method, Sparsifier
 
 CLIP = 8.0

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparing.errors import InputError
-from sparing.select import nearest
+from sparing.errors import InputError, nearest
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.layers import Layer, find_layers
 from sparing.register import check_weight, register
-from sparing.select import Layer, Select, find_layers, resolve
+from sparing.select import Select, resolve
 from sparing.sparsify import densify_
 
 

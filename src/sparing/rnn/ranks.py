@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparing.layers import Layer
 from sparing.rnn.fastgrnn import FastGRNNCell
 from sparing.rnn.low_rank import LowRankLinear, factored_layers, parts
-from sparing.select import Layer
 
 
 @dataclass(frozen=True)

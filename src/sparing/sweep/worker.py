@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sparing.errors import InputError
-from sparing.files import replacing, write_text
+from sparing.files import atomic_write, write_text
 from sparing.plots import pareto_front
 from sparing.sweep.file import Range, Sweep, ends
 from sparing.sweep.study import open_study, queue_again, run_of
@@ -200,7 +200,7 @@ class _Worker:
         points = [(row[cost], row["validation_accuracy"]) for row in self.rows if row["state"] == "finished"]
         front = [(row[cost], row["validation_accuracy"]) for row in self.front]
         if points:
-            with replacing(self.out / "front.png") as temporary:
+            with atomic_write(self.out / "front.png") as temporary:
                 pareto_front(points, front, cost).savefig(temporary, format="png", dpi=120)
 
     def _table(self) -> Table:

@@ -10,11 +10,10 @@ from torch import nn
 
 from sparing.data import DATASETS, Data
 from sparing.decay import e_folds, weight_decay_for
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, nearest
 from sparing.methods import STR
 from sparing.models import MODELS
-from sparing.optim import param_groups
-from sparing.select import nearest
+from sparing.param_groups import param_groups
 from sparing.sparsify import Sparsifier, sparsify_
 from sparing.threshold import MAPS
 from sparing.train.recipe import Data as DataSpec

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sparing.errors import CheckpointError
-from sparing.files import replacing
+from sparing.files import atomic_write
 
 FORMAT = 2
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values; a crash leaves the old file as it was."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save({"format": FORMAT, **content}, temporary)
 
 

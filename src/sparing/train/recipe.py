@@ -11,11 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparing.data import DATASETS
-from sparing.errors import InputError
+from sparing.errors import InputError, nearest
 from sparing.methods import METHODS, STR
 from sparing.models import MODELS
 from sparing.schedules import warmup_cosine, warmup_drops
-from sparing.select import nearest
 from sparing.sparsify import Method
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

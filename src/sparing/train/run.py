@@ -15,7 +15,7 @@ import sparing
 from sparing.data import Data, check_part
 from sparing.errors import CheckpointError, InputError
 from sparing.export import compressed
-from sparing.files import replacing, write_text
+from sparing.files import atomic_write, write_text
 from sparing.macs import count_uses
 from sparing.methods import STR
 from sparing.plots import budget_by_depth, layers_over_time
@@ -339,7 +339,7 @@ def _write_model(out: Path, model: nn.Module) -> None:
     plain = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in dense_state_dict(model).items()
     }
-    with replacing(out / "model.safetensors") as temporary:
+    with atomic_write(out / "model.safetensors") as temporary:
         save_file(plain, temporary)
     compressed.save(plain, out / "compressed.safetensors")
 
@@ -365,7 +365,7 @@ def _write_figures(out: Path, account: Report) -> None:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        with replacing(folder / f"{name}.png") as temporary:
+        with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=120)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sparing
 from sparing import STR, CheckpointError, InputError
 from sparing.data import DATASETS, ImageData, Images
-from sparing.export.official import ARCHITECTURES, convert, with_bias
+from sparing.export.str_release import ARCHITECTURES, convert, with_bias
 from test_cli import sparing as run_cli
 
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.errors import CheckpointError, InputError
+from sparing.errors import CheckpointError, InputError, nearest
 from sparing.models import MODELS
-from sparing.select import nearest
 from sparing.threshold import soft_threshold
 
 ARCHITECTURES = ("resnet18", "resnet50", "mobilenet_v1")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.layers import NORMALIZATIONS
 from sparing.parametrizations import Sparse
-from sparing.select import NORMALIZATIONS
 
 
 def param_groups(
