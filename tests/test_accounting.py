@@ -25,7 +25,7 @@ def test_resnet50_is_the_papers():
     # 100,352 additions, which the paper's 4,089,284,608 includes, are no multiplications.
     model = meta(sparing.models.resnet50)
     model.train()
-    uses = sparing.count_uses(model, IMAGE)
+    uses = sparing.count_applications(model, IMAGE)
     layers = sparing.layers.find_layers(model)
     assert len(layers) == 54
     assert sum(layer.weight.numel() for layer in layers.values()) == 25_502_912
@@ -40,10 +40,27 @@ def test_resnet50_is_the_papers():
 
 def test_mobilenet_v1_is_the_papers():
     model = meta(sparing.models.mobilenet_v1)
-    uses = sparing.count_uses(model, IMAGE)
+    uses = sparing.count_applications(model, IMAGE)
     layers = sparing.layers.find_layers(model)
     assert sum(layer.weight.numel() for layer in layers.values()) == 4_209_088
     assert sum(uses[name] * layer.weight.numel() for name, layer in layers.items()) == 568_740_352
+
+
+def test_mobilenet_v1_initializes_its_classifier_with_kaiming_normal_fan_in():
+    # The 2020 release of STR does. PyTorch's default for a Linear has std 1 / sqrt(3 * 1024) = 0.0180.
+    torch.manual_seed(0)
+    weight = sparing.models.mobilenet_v1().fc.weight.detach()
+    assert weight.shape == (1000, 1024)
+    assert weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.02)
+    assert weight.abs().max() > 4 * weight.std(), "the distribution is not normal"
+
+
+def test_mobilenet_v1_leaves_its_convolutions_at_the_default_init():
+    # So does the release: Kaiming uniform with a = sqrt(5), whose bound is 1 / sqrt(fan in).
+    torch.manual_seed(0)
+    weight = sparing.models.mobilenet_v1().model[13][3].weight.detach()
+    assert weight.shape == (1024, 1024, 1, 1)
+    assert weight.abs().max().item() == pytest.approx(1024**-0.5, rel=0.01)
 
 
 def test_mobilenet_v1_takes_gray_pictures():
@@ -98,7 +115,7 @@ def test_macs_of_every_kind_of_layer(module, shape, macs):
     sparing.sparsify_(module, STR(init=-0.5))
     account = sparing.report(module, shape)
     assert account.total.dense_macs == macs
-    uses = sparing.count_uses(module, shape)
+    uses = sparing.count_applications(module, shape)
     assert account.total.macs == sum(
         uses[name] * int((layer.effective_weight != 0).sum()) for name, layer in sparing.sparse_layers(module).items()
     )
@@ -148,7 +165,7 @@ def test_macs_take_tensors_tuples_and_mappings():
 )
 def test_an_input_the_model_cannot_take_is_refused(example, message):
     with pytest.raises(InputError, match=message):
-        sparing.count_uses(nn.Linear(4, 4), example)
+        sparing.count_applications(nn.Linear(4, 4), example)
 
 
 def test_report_is_the_same_for_sparse_and_densified():

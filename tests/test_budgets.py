@@ -21,7 +21,7 @@ def resnet():
 def cost(resnet):
     """The weights and multiply-accumulates that a budget leaves of ResNet-50, in millions."""
     layers = sparing.layers.find_layers(resnet)
-    uses = sparing.count_uses(resnet, (1, 3, 224, 224))
+    uses = sparing.count_applications(resnet, (1, 3, 224, 224))
 
     def count(budget):
         assert list(budget) == list(layers)

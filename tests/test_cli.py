@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process, its output, its exit status."""
+"""Test the command line: its options, output and exit status."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,9 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
-from sparing.cli import app, main
+from sparing.cli import Format, app, main
+from sparing.export.formats import FORMATS
 
 RECIPE = """# test
 model: {name: resnet8, width: 2}
@@ -41,7 +44,7 @@ FROZEN = {
     "budget show": {"--model", "--json", "--help"},
     "budget extract": {"--out", "--weights", "--help"},
 }
-"""Options are a promise: new knobs go into the recipe, not here."""
+"""The options of each command. They are part of the public interface: new settings belong in the recipe."""
 
 
 def process(*arguments, cwd):
@@ -49,7 +52,7 @@ def process(*arguments, cwd):
 
 
 def sparing(*arguments, cwd):
-    """What `process` gives, without the seconds it takes to start an interpreter and import torch."""
+    """Run the command line in this process, which saves the seconds that starting Python and importing torch take."""
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -68,25 +71,25 @@ def sparing(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a recipe and, in runs/recipe, a finished run of it."""
+    """Return a directory with a recipe and a finished run of it in runs/recipe."""
     place = tmp_path_factory.mktemp("cli")
     (place / "recipe.yaml").write_text(RECIPE)
     done = process("train", "recipe.yaml", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "epoch   2/2" in done.stdout
-    assert "Test part, evaluated once" in done.stdout
-    assert re.search(r"On disk: [\d,]+ bytes without the zeros, of [\d,]+ with them", done.stdout)
-    assert re.search(r"Latency[:,] (not measured|batch 1, one thread: .* ms sparse in MNN)", done.stdout)
+    assert "Test results" in done.stdout
+    assert re.search(r"File size: [\d,]+ bytes compressed, [\d,]+ bytes dense \([\d.]+x smaller\)", done.stdout)
+    assert re.search(r"Latency(: not measured| \(batch 1, one thread\): .* ms sparse in MNN)", done.stdout)
     return place
 
 
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch):
-    """Once, in the process that makes `place`, is enough."""
+    """Skip the latency measurement, except in the process that creates `place`."""
     monkeypatch.setattr("sparing.cli.latency.available", lambda: False)
 
 
-def test_the_options_are_frozen():
+def test_the_commands_have_exactly_the_frozen_options():
     def options(command):
         return {o for p in command.params for o in p.opts if o.startswith("--")} | {"--help"}
 
@@ -95,14 +98,14 @@ def test_the_options_are_frozen():
     assert {name: options(command) for name, command in commands.items()} == FROZEN
 
 
-def test_train_prints_json_and_nothing_else(place):
+def test_train_with_json_prints_only_json(place):
     done = sparing("train", "recipe.yaml", "--json", "--resume", "auto", cwd=place)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == json.loads((place / "runs/recipe/metrics.json").read_text())
 
 
-def test_stop_after_and_resume(place):
-    # Brackets, because rich takes them for markup unless it is told not to.
+def test_stop_after_and_resume_continue_a_run(place):
+    # A name with brackets, which rich would read as markup if markup were on.
     first = sparing("train", "recipe.yaml", "--out", "parts[a]", "--stop-after", "1", "--set", "seed=3", cwd=place)
     assert first.returncode == 0
     assert "continue with: sparing train recipe.yaml --set seed=3 --out 'parts[a]' --resume auto" in first.stdout
@@ -115,8 +118,8 @@ def test_stop_after_and_resume(place):
 def test_eval_agrees_with_train(place):
     metrics = json.loads((place / "runs/recipe/metrics.json").read_text())
     done = sparing("eval", "runs/recipe", "--json", cwd=place)
-    answer = json.loads(done.stdout)
-    assert {key: answer[key] for key in ("accuracy", "nonzero", "macs")} == {
+    output = json.loads(done.stdout)
+    assert {key: output[key] for key in ("accuracy", "nonzero", "macs")} == {
         key: metrics[key] for key in ("accuracy", "nonzero", "macs")
     }
     text = sparing("eval", "runs/recipe", "--part", "validation", "--weights", "best", cwd=place)
@@ -133,7 +136,7 @@ def test_eval_of_a_file_agrees_with_eval_of_its_run(place):
     assert "top-5 " in sparing(*file, "--recipe", "recipe.yaml", "--part", "validation", cwd=place).stdout
 
 
-def test_report_in_every_format(place):
+def test_report_writes_text_csv_html_and_json(place):
     done = sparing("report", "runs/recipe", "--csv", "table.csv", "--html", "table.html", cwd=place)
     assert done.returncode == 0
     assert "layer3.0.conv2" in done.stdout
@@ -154,10 +157,10 @@ def test_report_in_every_format(place):
         (["train", "recipe.yaml", "--out", "recipe.yaml"], "recipe.yaml is a file"),
         (["train", "recipe.yaml", "--resume", "always"], "is not one of 'never', 'auto'"),
         (["eval", "absent"], "absent is not a run directory: there is no such directory"),
-        (["eval", "recipe.yaml"], "recipe.yaml is a file; say with --recipe"),
+        (["eval", "recipe.yaml"], "recipe.yaml is a file; give its model and data with --recipe"),
         (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is no .safetensors file"),
-        (["eval", "runs/recipe", "--recipe", "recipe.yaml"], "is a run directory, which has a recipe of its own"),
-        (["eval", "runs/recipe", "--set", "seed=1"], "--set changes the recipe given with --recipe"),
+        (["eval", "runs/recipe", "--recipe", "recipe.yaml"], "is a run directory with its own recipe; remove --recipe"),
+        (["eval", "runs/recipe", "--set", "seed=1"], "--set requires --recipe"),
         (["eval", "absent.safetensors", "--recipe", "recipe.yaml"], "absent.safetensors: unreadable or truncated"),
         (
             ["eval", "runs/recipe/model.safetensors", "--recipe", "recipe.yaml", "--set", "model.width=3"],
@@ -177,15 +180,21 @@ def test_report_in_every_format(place):
         (["budget", "extract", "runs/recipe", "--out", "b.txt"], "suffix must be .json or .csv"),
         (["train", "recipe.yaml", "--out", "x", "--set", SHORT], "the budget misses 9 of 10 layers"),
         (["export", "absent", "--to", "onnx"], "absent is not a run directory"),
-        (["export", "runs/recipe", "--to", "tflite"], "is not one of 'compressed'"),
+        (
+            ["export", "runs/recipe", "--to", "tflite"],
+            "is not one of 'compressed', 'safetensors', 'onnx', 'mnn', 'torch', 'openvino'",
+        ),
         (["export", "runs/recipe", "--to", "compressed", "--out", "nowhere/x"], "nowhere/x cannot be written"),
-        (["export", "runs/recipe", "--to", "compressed", "--shrink"], "--shrink changes the layers"),
+        (
+            ["export", "runs/recipe", "--to", "compressed", "--shrink"],
+            "--shrink changes the shapes of layers.*choose another format: onnx, mnn, torch, openvino",
+        ),
         (["bench", "absent"], "absent is not a run directory"),
         (["bench", "runs/recipe", "--batch", "0"], "Invalid value for .--batch."),
         (["explode"], "No such command 'explode'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
+def test_invalid_input_prints_one_sentence_and_exits_with_status_2(place, arguments, message):
     (place / "typo.yaml").write_text(RECIPE + "optimiser: {}\n")
     damaged = place / "damaged"
     damaged.mkdir(exist_ok=True)
@@ -198,13 +207,13 @@ def test_bad_input_is_one_sentence_and_status_2(place, arguments, message):
     done = sparing(*arguments, cwd=place)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    # typer frames its own errors, ours are one line.
+    # typer prints its own errors with the usage.
     assert len(done.stderr.splitlines()) == 1 or "Usage:" in done.stderr
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split())), done.stderr
     assert sorted(Path(place, "runs/recipe").rglob("*")) == before
 
 
-def test_an_error_is_one_line_in_a_process_of_its_own(place):
+def test_an_error_is_one_line_in_a_new_process(place):
     done = process("eval", "absent", cwd=place)
     message = "sparing: absent is not a run directory: there is no such directory\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
@@ -217,7 +226,7 @@ def test_a_warning_is_one_line(place):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_learned_budget_is_extracted_and_spent_exactly(place):
+def test_other_methods_meet_an_extracted_budget_exactly(place):
     done = sparing("budget", "extract", "runs/recipe", "--out", "learned.json", cwd=place)
     assert done.returncode == 0
     learned = json.loads((place / "learned.json").read_text())
@@ -227,37 +236,113 @@ def test_a_learned_budget_is_extracted_and_spent_exactly(place):
         change = f"method={{name: {name}, budget: learned.json, every: 2}}"
         done = sparing("train", "recipe.yaml", "--set", change, "--out", f"runs/{name}", "--json", cwd=place)
         assert done.returncode == 0, done.stderr
-        spent = json.loads(sparing("report", f"runs/{name}", "--json", cwd=place).stdout)["layers"]
-        assert [row["nonzero"] for row in spent] == [row["nonzero"] for row in rows]
+        layers = json.loads(sparing("report", f"runs/{name}", "--json", cwd=place).stdout)["layers"]
+        assert [row["nonzero"] for row in layers] == [row["nonzero"] for row in rows]
 
 
 @pytest.mark.parametrize("to", ["compressed", "safetensors"])
-def test_weights_are_exported_with_and_without_zeros(place, to):
+def test_weights_are_exported_compressed_and_dense(place, to):
     from safetensors.torch import load_file
 
     from sparing.export import compressed
 
     done = sparing("export", "runs/recipe", "--to", to, "--out", f"{to}.file", "--json", cwd=place)
-    answer = json.loads(done.stdout)
-    assert answer["path"] == f"{to}.file"
-    assert answer["bytes"] == (place / f"{to}.file").stat().st_size
+    output = json.loads(done.stdout)
+    assert output["path"] == f"{to}.file"
+    assert output["bytes"] == (place / f"{to}.file").stat().st_size
     expected = load_file(place / "runs/recipe/model.safetensors")
     got = (compressed.load if to == "compressed" else load_file)(place / f"{to}.file")
     assert {key: tensor.tolist() for key, tensor in got.items()} == {key: t.tolist() for key, t in expected.items()}
     metrics = json.loads((place / "runs/recipe/metrics.json").read_text())
-    assert answer["bytes"] == metrics["compressed_bytes" if to == "compressed" else "dense_bytes"]
+    assert output["bytes"] == metrics["compressed_bytes" if to == "compressed" else "dense_bytes"]
 
 
-def test_networks_are_exported_shrunk_or_not(place):
+def test_a_shrunk_network_is_exported_to_onnx(place):
     pytest.importorskip("onnxscript", reason="sparing[export] is not installed")
     pytest.importorskip("torch_pruning", reason="sparing[export] is not installed")
     done = sparing("export", "runs/recipe", "--to", "onnx", "--shrink", cwd=place)
     assert re.match(
-        r"Written to runs/recipe/model.onnx: [\d,]+ bytes, of [\d,]+ dense; largest difference", done.stdout
+        r"Written to runs/recipe/model.onnx: [\d,]+ bytes \([\d,]+ bytes dense\); maximum relative error against "
+        r"PyTorch \d",
+        done.stdout,
     )
 
 
-def test_bench_prints_and_writes_what_it_measured(place, monkeypatch):
+@pytest.fixture
+def sparse_run(place):
+    """Return a copy of the finished run in which 80 % of the weights of each layer are zero."""
+    from safetensors.torch import load_file, save_file
+
+    run = place / "runs/sparse"
+    shutil.copytree(place / "runs/recipe", run, dirs_exist_ok=True)
+    state = load_file(run / "model.safetensors")
+    for weight in (tensor for tensor in state.values() if tensor.dim() > 1):
+        weight[weight.abs() < weight.abs().quantile(0.8)] = 0
+    save_file(state, run / "model.safetensors")
+    return run
+
+
+@pytest.mark.parametrize("shrink", [[], ["--shrink"]])
+def test_export_to_torch_writes_a_network_with_sparse_convolutions(sparse_run, monkeypatch, shrink):
+    from sparing.export import native
+    from sparing.train.run import load_run
+
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("sparse convolutions require a C++ compiler")
+    if shrink:
+        pytest.importorskip("torch_pruning", reason="sparing[export] is not installed")
+    monkeypatch.setattr(native, "_fastest", lambda dense, sparse, rounds: (2.0, 1.0))  # the sparse one is faster
+    done = sparing("export", str(sparse_run), "--to", "torch", *shrink, "--json", cwd=sparse_run)
+    output = json.loads(done.stdout)
+    assert output["path"] == str(sparse_run / "model.pt2")
+    assert output["bytes"] == (sparse_run / "model.pt2").stat().st_size
+    assert output["error"] < 1e-3
+    network = native.load(sparse_run / "model.pt2")
+    assert "sparse_conv2d" in network.code
+    model, _, data = load_run(sparse_run, "dense")
+    x = torch.randn(3, *data["input_size"][1:])
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_export_accepts_exactly_the_formats_of_the_table():
+    assert [name.value for name in Format] == list(FORMATS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_every_documented_format_is_a_choice_of_export(page):
+    text = Path(__file__).parent.parent.joinpath(page).read_text()
+    named = {name for group in re.findall(r"--to ([a-z|]+)", text) for name in group.split("|")}
+    assert "torch" in named
+    assert named <= set(FORMATS)
+
+
+def test_the_readme_names_every_export_format():
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    (named,) = re.findall(r"sparing export RUN --to ([a-z|]+)", readme)
+    assert sorted(named.split("|")) == sorted(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("train", ["runs/NAME-OF-RECIPE", "never"]),
+        ("sweep", ["the sweep file's trials", "runs/NAME-OF-SWEEP", "an SQLite file in the study directory"]),
+        ("eval", ["test", "last"]),
+        ("report", ["last"]),
+        ("export", ["a file in RUN"]),
+        ("bench", ["1 and the number of CPUs", "1 and 16"]),
+        ("convert", ["sparing"]),
+        ("budget extract", ["last"]),
+    ],
+)
+def test_help_shows_the_defaults(tmp_path, command, defaults):
+    done = sparing(*command.split(), "--help", cwd=tmp_path)
+    shown = re.findall(r"\[default: \(?([^)\];]+)", " ".join(done.stdout.split()))
+    assert shown == defaults
+
+
+def test_bench_prints_and_writes_its_measurements(place, monkeypatch):
     from sparing.export import latency
 
     if not all(map(find_spec, ("MNN", "onnx", "onnxscript", "onnxruntime"))):
@@ -265,15 +350,15 @@ def test_bench_prints_and_writes_what_it_measured(place, monkeypatch):
     quick = functools.partial(latency.measure, contestants=("ONNX Runtime",), sweep=(), rounds=1, turn=0.001)
     monkeypatch.setattr(latency, "measure", quick)
     done = sparing("bench", "runs/recipe", "--threads", "1", "--batch", "3", "--json", cwd=place)
-    answer = json.loads(done.stdout)
-    assert [(row["name"], row["batch"], row["threads"]) for row in answer["rows"]] == [
+    output = json.loads(done.stdout)
+    assert [(row["name"], row["batch"], row["threads"]) for row in output["rows"]] == [
         ("MNN sparse", 3, 1), ("ONNX Runtime", 3, 1)
     ]  # fmt: skip
-    assert answer == json.loads((place / "runs/recipe/latency.json").read_text())
+    assert output == json.loads((place / "runs/recipe/latency.json").read_text())
     assert (place / "runs/recipe/figures/latency.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_methods_are_listed_with_what_where_and_whence(place):
+def test_methods_are_listed_with_description_source_and_file(place):
     from sparing import METHODS
 
     listed = json.loads(sparing("methods", "--json", cwd=place).stdout)

@@ -121,15 +121,18 @@ def test_a_run_that_is_just_long_enough_does_not_swing_past_zero():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1.0, [0.1] * 999, 0.9, -20.0), "sparsity must be a fraction between 0 and 1, got 1.0"),
-        ((90, [0.1] * 999, 0.9, -20.0), "sparsity must be a fraction between 0 and 1, got 90"),
-        ((True, [0.1] * 999, 0.9, -20.0), "sparsity must be a fraction"),
-        ((0.9, [0.1] * 999, 0.9, -5.0), "init must be below -7, where pruning begins, got -5.0"),
-        ((0.9, [0.1] * 999, 0.9, -math.inf), "init must be below -7"),
+        ((1.0, [0.1] * 999, 0.9, -20.0), r"sparsity must be in \(0, 1\), got 1.0"),
+        ((90, [0.1] * 999, 0.9, -20.0), r"sparsity must be in \(0, 1\), got 90"),
+        ((True, [0.1] * 999, 0.9, -20.0), r"sparsity must be in \(0, 1\), got True"),
+        ((0.9, [0.1] * 999, 0.9, -5.0), "init must be finite and below -7, where pruning starts; got -5.0"),
+        ((0.9, [0.1] * 999, 0.9, -math.inf), "init must be finite and below -7"),
         ((0.9, [0.1] * 999, 1.0, -20.0), r"momentum must be in \[0, 1\), got 1.0"),
-        ((0.9, [], 0.9, -20.0), "must sum to a positive number, got 0"),
-        ((0.9, [math.nan], 0.9, -20.0), "must sum to a positive number, got nan"),
-        ((0.9, [0.1] * 100, 0.9, -20.0), "100 steps are too few for sparsity 0.9 from init -20: at the weight decay"),
+        ((0.9, [], 0.9, -20.0), "the sum of the learning rates must be positive and finite, got 0"),
+        ((0.9, [math.nan], 0.9, -20.0), "the sum of the learning rates must be positive and finite, got nan"),
+        (
+            (0.9, [0.1] * 100, 0.9, -20.0),
+            "100 steps are too few for sparsity 0.9 from init -20: the weight decay this requires",
+        ),
     ],
 )
 def test_what_cannot_be_followed_is_refused(arguments, message):
@@ -184,7 +187,7 @@ def test_learning_rates_are_those_of_the_loop_per_epoch_too():
     [
         ({"method": {"name": "str", "for_sparsity": 0.9, "sparsity": 0.5}}, "give for_sparsity, or a total"),
         ({"method": {"name": "gmp", "for_sparsity": 0.9}}, "for_sparsity is for method 'str', not 'gmp'"),
-        ({"method": {"name": "str", "for_sparsity": 2}}, "sparsity must be a fraction between 0 and 1, got 2"),
+        ({"method": {"name": "str", "for_sparsity": 2}}, r"sparsity must be in \(0, 1\), got 2"),
         ({"method": {"name": "str", "for_sparsity": 0.9, "inti": -9}}, "no argument 'inti'; did you mean 'init'"),
         ({"method": {"name": "str", "for_sparsity": 0.9, "init": "low"}}, "init must be a finite number, got 'low'"),
         ({"optimizer": {"threshold_weight_decay": 0.1}}, "leave one of them out"),

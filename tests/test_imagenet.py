@@ -1,4 +1,4 @@
-"""Pictures in folders and shards: exact shares, order by seed and epoch alone, damaged files, odd layouts."""
+"""Image data sets in folders and shards: shares of the ranks, order, pixels, damaged files, wrong layouts."""
 
 import csv
 import functools
@@ -21,8 +21,8 @@ from PIL import Image
 
 from sparing import InputError, SparsityWarning
 from sparing.data import DATASETS
-from sparing.data.folders import InOrder
-from sparing.data.pictures import MEAN, STD, allowed, decode, default_workers
+from sparing.data.folders import EvaluationSampler
+from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unreadable
 from sparing.data.shards import read_shards
 from sparing.train.recipe import Recipe, load_recipe
 from sparing.train.run import train_run
@@ -30,14 +30,16 @@ from sparing.train.run import train_run
 ROOT = Path(__file__).parent.parent
 CLASSES, TRAIN, VAL = 100, 4, 2
 
-# On a machine of fewer cores than a test has workers.
+# Raised on a machine with fewer cores than the workers of a test.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _torchvision():
-    """torchvision's wheels load their operators from CUDA libraries and refuse to be imported beside a torch
-    without them. What is tested here uses none of those operators, so that declaring two of them is enough."""
+    """Make a CUDA build of torchvision importable with a CPU build of torch.
+
+    Its operators need CUDA libraries. The tests use none of them, so declaring two is enough for the import.
+    """
     try:
         import torchvision
     except RuntimeError:
@@ -46,66 +48,68 @@ def _torchvision():
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision  # noqa: F401
 
-        yield library  # which forgets its operators when it goes
+        yield library  # The operators are removed when the library is deleted.
     else:
         yield
 
 
-def color(number):
-    """A color that says the number, and stays apart from the others through JPEG: 12 levels a channel."""
+def number_to_color(number):
+    """Encode a number as a color: 12 levels per channel, which stay distinct after JPEG compression."""
     return tuple(20 * (number // 12**place % 12) + 10 for place in range(3))
 
 
-def number(pixels):
-    """The numbers of pictures of one color, from their normalized pixels (N, 3, H, W)."""
+def color_numbers(pixels):
+    """Decode the numbers of uniform images from their normalized pixels (N, 3, H, W)."""
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (MEAN, STD))
     levels = ((pixels.cpu() * std + mean) * 255).mean(dim=(2, 3)).sub(10).div(20).round()
     return (levels @ torch.tensor([1.0, 12.0, 144.0])).int().tolist()
 
 
-def noise(number, width=80, height=60):
-    """A picture of which no two crops are alike."""
+def noise_image(number, width=80, height=60):
+    """Return an image of which no two crops are equal."""
     small = np.random.default_rng(number).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def plant(root, classes, train, val, picture):
-    """A tree of `train` and `val` pictures of each class, numbered in the order of their paths."""
+def write_image_tree(root, classes, train, val, image):
+    """Write `train` and `val` images per class, made by `image(number)`; numbers are in the order of the paths."""
     count = 0
-    for part, each in (("train", train), ("val", val)):
+    for split, per_class in (("train", train), ("val", val)):
         for label in range(classes):
-            folder = root / part / f"n{label:08}"
+            folder = root / split / f"n{label:08}"
             folder.mkdir(parents=True)
-            for _ in range(each):
-                picture(count).save(folder / f"{folder.name}_{count:04}.JPEG", quality=90)
+            for _ in range(per_class):
+                image(count).save(folder / f"{folder.name}_{count:04}.JPEG", quality=90)
                 count += 1
     return root
 
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """100 classes of 4 + 2 pictures, each of a color of its own."""
+    """100 classes of 4 + 2 uniform images, each with its own color."""
     root = tmp_path_factory.mktemp("colors")
-    return plant(root, CLASSES, TRAIN, VAL, lambda number: Image.new("RGB", (84, 76), color(number)))
+    return write_image_tree(
+        root, CLASSES, TRAIN, VAL, lambda number: Image.new("RGB", (84, 76), number_to_color(number))
+    )
 
 
 @pytest.fixture(scope="session")
 def textures(tmp_path_factory):
-    return plant(tmp_path_factory.mktemp("textures"), classes=5, train=7, val=3, picture=noise)
+    return write_image_tree(tmp_path_factory.mktemp("textures"), classes=5, train=7, val=3, image=noise_image)
 
 
 @pytest.fixture
 def small(tmp_path):
-    """Two classes of 5 + 2 pictures, to be damaged."""
-    picture = lambda number: Image.new("RGB", (40, 50), color(number))  # noqa: E731
-    return plant(tmp_path / "tree", classes=2, train=5, val=2, picture=picture)
+    """Two classes of 5 + 2 uniform images, which a test can damage."""
+    image = lambda number: Image.new("RGB", (40, 50), number_to_color(number))  # noqa: E731
+    return write_image_tree(tmp_path / "tree", classes=2, train=5, val=2, image=image)
 
 
 def imagenet(root, size=32, validation_per_class=1, workers=0, **arguments):
     return DATASETS["imagenet"](str(root), size, validation_per_class, workers, **arguments)
 
 
-def passed(batches, epoch=1):
+def one_pass(batches, epoch=1):
     batches.epoch = epoch
     return list(batches)
 
@@ -116,108 +120,108 @@ def equal(first, second):
     )
 
 
-def joined(shares):
-    """The batches of all ranks, from each rank's shares of them."""
+def concatenated(shares):
+    """Concatenate the shares of all ranks to global batches."""
     return [tuple(map(torch.cat, zip(*batch, strict=True))) for batch in zip(*shares, strict=True)]
 
 
-# Folders: what comes, and how often
+# Folders
 
 
-def test_parts_classes_and_shapes(colors):
+def test_splits_classes_and_shapes(colors):
     data = imagenet(colors)
-    assert [data.size(part) for part in ("train", "validation", "test")] == [300, 100, 200]
+    assert [data.size(split) for split in ("train", "validation", "test")] == [300, 100, 200]
     assert data.num_classes == CLASSES
     assert data.classes[:2] == ("n00000000", "n00000001")
     assert data.input_size == (1, 3, 32, 32)
     assert data.model_arguments() == {"num_classes": CLASSES, "in_channels": 3}
-    batches = passed(data.training(128, seed=0))
+    batches = one_pass(data.training(128, seed=0))
     assert [tuple(pixels.shape) for pixels, _ in batches] == [(128, 3, 32, 32)] * 2 + [(44, 3, 32, 32)]
     assert all(pixels.dtype == torch.float32 and labels.dtype == torch.int64 for pixels, labels in batches)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_training_sees_each_picture_once_an_epoch_over_all_ranks(colors, ranks):
+def test_training_yields_each_image_once_per_epoch_over_all_ranks(colors, ranks):
     data = imagenet(colors)
     shares = [data.training(64, 5, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {5}
-    batches = [batch for share in shares for batch in passed(share)]
+    batches = [batch for share in shares for batch in one_pass(share)]
     seen = {
-        picture: label
+        image: label
         for pixels, labels in batches
-        for picture, label in zip(number(pixels), labels.tolist(), strict=True)
+        for image, label in zip(color_numbers(pixels), labels.tolist(), strict=True)
     }
     assert sum(len(labels) for _, labels in batches) == len(seen) == 300
-    assert all(picture // TRAIN == label for picture, label in seen.items())
-    held_out = [picture for pixels, _ in data.evaluation("validation") for picture in number(pixels)]
+    assert all(image // TRAIN == label for image, label in seen.items())
+    held_out = [image for pixels, _ in data.evaluation("validation") for image in color_numbers(pixels)]
     assert sorted([*seen, *held_out]) == list(range(CLASSES * TRAIN))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_evaluation_sees_each_picture_once_over_all_ranks(colors, ranks, monkeypatch):
+def test_evaluation_yields_each_image_once_over_all_ranks(colors, ranks, monkeypatch):
     monkeypatch.setattr("sparing.data.folders.EVALUATION_BATCH", 16)
-    for part, first, each in (("test", CLASSES * TRAIN, VAL), ("validation", 0, TRAIN)):
+    for split, first, per_class in (("test", CLASSES * TRAIN, VAL), ("validation", 0, TRAIN)):
         data = imagenet(colors)
-        shares = [data.evaluation(part, rank, ranks) for rank in range(ranks)]
+        shares = [data.evaluation(split, rank, ranks) for rank in range(ranks)]
         batches = [list(share) for share in shares]
         assert [len(share) for share in shares] == [len(share) for share in batches]
         pairs = [
             pair
             for share in batches
             for pixels, labels in share
-            for pair in zip(number(pixels), labels.tolist(), strict=True)
+            for pair in zip(color_numbers(pixels), labels.tolist(), strict=True)
         ]
-        assert len(pairs) == len(set(pairs)) == data.size(part)
-        assert all((picture - first) // each == label for picture, label in pairs)
+        assert len(pairs) == len(set(pairs)) == data.size(split)
+        assert all((image - first) // per_class == label for image, label in pairs)
 
 
-def test_more_ranks_than_pictures_leave_some_without_any_in_evaluation(small):
+def test_evaluation_with_more_ranks_than_images_gives_some_ranks_no_batches(small):
     shares = [list(imagenet(small).evaluation("validation", rank, 3)) for rank in range(3)]
     assert [sum(len(labels) for _, labels in share) for share in shares] == [1, 1, 0]
-    assert list(InOrder(2, rank=2, ranks=3)) == []
+    assert list(EvaluationSampler(2, rank=2, ranks=3)) == []
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_steps_are_the_same_on_any_number_of_ranks(textures, ranks):
+def test_batches_do_not_depend_on_the_number_of_ranks(textures, ranks):
     data = imagenet(textures)
-    whole = passed(data.training(8, seed=3))
-    shares = [passed(data.training(8, 3, rank, ranks)) for rank in range(ranks)]
-    assert equal(joined(shares), whole)
+    whole = one_pass(data.training(8, seed=3))
+    shares = [one_pass(data.training(8, 3, rank, ranks)) for rank in range(ranks)]
+    assert equal(concatenated(shares), whole)
 
 
-def test_a_last_batch_with_fewer_pictures_than_ranks_is_left_out(textures):
+def test_a_last_batch_with_fewer_images_than_ranks_is_dropped(textures):
     assert len(imagenet(textures).training(29, 0, ranks=2)) == 1
     assert len(imagenet(textures).training(28, 0, ranks=2)) == 2
     assert len(imagenet(textures).training(29, 0, ranks=1)) == 2
 
 
-def test_worker_processes_change_nothing(textures):
-    alone, helped = (imagenet(textures, workers=workers).training(8, seed=3) for workers in (0, 2))
-    epochs = [passed(alone, epoch) for epoch in (1, 2)]
-    # The same workers, which must learn of each epoch, forwards and back.
-    assert [equal(passed(helped, epoch), epochs[epoch - 1]) for epoch in (1, 2, 1)] == [True] * 3
-    parts = [imagenet(textures, workers=workers).evaluation("test") for workers in (0, 2)]
-    assert equal(*map(list, parts))
+def test_batches_do_not_depend_on_the_number_of_workers(textures):
+    without, with_workers = (imagenet(textures, workers=workers).training(8, seed=3) for workers in (0, 2))
+    epochs = [one_pass(without, epoch) for epoch in (1, 2)]
+    # Persistent workers must use the epoch that is set before each pass.
+    assert [equal(one_pass(with_workers, epoch), epochs[epoch - 1]) for epoch in (1, 2, 1)] == [True] * 3
+    evaluations = [imagenet(textures, workers=workers).evaluation("test") for workers in (0, 2)]
+    assert equal(*map(list, evaluations))
 
 
-def test_epochs_and_seeds_differ_in_order_and_crops(textures):
+def test_order_and_crops_differ_between_epochs_and_seeds(textures):
     data = imagenet(textures)
-    first, second, other = (passed(data.training(30, s), epoch)[0] for s, epoch in ((0, 1), (0, 2), (1, 1)))
+    first, second, other = (one_pass(data.training(30, s), epoch)[0] for s, epoch in ((0, 1), (0, 2), (1, 1)))
     for batch in (second, other):
         assert not torch.equal(first[1], batch[1])
         assert not any(torch.equal(one, two) for one in first[0] for two in batch[0])
 
 
-def test_loading_leaves_the_random_numbers_of_the_program_alone(textures):
+def test_loading_does_not_change_the_global_random_state(textures):
     before = torch.get_rng_state()
-    passed(imagenet(textures).training(8, 0))
-    passed(imagenet(textures, workers=1).training(8, 0))
+    one_pass(imagenet(textures).training(8, 0))
+    one_pass(imagenet(textures, workers=1).training(8, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_held_out_pictures_follow_from_their_names_alone(small):
+def test_the_validation_split_depends_only_on_file_names(small):
     def held_out():
-        files = imagenet(small, validation_per_class=2).parts["validation"]
+        files = imagenet(small, validation_per_class=2).splits["validation"]
         return {files.path(index) for index in range(len(files))}
 
     before = held_out()
@@ -239,18 +243,18 @@ def test_pixels_are_normalized_on_the_device(colors, device):
     data = imagenet(colors).to(device)
     pixels, labels = next(iter(data.evaluation("test")))
     assert pixels.device.type == labels.device.type == device.type
-    stored = decode(data.parts["test"].path(0)).getpixel((40, 40))
+    stored = decode(data.splits["test"].path(0)).getpixel((40, 40))
     for channel, mean, std in zip(range(3), MEAN, STD, strict=True):
         wanted = torch.full((32, 32), (stored[channel] / 255 - mean) / std)
         assert torch.allclose(pixels[0, channel].cpu(), wanted, atol=1e-5)
 
 
-def test_evaluation_takes_the_middle_of_the_picture_with_its_shorter_side_at_256_of_224(textures):
+def test_evaluation_resizes_the_shorter_side_and_crops_the_center(textures):
     data = imagenet(textures, size=56)
     pixels, _ = next(iter(data.evaluation("test")))
-    picture = decode(data.parts["test"].path(0))
-    assert picture.size == (80, 60)
-    scaled = picture.resize((64 * 80 // 60, 64), Image.Resampling.BILINEAR)
+    image = decode(data.splits["test"].path(0))
+    assert image.size == (80, 60)
+    scaled = image.resize((64 * 80 // 60, 64), Image.Resampling.BILINEAR)
     left, top = round((scaled.width - 56) / 2), (64 - 56) // 2
     middle = np.asarray(scaled.crop((left, top, left + 56, top + 56)), dtype=np.float32)
     wanted = (middle / 255 - np.array(MEAN)) / np.array(STD)
@@ -258,18 +262,18 @@ def test_evaluation_takes_the_middle_of_the_picture_with_its_shorter_side_at_256
 
 
 def test_training_crops_8_to_100_percent_and_flips_half(tmp_path):
-    # Red grows to the right, green downwards, so that the edges of a crop can be read from it.
+    # Red increases to the right and green downwards, so that the colors of a crop tell its edges.
     x, y = np.meshgrid(np.linspace(0, 255, 100), np.linspace(0, 255, 100))
     ramp = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
-    data = imagenet(plant(tmp_path, 1, 2, 1, lambda number: ramp))
-    first, second = passed(imagenet(tmp_path, validation_per_class=0).training(2, seed=0))[0][0]
-    assert not torch.equal(first, second), "both pictures of an epoch are cropped alike"
+    data = imagenet(write_image_tree(tmp_path, 1, 2, 1, lambda number: ramp))
+    first, second = one_pass(imagenet(tmp_path, validation_per_class=0).training(2, seed=0))[0][0]
+    assert not torch.equal(first, second), "both images of an epoch have the same crop"
     batches = data.training(1, seed=0)
     areas, flips = [], []
     for epoch in range(300):
-        pixels = passed(batches, epoch)[0][0][0] * torch.tensor(STD).reshape(-1, 1, 1)
+        pixels = one_pass(batches, epoch)[0][0][0] * torch.tensor(STD).reshape(-1, 1, 1)
         red, green = pixels[0].mean(dim=0), pixels[1].mean(dim=1)
-        # Between the middles of the first and last of 32 columns lie 31/32 of the width.
+        # The centers of the first and last of 32 columns are 31/32 of the width apart.
         width, height = (red[-1] - red[0]) * 32 / 31, (green[-1] - green[0]) * 32 / 31
         areas.append(float(width.abs() * height))
         flips.append(bool(width < 0))
@@ -279,8 +283,8 @@ def test_training_crops_8_to_100_percent_and_flips_half(tmp_path):
     assert 0.45 < np.mean(areas) < 0.6  # uniform on 0.08 to 1: 0.54
 
 
-def stored(kind, path):
-    """A red picture, stored in another way than as an RGB JPEG."""
+def write_variant(kind, path):
+    """Write a red image in another format than an RGB JPEG file."""
     red = Image.new("RGB", (40, 40), (254, 0, 0))
     if kind == "gray":
         red.convert("L").save(path, format="JPEG")
@@ -295,9 +299,9 @@ def stored(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["gray", "CMYK", "PNG named JPEG", "palette with transparency", "transparent"])
-def test_every_kind_of_picture_becomes_rgb(small, kind):
+def test_every_image_mode_is_converted_to_rgb(small, kind):
     path = next(small.glob("val/n00000000/*.JPEG"))
-    stored(kind, path)
+    write_variant(kind, path)
     batches = imagenet(small).evaluation("test")
     pixels, labels = next(iter(batches))
     assert len(labels) == 4
@@ -307,18 +311,18 @@ def test_every_kind_of_picture_becomes_rgb(small, kind):
     assert torch.allclose(rgb * 255, torch.tensor(wanted).float(), atol=4)
 
 
-def test_the_orientation_that_a_camera_noted_is_not_applied(tmp_path):
+def test_the_exif_orientation_is_ignored(tmp_path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise(0, 80, 60).save(path, exif=exif)
+    noise_image(0, 80, 60).save(path, exif=exif)
     assert decode(str(path)).size == (80, 60)
 
 
-def test_a_picture_of_a_kind_that_starts_a_program_is_not_opened(tmp_path):
+def test_formats_that_run_external_programs_are_rejected(tmp_path):
     path = tmp_path / "page.jpg"
-    noise(0).save(path, format="EPS")
-    with pytest.raises(ValueError, match="is no JPEG, PNG"):
+    noise_image(0).save(path, format="EPS")
+    with pytest.raises(ValueError, match="not a JPEG, PNG"):
         decode(str(path))
 
 
@@ -328,98 +332,108 @@ def test_a_picture_of_a_kind_that_starts_a_program_is_not_opened(tmp_path):
 DAMAGES = {
     "truncated": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
-    "another kind of file": lambda content: b"not a picture at all",
+    "another kind of file": lambda content: b"not an image at all",
     "overwritten": lambda content: content[:20] + bytes(len(content) - 20),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_picture_is_warned_of_and_the_next_one_stands_in(small, damage):
+def test_training_replaces_a_damaged_image_by_the_next_one_and_warns(small, damage):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.1)
-    whole = passed(data.training(10, seed=0))[0]
-    path = data.parts["train"].path(3)
+    whole = one_pass(data.training(10, seed=0))[0]
+    path = data.splits["train"].path(3)
     Path(path).write_bytes(DAMAGES[damage](Path(path).read_bytes()))
     batches = data.training(10, seed=0)
-    with pytest.warns(SparsityWarning, match=rf"{re.escape(path)} .* 1 of 1 allowed") as caught:
-        pixels, labels = passed(batches)[0]
+    with pytest.warns(
+        SparsityWarning, match=rf"{re.escape(path)} .*skipped in the train split \(1 of 1 allowed\)"
+    ) as caught:
+        pixels, labels = one_pass(batches)[0]
     assert len(caught) == 1
     assert list(batches.skipped) == [path]
-    place = number(whole[0]).index(3)
-    wanted = list(number(whole[0]))
-    wanted[place] = 4
-    assert number(pixels) == wanted
+    position = color_numbers(whole[0]).index(3)
+    wanted = list(color_numbers(whole[0]))
+    wanted[position] = 4
+    assert color_numbers(pixels) == wanted
     assert torch.equal(labels, whole[1])
-    # Warned of once, and the same with worker processes.
+    # A second pass does not warn again, and worker processes give the same batches.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert equal(passed(batches), [(pixels, labels)])
-    helped = imagenet(small, validation_per_class=0, max_corrupt=0.1, workers=2).training(10, seed=0)
+        assert equal(one_pass(batches), [(pixels, labels)])
+    with_workers = imagenet(small, validation_per_class=0, max_corrupt=0.1, workers=2).training(10, seed=0)
     with pytest.warns(SparsityWarning):
-        assert equal(passed(helped), [(pixels, labels)])
-    assert helped.skipped == batches.skipped
+        assert equal(one_pass(with_workers), [(pixels, labels)])
+    assert with_workers.skipped == batches.skipped
 
 
-def test_too_many_damaged_pictures_stop_the_run(small):
+def test_too_many_damaged_images_raise_an_error(small):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.2)
     for index in (2, 3, 4):
-        Path(data.parts["train"].path(index)).write_bytes(b"")
+        Path(data.splits["train"].path(index)).write_bytes(b"")
     with (
         pytest.warns(SparsityWarning),
-        pytest.raises(InputError, match=r"3 of 10 pictures of the part 'train' .*max_corrupt=0.2 allows 2"),
+        pytest.raises(InputError, match=r"3 of 10 images of the train split .*max_corrupt=0.2 allows 2"),
     ):
-        passed(data.training(10, seed=0))
+        one_pass(data.training(10, seed=0))
     data = imagenet(small, validation_per_class=0)
-    with pytest.raises(InputError, match=r"1 of 10 pictures"):
-        passed(data.training(10, seed=0))
+    with pytest.raises(InputError, match=r"1 of 10 images"):
+        one_pass(data.training(10, seed=0))
 
 
-def test_neighbours_that_are_damaged_as_well_are_passed_over(small):
+def test_damaged_replacements_are_skipped_too(small):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.2)
     for index in (9, 0):  # the last and, after it, the first
-        Path(data.parts["train"].path(index)).write_bytes(b"")
+        Path(data.splits["train"].path(index)).write_bytes(b"")
     with pytest.warns(SparsityWarning):
-        pixels, _ = passed(data.training(10, seed=0))[0]
-    assert sorted(number(pixels)) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8]
+        pixels, _ = one_pass(data.training(10, seed=0))[0]
+    assert sorted(color_numbers(pixels)) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_evaluation_leaves_a_damaged_picture_out(small):
+def test_evaluation_skips_a_damaged_image(small):
     data = imagenet(small, max_corrupt=0.25)
-    path = data.parts["test"].path(1)
+    path = data.splits["test"].path(1)
     Path(path).write_bytes(b"")
     batches = data.evaluation("test")
     with pytest.warns(SparsityWarning, match="1 of 1 allowed"):
-        assert [number(pixels) for pixels, _ in batches] == [[10, 12, 13]]
+        assert [color_numbers(pixels) for pixels, _ in batches] == [[10, 12, 13]]
     assert batches.skipped.keys() == {path}
 
 
-def test_a_batch_of_damaged_pictures_alone_is_left_out(small, monkeypatch):
+def test_a_batch_without_readable_images_is_skipped(small, monkeypatch):
     monkeypatch.setattr("sparing.data.folders.EVALUATION_BATCH", 1)
     data = imagenet(small, max_corrupt=0.25)
-    Path(data.parts["test"].path(0)).write_bytes(b"")
+    Path(data.splits["test"].path(0)).write_bytes(b"")
     with pytest.warns(SparsityWarning):
-        assert [number(pixels) for pixels, _ in data.evaluation("test")] == [[11], [12], [13]]
+        assert [color_numbers(pixels) for pixels, _ in data.evaluation("test")] == [[11], [12], [13]]
 
 
-def test_warnings_come_to_an_end(tmp_path):
-    data = imagenet(plant(tmp_path, 1, 2, 20, lambda number: Image.new("RGB", (8, 8))), max_corrupt=1)
+def test_at_most_ten_warnings_are_shown(tmp_path):
+    data = imagenet(write_image_tree(tmp_path, 1, 2, 20, lambda number: Image.new("RGB", (8, 8))), max_corrupt=1)
     for path in tmp_path.glob("val/*/*"):
         path.write_bytes(b"")
     batches = data.evaluation("test")
     with pytest.warns(SparsityWarning) as caught:
         assert list(batches) == []
     assert len(caught) == 10
-    assert "further ones are counted" in str(caught[-1].message)
+    assert "further unreadable images are counted" in str(caught[-1].message)
     assert len(batches.skipped) == 20
 
 
-def test_the_limit_is_exact():
-    assert [allowed(fraction, 100) for fraction in (0, 0.009, 0.01, 0.07, 0.29, 0.57, 1)] == [0, 0, 1, 7, 29, 57, 100]
-    assert allowed(0.001, 1_281_167) == 1281
+def test_max_unreadable_is_not_affected_by_rounding_errors():
+    assert [max_unreadable(fraction, 100) for fraction in (0, 0.009, 0.01, 0.07, 0.29, 0.57, 1)] == [
+        0,
+        0,
+        1,
+        7,
+        29,
+        57,
+        100,
+    ]
+    assert max_unreadable(0.001, 1_281_167) == 1281
 
 
-def test_waiting_is_measured(textures):
+def test_waited_seconds_is_measured(textures):
     batches = imagenet(textures).training(8, seed=0)
-    passed(batches)
+    one_pass(batches)
     assert 0 < batches.waited_seconds < 60
 
 
@@ -427,7 +441,7 @@ def test_waiting_is_measured(textures):
 
 
 def flatten(root):
-    """As the archive of ImageNet's validation part unpacks: no folders. Returns the classes by picture."""
+    """Move all val images out of their class folders, as in ImageNet's archive. Returns image name → class."""
     classes = {}
     for path in sorted(root.glob("val/*/*.JPEG")):
         classes[path.stem] = path.parent.name
@@ -437,27 +451,27 @@ def flatten(root):
     return classes
 
 
-def test_an_unsorted_val_is_refused_and_the_documented_line_sorts_it(small):
-    wanted = imagenet(small).parts["test"]
+def test_unsorted_val_is_rejected_and_the_documented_command_sorts_it(small):
+    wanted = imagenet(small).splits["test"]
     classes = flatten(small)
-    with pytest.raises(InputError, match=r"4 pictures outside of class folders .* 0 class folders.*LOC_val_solution"):
+    with pytest.raises(InputError, match=r"4 images outside of class folders .* 0 class folders.*LOC_val_solution"):
         imagenet(small)
     with open(small / "LOC_val_solution.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["ImageId", "PredictionString"])
-        rows.writerows([picture, f"{name} 85 1 499 272 "] for picture, name in classes.items())
+        rows.writerows([image, f"{name} 85 1 499 272 "] for image, name in classes.items())
     page = (ROOT / "docs" / "imagenet.md").read_text()
     line = re.search(r"```bash\n(.*?LOC_val_solution.*?)```", page, re.DOTALL)
     subprocess.run(["bash", "-euc", line[1]], cwd=small, check=True)
-    sorted_again = imagenet(small).parts["test"]
+    sorted_again = imagenet(small).splits["test"]
     assert list(sorted_again.names) == list(wanted.names)
 
 
-def without(part):
-    def spoil(root):
-        (root / part).rename(root / "elsewhere")
+def without(name):
+    def change(root):
+        (root / name).rename(root / "elsewhere")
 
-    return spoil
+    return change
 
 
 def clear(root):
@@ -471,9 +485,9 @@ def one_loose(root):
 
 
 LAYOUTS = {
-    "no train": (without("train"), "has no directory train/; it holds elsewhere/, val/"),
-    "no val": (without("val"), "has no directory val/; it holds elsewhere/, train/"),
-    "a class without pictures": (clear, "no picture in 1 classes of .*train: n00000001$"),
+    "no train": (without("train"), "has no directory train/; it contains elsewhere/, val/"),
+    "no val": (without("val"), "has no directory val/; it contains elsewhere/, train/"),
+    "a class without images": (clear, "1 classes of .*train have no images: n00000001$"),
     "a class only in train": (
         lambda root: (root / "val" / "n00000001").rename(root / "n1"),
         "1 classes of .*train/ are not in val/ (n00000001)",
@@ -482,7 +496,7 @@ LAYOUTS = {
         lambda root: (root / "train" / "n00000001").rename(root / "n1"),
         "1 classes of .*val/ are not in train/ (n00000001)",
     ),
-    "some pictures not sorted": (one_loose, "train has 1 pictures outside of class folders"),
+    "an image outside of the class folders": (one_loose, "train has 1 images outside of class folders"),
     "an empty train": (
         lambda root: ((root / "train").rename(root / "old"), (root / "train").mkdir()),
         "train has no class folders; it is empty",
@@ -491,20 +505,20 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_layouts_are_refused_in_words(small, layout):
-    spoil, message = LAYOUTS[layout]
-    spoil(small)
+def test_wrong_folder_layouts_are_rejected(small, layout):
+    change, message = LAYOUTS[layout]
+    change(small)
     with pytest.raises(InputError, match=message.replace("(", r"\(").replace(")", r"\)")):
         imagenet(small)
 
 
-def test_a_folder_that_may_not_be_read_is_named(small, monkeypatch):
+def test_folders_without_read_permission_are_reported(small, monkeypatch):
     folder = small / "train" / "n00000001"
     for path in folder.iterdir():
         path.unlink()
-    # A test may run as a user who may read everything.
+    # Mocked, because the tests may run as root, who can read every folder.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-    with pytest.raises(InputError, match="no picture in 1 classes .*no permission to read n00000001"):
+    with pytest.raises(InputError, match="1 classes .* have no images: .*no permission to read n00000001"):
         imagenet(small)
 
     def scandir(path):
@@ -515,9 +529,9 @@ def test_a_folder_that_may_not_be_read_is_named(small, monkeypatch):
         imagenet(small)
 
 
-def test_hidden_and_foreign_files_are_no_pictures(small):
+def test_hidden_files_and_other_file_types_are_ignored(small):
     (small / "train" / ".ipynb_checkpoints").mkdir()
-    (small / "train" / "README.txt").write_text("no picture")
+    (small / "train" / "README.txt").write_text("not an image")
     (small / "train" / "n00000000" / "._n00000000_0000.JPEG").write_bytes(b"left behind by a copy")
     (small / "train" / "n00000000" / "n00000000_0000.JPEG.part").write_bytes(b"half a download")
     assert imagenet(small, validation_per_class=0).size("train") == 10
@@ -526,26 +540,31 @@ def test_hidden_and_foreign_files_are_no_pictures(small):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size must be a whole number, 1 or more, got 0"),
-        ({"size": 32.5}, "size must be a whole number"),
-        ({"workers": -1}, "workers must be a whole number, 0 or more, got -1"),
-        ({"max_corrupt": 2}, "max_corrupt must be a fraction from 0 to 1, got 2"),
-        ({"max_corrupt": True}, "max_corrupt must be a fraction"),
-        ({"validation_per_class": -1}, "validation_per_class must be a whole number, 0 or more"),
-        ({"validation_per_class": 5}, "class n00000000 has 5 pictures in train/; validation_per_class=5 would leave"),
+        ({"size": 0}, "size must be an integer >= 1, got 0"),
+        ({"size": 32.5}, "size must be an integer >= 1, got 32.5"),
+        ({"workers": -1}, "workers must be an integer >= 0, got -1"),
+        ({"max_corrupt": 2}, r"max_corrupt must be in \[0, 1\], got 2"),
+        ({"max_corrupt": True}, r"max_corrupt must be in \[0, 1\], got True"),
+        ({"validation_per_class": -1}, "validation_per_class must be an integer >= 0, got -1"),
+        (
+            {"validation_per_class": 5},
+            "class n00000000 has 5 images in train/, but validation_per_class=5; it must be smaller",
+        ),
     ],
 )
-def test_arguments_out_of_range_are_refused(small, arguments, message):
+def test_imagenet_rejects_arguments_out_of_range(small, arguments, message):
     with pytest.raises(InputError, match=message):
         imagenet(small, **arguments)
 
 
-def test_a_root_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is not a directory; it must hold train/ and val/"):
+def test_imagenet_rejects_a_missing_root(tmp_path):
+    with pytest.raises(
+        InputError, match="nowhere is not a directory; set data.root to the folder that contains train/ and val/"
+    ):
         imagenet(tmp_path / "nowhere")
 
 
-def test_workers_are_shared_by_the_ranks_of_a_machine(monkeypatch):
+def test_the_ranks_of_a_host_share_the_default_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(24)), raising=False)
     found = []
     for ranks in ("1", "2", "8", "100"):
@@ -573,7 +592,7 @@ except sparing.InputError as error:
 """
 
 
-def test_a_torchvision_of_another_build_is_an_error_in_words(small):
+def test_torchvision_of_another_build_raises_input_error(small):
     done = subprocess.run([sys.executable, "-c", TORCHVISION, str(small)], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip("this torchvision loads")
@@ -582,7 +601,7 @@ def test_a_torchvision_of_another_build_is_an_error_in_words(small):
 
 
 @pytest.mark.parametrize(("package", "name"), [("torchvision", "imagenet"), ("webdataset", "webdataset")])
-def test_a_package_that_is_missing_is_named(small, monkeypatch, package, name):
+def test_a_missing_package_raises_input_error(small, monkeypatch, package, name):
     for module in [module for module in sys.modules if module.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
@@ -594,33 +613,33 @@ def test_a_package_that_is_missing_is_named(small, monkeypatch, package, name):
 # Shards
 
 
-def pack(path, pictures, ending="JPEG"):
-    """A tar file of (key, picture or bytes, label), in that order."""
+def write_shard(path, examples, extension="JPEG"):
+    """Write a tar file of examples (key, image or bytes, label), in that order."""
     with tarfile.open(path, "w") as tar:
-        for key, picture, label in pictures:
+        for key, image, label in examples:
             content = io.BytesIO()
-            if isinstance(picture, bytes):
-                content.write(picture)
+            if isinstance(image, bytes):
+                content.write(image)
             else:
-                picture.save(content, format="JPEG", quality=90)
-            for name, data in ((f"{key}.{ending}", content.getvalue()), (f"{key}.cls", str(label).encode())):
+                image.save(content, format="JPEG", quality=90)
+            for name, data in ((f"{key}.{extension}", content.getvalue()), (f"{key}.cls", str(label).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def of_color(first, count):
-    return [(f"{n:05}", Image.new("RGB", (40, 50), color(n)), n // 10) for n in range(first, first + count)]
+def uniform_images(first, count):
+    return [(f"{n:05}", Image.new("RGB", (40, 50), number_to_color(n)), n // 10) for n in range(first, first + count)]
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """12 shards of 10 pictures to train on, 3 to validate, 5 of 7 to test."""
+    """12 training and 3 validation shards of 10 images, and 5 test shards of 7 images."""
     root = tmp_path_factory.mktemp("shards")
     for index in range(15):
-        pack(root / f"train-{index:03}.tar", of_color(10 * index, 10))
+        write_shard(root / f"train-{index:03}.tar", uniform_images(10 * index, 10))
     for index in range(5):
-        pack(root / f"val-{index}.tar", of_color(200 + 7 * index, 7))
+        write_shard(root / f"val-{index}.tar", uniform_images(200 + 7 * index, 7))
     return root
 
 
@@ -633,75 +652,77 @@ def webdataset(root, size=32, workers=0, **changes):
     return DATASETS["webdataset"](size=size, workers=workers, **arguments | changes)
 
 
-def numbers(batches):
-    return [n for pixels, _ in batches for n in number(pixels)]
+def all_color_numbers(batches):
+    return [n for pixels, _ in batches for n in color_numbers(pixels)]
 
 
-def test_shards_have_parts_classes_and_shapes(shards):
+def test_splits_classes_and_shapes_of_shards(shards):
     data = webdataset(shards)
-    assert [data.size(part) for part in ("train", "validation", "test")] == [120, 30, 35]
+    assert [data.size(split) for split in ("train", "validation", "test")] == [120, 30, 35]
     assert data.input_size == (1, 3, 32, 32)
     assert data.model_arguments() == {"num_classes": 24, "in_channels": 3}
     batches = data.training(50, seed=0)
     assert len(batches) == 3
-    assert [tuple(pixels.shape) for pixels, _ in passed(batches)] == [(50, 3, 32, 32)] * 2 + [(20, 3, 32, 32)]
+    assert [tuple(pixels.shape) for pixels, _ in one_pass(batches)] == [(50, 3, 32, 32)] * 2 + [(20, 3, 32, 32)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_equal_shards_give_each_picture_once_an_epoch(shards, ranks, workers):
-    # 12 shards divide by ranks × workers, and a step's 12 pictures by ranks.
+def test_training_on_equal_shards_yields_each_image_once_per_epoch(shards, ranks, workers):
+    # 12 shards are a multiple of ranks × workers, and the batch size of 12 is a multiple of ranks.
     data = webdataset(shards, workers=workers)
-    shares = [passed(data.training(12, 0, rank, ranks)) for rank in range(ranks)]
+    shares = [one_pass(data.training(12, 0, rank, ranks)) for rank in range(ranks)]
     assert [len(share) for share in shares] == [10] * ranks
     assert {len(labels) for share in shares for _, labels in share} == {12 // ranks}
-    assert sorted(n for share in shares for n in numbers(share)) == list(range(120))
-    assert all(torch.equal(labels, torch.tensor(number(pixels)) // 10) for share in shares for pixels, labels in share)
+    assert sorted(n for share in shares for n in all_color_numbers(share)) == list(range(120))
+    assert all(
+        torch.equal(labels, torch.tensor(color_numbers(pixels)) // 10) for share in shares for pixels, labels in share
+    )
 
 
-def test_workers_beyond_the_shards_of_a_rank_are_not_started(shards):
+def test_a_rank_starts_at_most_one_worker_per_shard(shards):
     data = webdataset(shards, train=f"{shards}/train-{{000..002}}.tar", train_examples=30, workers=5)
-    assert sorted(numbers(passed(data.training(5, 0)))) == list(range(30))
+    assert sorted(all_color_numbers(one_pass(data.training(5, 0)))) == list(range(30))
 
 
-def test_unequal_shards_fill_every_batch_of_every_rank(shards):
-    # 3 shards for one rank and 2 for the other.
+def test_batches_are_full_if_the_ranks_have_different_numbers_of_shards(shards):
+    # One rank has 3 shards, the other 2.
     data = webdataset(shards, train=f"{shards}/train-{{000..004}}.tar", train_examples=50)
-    shares = [passed(data.training(15, 0, rank, 2)) for rank in range(2)]
+    shares = [one_pass(data.training(15, 0, rank, 2)) for rank in range(2)]
     assert [[len(labels) for _, labels in share] for share in shares] == [[8, 8, 8, 3], [7, 7, 7, 2]]
-    # The one with fewer shards begins them again, but not before it has seen them through.
-    seen = [set(numbers(share)) for share in shares]
+    # The rank with 2 shards repeats them after it has read both completely.
+    seen = [set(all_color_numbers(share)) for share in shares]
     assert not seen[0] & seen[1]
     assert list(map(len, seen)) == [27, 20]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_come_in_an_order_of_seed_and_epoch(shards, workers):
+def test_the_order_of_shards_depends_on_seed_and_epoch(shards, workers):
     def order(seed, epoch, **changes):
-        return numbers(passed(webdataset(shards, workers=workers, **changes).training(30, seed), epoch))
+        return all_color_numbers(one_pass(webdataset(shards, workers=workers, **changes).training(30, seed), epoch))
 
-    mixed = order(0, 1)
-    assert order(0, 1) == mixed
-    # Without a buffer whole shards are shuffled; with one, their pictures as well.
-    unmixed, *others = (order(*each, shuffle=0) for each in ((0, 1), (0, 2), (1, 1)))
-    assert unmixed[:10] == list(range(unmixed[0], unmixed[0] + 10))
-    assert unmixed not in others
-    assert sorted(mixed[:10]) != mixed[:10]
+    buffered = order(0, 1)
+    assert order(0, 1) == buffered
+    # Without a buffer, only the order of the shards is shuffled; with a buffer, also that of their images.
+    unbuffered, *others = (order(*each, shuffle=0) for each in ((0, 1), (0, 2), (1, 1)))
+    assert unbuffered[:10] == list(range(unbuffered[0], unbuffered[0] + 10))
+    assert unbuffered not in others
+    assert sorted(buffered[:10]) != buffered[:10]
 
 
-def test_workers_that_live_on_learn_of_the_epoch(shards):
+def test_persistent_workers_use_the_current_epoch(shards):
     batches = webdataset(shards, workers=2).training(30, 0)
-    epochs = [numbers(passed(batches, epoch)) for epoch in (1, 2, 1)]
+    epochs = [all_color_numbers(one_pass(batches, epoch)) for epoch in (1, 2, 1)]
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_the_crop_of_a_picture_follows_from_seed_and_epoch_alone(shards, tmp_path):
+def test_the_crop_of_an_image_depends_only_on_seed_and_epoch(shards, tmp_path):
     for index in range(2):
-        pack(tmp_path / f"{index}.tar", [(f"{n}", noise(n), n) for n in (2 * index, 2 * index + 1)])
+        write_shard(tmp_path / f"{index}.tar", [(f"{n}", noise_image(n), n) for n in (2 * index, 2 * index + 1)])
 
     def crops(ranks, workers):
         data = webdataset(shards, train=f"{tmp_path}/{{0,1}}.tar", train_examples=4, workers=workers)
-        shares = [passed(data.training(2, 0, rank, ranks)) for rank in range(ranks)]
+        shares = [one_pass(data.training(2, 0, rank, ranks)) for rank in range(ranks)]
         return {int(label): crop for share in shares for batch in share for crop, label in zip(*batch, strict=True)}
 
     alone = crops(ranks=1, workers=0)
@@ -712,82 +733,84 @@ def test_the_crop_of_a_picture_follows_from_seed_and_epoch_alone(shards, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 7])
-def test_evaluation_of_shards_sees_each_picture_once(shards, ranks, workers, monkeypatch):
+def test_evaluation_of_shards_yields_each_image_once(shards, ranks, workers, monkeypatch):
     monkeypatch.setattr("sparing.data.shards.EVALUATION_BATCH", 4)
     data = webdataset(shards, workers=workers)
-    for part, wanted in (("test", range(200, 235)), ("validation", range(120, 150))):
-        assert sorted(n for rank in range(ranks) for n in numbers(data.evaluation(part, rank, ranks))) == list(wanted)
+    for split, wanted in (("test", range(200, 235)), ("validation", range(120, 150))):
+        assert sorted(
+            n for rank in range(ranks) for n in all_color_numbers(data.evaluation(split, rank, ranks))
+        ) == list(wanted)
 
 
-def test_in_a_shard_the_next_picture_stands_in_for_a_damaged_one(shards, tmp_path):
-    pictures = of_color(0, 10)
-    pictures[3] = ("00003", b"not a picture", 0)
-    pack(tmp_path / "train.tar", pictures)
+def test_a_damaged_image_in_a_shard_is_replaced_in_training_and_skipped_in_evaluation(shards, tmp_path):
+    examples = uniform_images(0, 10)
+    examples[3] = ("00003", b"not an image", 0)
+    write_shard(tmp_path / "train.tar", examples)
     data = webdataset(shards, train=f"{tmp_path}/train.tar", train_examples=10, max_corrupt=0.1, shuffle=0)
     batches = data.training(5, 0)
-    with pytest.warns(SparsityWarning, match=r"train.tar: 00003 \(is no JPEG.* 1 of 1 allowed"):
-        assert numbers(passed(batches)) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 0]
+    with pytest.warns(SparsityWarning, match=r"train.tar: 00003 \(not a JPEG.* \(1 of 1 allowed\)"):
+        assert all_color_numbers(one_pass(batches)) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 0]
     batches = webdataset(shards, test=f"{tmp_path}/train.tar", test_examples=10, max_corrupt=0.1).evaluation("test")
     with pytest.warns(SparsityWarning):
-        assert numbers(batches) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    with pytest.raises(InputError, match="1 of 10 pictures of the part 'train'.*max_corrupt=0.001 allows 0"):
-        passed(webdataset(shards, train=f"{tmp_path}/train.tar", train_examples=10).training(5, 0))
+        assert all_color_numbers(batches) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(InputError, match="1 of 10 images of the train split .*max_corrupt=0.001 allows 0"):
+        one_pass(webdataset(shards, train=f"{tmp_path}/train.tar", train_examples=10).training(5, 0))
 
 
-def test_examples_without_a_label_or_a_picture_are_unreadable(shards, tmp_path):
-    pack(tmp_path / "txt.tar", of_color(0, 2), ending="txt")
-    with pytest.raises(InputError, match=r"txt.tar: 0000. \(none of .jpg, .jpeg, .png, .webp\)"):
-        passed(webdataset(shards, train=f"{tmp_path}/txt.tar", train_examples=2).training(2, 0))
+def test_examples_without_label_or_image_are_unreadable(shards, tmp_path):
+    write_shard(tmp_path / "txt.tar", uniform_images(0, 2), extension="txt")
+    with pytest.raises(InputError, match=r"txt.tar: 0000. \(no .jpg, .jpeg, .png or .webp file\)"):
+        one_pass(webdataset(shards, train=f"{tmp_path}/txt.tar", train_examples=2).training(2, 0))
     with tarfile.open(tmp_path / "alone.tar", "w") as tar:
-        noise(0).save(tmp_path / "0.jpg")
+        noise_image(0).save(tmp_path / "0.jpg")
         tar.add(tmp_path / "0.jpg", "0.jpg")
-    with pytest.raises(InputError, match=r"alone.tar: 0 \(no .cls\)"):
+    with pytest.raises(InputError, match=r"alone.tar: 0 \(no .cls file\)"):
         list(webdataset(shards, test=f"{tmp_path}/alone.tar", test_examples=1).evaluation("test"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_labels_that_count_from_one_are_refused(shards, tmp_path, workers):
-    pack(tmp_path / "one.tar", [(str(n), noise(n), n + 1) for n in range(24)])
+def test_labels_out_of_range_are_rejected(shards, tmp_path, workers):
+    write_shard(tmp_path / "one.tar", [(str(n), noise_image(n), n + 1) for n in range(24)])
     data = webdataset(shards, train=f"{tmp_path}/one.tar", train_examples=24, workers=workers)
-    message = r"^data webdataset: .*one.tar: 23 has label 24; with num_classes=24 the last is 23$"
+    message = r"^data webdataset: .*one.tar: 23: labels must be from 0 to 23 with num_classes=24, got 24$"
     with pytest.raises(InputError, match=message):
-        passed(data.training(24, 0))
+        one_pass(data.training(24, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["cut in a picture", "empty", "no tar", "gone"])
-def test_a_damaged_shard_stops_the_run_in_words(shards, tmp_path, damage, workers):
+@pytest.mark.parametrize("damage", ["truncated in an image", "empty", "not a tar file", "missing"])
+def test_a_damaged_shard_raises_input_error(shards, tmp_path, damage, workers):
     path = tmp_path / "train.tar"
-    pack(path, of_color(0, 10))
+    write_shard(path, uniform_images(0, 10))
     data = webdataset(shards, train=str(path), train_examples=10, workers=workers)
     whole = path.read_bytes()
-    damages = {"cut in a picture": whole[: 4 * 1024 + 700], "empty": b"", "no tar": b"no tar " * 1000}
-    path.unlink() if damage == "gone" else path.write_bytes(damages[damage])
+    damages = {"truncated in an image": whole[: 4 * 1024 + 700], "empty": b"", "not a tar file": b"no tar " * 1000}
+    path.unlink() if damage == "missing" else path.write_bytes(damages[damage])
     with pytest.raises(
         InputError, match=rf"^data webdataset: shard {re.escape(str(path))} cannot be read \([^\n]*\)$"
     ) as raised:
-        passed(data.training(10, 0))
-    assert (damage == "gone") == ("No such file" in str(raised.value))
+        one_pass(data.training(10, 0))
+    assert (damage == "missing") == ("No such file" in str(raised.value))
 
 
-def test_a_shard_without_examples_is_refused_and_not_read_forever(shards, tmp_path):
-    pack(tmp_path / "none.tar", [])
+def test_a_shard_without_examples_raises_input_error(shards, tmp_path):
+    write_shard(tmp_path / "none.tar", [])
     with pytest.raises(InputError, match="no examples in .*none.tar"):
-        passed(webdataset(shards, train=f"{tmp_path}/none.tar", train_examples=10).training(5, 0))
+        one_pass(webdataset(shards, train=f"{tmp_path}/none.tar", train_examples=10).training(5, 0))
 
 
-def test_shards_written_from_folders_hold_the_same_pictures_and_labels(textures, tmp_path):
+def test_write_shards_keeps_images_and_labels(textures, tmp_path):
     script = ROOT / "examples" / "write_shards.py"
     command = [sys.executable, str(script), str(textures / "train"), str(tmp_path / "train"), "3"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     names = [f"{tmp_path}/train-000{number}.tar" for number in range(3)]
     assert printed == [
         *(f"{n}: {c}" for n, c in zip(names, (12, 12, 11), strict=True)),
-        "35 pictures of 5 classes in 3 shards",
+        "35 images of 5 classes in 3 shards",
     ]
     assert sorted(map(str, tmp_path.iterdir())) == names
     tars = DATASETS["webdataset"](names[:2], names[2], 24, 11, 5, size=32, workers=0)
-    folders = imagenet(textures, validation_per_class=0).parts["train"]
+    folders = imagenet(textures, validation_per_class=0).splits["train"]
     wanted = {(label, str(decode(folders.path(i)).tobytes())) for i, label in enumerate(folders.labels)}
     found = {(int(s["cls"]), str(decode(io.BytesIO(s["jpeg"])).tobytes())) for s in read_shards(names)}
     assert found == wanted
@@ -796,54 +819,56 @@ def test_shards_written_from_folders_hold_the_same_pictures_and_labels(textures,
     assert sorted(keys) != keys
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class SilentHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_shards_behind_a_web_server(shards, workers):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=shards)) as server:
+def test_shards_on_a_web_server(shards, workers):
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(SilentHandler, directory=shards)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         data = webdataset(shards, train=f"{address}/train-{{000..001}}.tar", train_examples=20, workers=workers)
-        assert sorted(numbers(passed(data.training(5, 0)))) == list(range(20))
-        # An epoch may end in the middle of a shard, and a connection with it.
-        assert len(passed(webdataset(shards, train=f"{address}/train-000.tar", train_examples=5).training(5, 0))) == 1
+        assert sorted(all_color_numbers(one_pass(data.training(5, 0)))) == list(range(20))
+        # An epoch can end in the middle of a shard, which closes the connection early.
+        assert len(one_pass(webdataset(shards, train=f"{address}/train-000.tar", train_examples=5).training(5, 0))) == 1
         data = webdataset(shards, train=f"{address}/nowhere.tar", train_examples=20, workers=workers)
         with pytest.raises(
             InputError, match=rf"^data webdataset: shard {address}/nowhere.tar cannot be read \([^/]*\)$"
         ):
-            passed(data.training(5, 0))
+            one_pass(data.training(5, 0))
         server.shutdown()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": "pipe:cat a.tar"}, "train shard 'pipe:cat a.tar': choose from paths, http: and https:"),
-        ({"train": "s3://bucket/a.tar"}, "choose from paths, http: and https:"),
-        ({"test": "{root}/nothing-*.tar"}, "test shard .*/nothing-\\*.tar is not there"),
-        ({"test": "{root}/val-{{3..7}}.tar"}, "test shard .*/val-5.tar is not there"),
-        ({"test": "{root}/val-{{3..7.tar"}, "is not there|cannot be expanded"),
-        ({"validation": "{root}/train-011.tar"}, "train-011.tar is in train and in validation; the parts must differ"),
-        ({"validation": "{root}/val-0.tar"}, "val-0.tar is in validation and in test; the parts must differ"),
-        ({"validation": None}, "validation and validation_examples must be given together"),
-        ({"train_examples": 0}, "train_examples must be a whole number, 1 or more, got 0"),
-        ({"num_classes": 0}, "num_classes must be a whole number, 1 or more, got 0"),
-        ({"shuffle": -1}, "shuffle must be a whole number, 0 or more, got -1"),
-        ({"size": "224"}, "size must be a whole number, 1 or more, got '224'"),
+        ({"train": "pipe:cat a.tar"}, "train shard 'pipe:cat a.tar' must be a path or an http: or https: URL"),
+        ({"train": "s3://bucket/a.tar"}, "must be a path or an http: or https: URL"),
+        ({"test": "{root}/nothing-*.tar"}, "test shard .*/nothing-\\*.tar not found"),
+        ({"test": "{root}/val-{{3..7}}.tar"}, "test shard .*/val-5.tar not found"),
+        ({"test": "{root}/val-{{3..7.tar"}, "not found|cannot be expanded"),
+        ({"validation": "{root}/train-011.tar"}, "train-011.tar is in train and in validation; remove it from one"),
+        ({"validation": "{root}/val-0.tar"}, "val-0.tar is in validation and in test; remove it from one"),
+        ({"validation": None}, "give both validation and validation_examples, or neither"),
+        ({"train_examples": 0}, "train_examples must be an integer >= 1, got 0"),
+        ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
+        ({"shuffle": -1}, "shuffle must be an integer >= 0, got -1"),
+        ({"size": "224"}, "size must be an integer >= 1, got '224'"),
     ],
 )
-def test_shards_that_cannot_be_used_are_refused(shards, arguments, message):
+def test_webdataset_rejects_invalid_arguments(shards, arguments, message):
     given = {k: v.format(root=shards) if isinstance(v, str) and k != "size" else v for k, v in arguments.items()}
     with pytest.raises(InputError, match=message):
         webdataset(shards, **given)
 
 
-def test_fewer_shards_than_ranks_are_refused(shards):
-    with pytest.raises(InputError, match="13 ranks need as many shards to train on; there are 12"):
+def test_webdataset_rejects_fewer_shards_than_ranks(shards):
+    with pytest.raises(InputError, match="13 ranks need at least 13 training shards, got 12"):
         webdataset(shards).training(26, 0, rank=0, ranks=13)
 
 
@@ -851,7 +876,7 @@ def test_fewer_shards_than_ranks_are_refused(shards):
 
 
 @pytest.mark.parametrize("layout", ["folders", "shards"])
-def test_a_recipe_trains(colors, shards, tmp_path, layout):
+def test_a_recipe_trains_on_folders_and_shards(colors, shards, tmp_path, layout):
     folders = {"name": "imagenet", "root": str(colors), "validation_per_class": 1}
     tars = {
         "name": "webdataset", "num_classes": 24,
@@ -873,16 +898,16 @@ def test_a_recipe_trains(colors, shards, tmp_path, layout):
     assert metrics["weights"] > 0
 
 
-def test_the_checking_recipe_goes_through_folders_and_on_elsewhere(textures, tmp_path):
-    def go(root, workers, **how):
+def test_a_run_on_folders_resumes_with_another_root_and_other_workers(textures, tmp_path):
+    def train(root, workers, **options):
         changes = {
             "model.name": "resnet8", "data.root": root, "data.workers": workers, "data.validation_per_class": 1,
             "schedule.epochs": 2, "device": "cpu",
         }  # fmt: skip
         overrides = [f"{key}={value}" for key, value in changes.items()]
         recipe = load_recipe(ROOT / "recipes" / "imagenet" / "check-folders.yaml", overrides)
-        return train_run(recipe, tmp_path / "run", **how)
+        return train_run(recipe, tmp_path / "run", **options)
 
-    assert go(textures, 0, stop_after=1) is None
+    assert train(textures, 0, stop_after=1) is None
     shutil.copytree(textures, tmp_path / "copy")
-    assert go(tmp_path / "copy", 1, resume=True)["test_count"] == 15
+    assert train(tmp_path / "copy", 1, resume=True)["test_count"] == 15

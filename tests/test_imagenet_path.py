@@ -1,5 +1,8 @@
-"""The way of the paper's recipes from end to end, on a small tree of real JPEG files: two ranks, stopped,
-resumed on one, evaluated, reported; and a checkpoint of the 2020 release evaluated on the same pictures."""
+"""End-to-end runs of the paper's recipes on a small set of JPEG files.
+
+A run trains on two ranks, stops, resumes on one rank, and is evaluated and reported. A checkpoint of the 2020
+release of STR is evaluated on the same images.
+"""
 
 import json
 import os
@@ -15,13 +18,13 @@ from sparing.export.str_release import convert
 from sparing.train.log import read_history
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, report_run
-from test_imagenet import _torchvision, noise, plant  # noqa: F401
+from test_imagenet import _torchvision, noise_image, write_image_tree  # noqa: F401
 from test_str_release import STRConv, old_resnet, save, trained
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 100
 
-# What `sparing` runs, after the operators that torchvision cannot load beside a torch without CUDA are declared.
+# The command `sparing`, after declaring the operators that a CUDA build of torchvision needs with a CPU torch.
 PROGRAM = """
 import torch
 from sparing.cli import main
@@ -36,19 +39,19 @@ main()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """100 classes of two pictures to train on and one to test with."""
-    root = tmp_path_factory.mktemp("pictures")
-    return plant(root, CLASSES, train=2, val=1, picture=lambda number: noise(number, 72, 66))
+def images(tmp_path_factory):
+    """100 classes of two training images and one test image."""
+    root = tmp_path_factory.mktemp("images")
+    return write_image_tree(root, CLASSES, train=2, val=1, image=lambda number: noise_image(number, 72, 66))
 
 
 @pytest.fixture(scope="module")
-def shards(pictures):
-    """The same pictures in four shards of 50 and two of 50."""
-    for part, count in (("train", 4), ("val", 2)):
-        command = [sys.executable, ROOT / "examples" / "write_shards.py", pictures / part, pictures / "shards" / part]
+def shards(images):
+    """The same images in four training and two test shards of 50."""
+    for split, count in (("train", 4), ("val", 2)):
+        command = [sys.executable, ROOT / "examples" / "write_shards.py", images / split, images / "shards" / split]
         subprocess.run([*command, str(count)], check=True, capture_output=True)
-    return pictures / "shards"
+    return images / "shards"
 
 
 def sparing(*arguments, ranks=1):
@@ -64,7 +67,7 @@ def sparing(*arguments, ranks=1):
 
 
 def changes(**values):
-    return [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
 
 
 SHORT = {
@@ -74,9 +77,9 @@ SHORT = {
 
 
 @pytest.mark.parametrize("layout", ["folders", "shards"])
-def test_two_ranks_stop_and_one_goes_on(pictures, tmp_path, layout, request):
+def test_a_run_on_two_ranks_resumes_on_one_rank(images, tmp_path, layout, request):
     if layout == "folders":
-        recipe, more, test = "resnet50-str-90.23", {"data__root": pictures}, CLASSES
+        recipe, more, test = "resnet50-str-90.23", {"data__root": images}, CLASSES
     else:
         shards = request.getfixturevalue("shards")
         data = (
@@ -85,29 +88,29 @@ def test_two_ranks_stop_and_one_goes_on(pictures, tmp_path, layout, request):
         )
         recipe, more, test = "mobilenet_v1-str-75.28", {"data": data}, CLASSES
     options = [ROOT / "recipes" / "imagenet" / f"{recipe}.yaml", *changes(**more, **SHORT), "--out", tmp_path / "run"]
-    said = sparing("train", *options, "--stop-after", 1, ranks=2)
-    assert said.count("stopped early") == 1
+    output = sparing("train", *options, "--stop-after", 1, ranks=2)
+    assert output.count("stopped early") == 1
     metrics = json.loads(sparing("train", *options, "--resume", "auto", "--json"))
     assert metrics["test_count"] == test
     assert metrics["ranks"] == 1
     assert 0.1 < metrics["sparsity"] < 1
-    evaluated, account = evaluate_run(tmp_path / "run", weights="dense")
+    evaluated, report = evaluate_run(tmp_path / "run", weights="dense")
     assert [line["waited_seconds"] > 0 and line["skipped"] == 0 for line in read_history(tmp_path / "run")] == [
         True
     ] * 2
     assert evaluated.correct == metrics["test_correct"]
     assert evaluated.top5_accuracy == metrics["top5_accuracy"]
-    assert account.total.nonzero == report_run(tmp_path / "run").total.nonzero == metrics["nonzero"]
+    assert report.total.nonzero == report_run(tmp_path / "run").total.nonzero == metrics["nonzero"]
     classifier = 2048 * CLASSES if layout == "folders" else 1024 * CLASSES
-    assert account.total.weights == {"folders": 23_454_912, "shards": 3_185_088}[layout] + classifier
+    assert report.total.weights == {"folders": 23_454_912, "shards": 3_185_088}[layout] + classifier
 
 
-def test_a_checkpoint_of_the_release_is_evaluated_on_pictures(pictures, tmp_path):
+def test_a_checkpoint_of_the_2020_release_is_evaluated_on_images(images, tmp_path):
     torch.manual_seed(1)
     save(trained(old_resnet(STRConv, (2, 2, 2, 2), False, CLASSES)), tmp_path / "old.pth")
     save_file(convert(tmp_path / "old.pth", "resnet18"), tmp_path / "new.safetensors")
-    overrides = ["model.name=resnet18", f"data.root={pictures}", "data.size=64", "data.workers=0", "device=cpu"]
+    overrides = ["model.name=resnet18", f"data.root={images}", "data.size=64", "data.workers=0", "device=cpu"]
     recipe = load_recipe(ROOT / "recipes" / "imagenet" / "resnet50-dense.yaml", overrides)
-    result, account = evaluate_file(tmp_path / "new.safetensors", recipe)
+    result, report = evaluate_file(tmp_path / "new.safetensors", recipe)
     assert result.count == CLASSES
-    assert 0.2 < account.total.sparsity < 0.9
+    assert 0.2 < report.total.sparsity < 0.9

@@ -51,7 +51,7 @@ def network(name):
     """The layers of an architecture, and how often each of their weights is used on one image."""
     with torch.device("meta"):
         model = sparing.models.MODELS[name]()
-    return sparing.layers.find_layers(model), sparing.count_uses(model, (1, 3, 224, 224))
+    return sparing.layers.find_layers(model), sparing.count_applications(model, (1, 3, 224, 224))
 
 
 def test_the_recipes_are_what_the_table_makes_of_them():

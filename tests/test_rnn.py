@@ -136,12 +136,12 @@ def test_the_layer_equals_its_cell_step_by_step(kind, batch, device):
 
 def test_thin_products_are_used_where_they_save():
     rnn = FastGRNN(6, 16, hidden_rank=3)
-    assert len(rnn._recurrent(batch=1, steps=9)) == 1
-    assert len(rnn._recurrent(batch=300, steps=9)) == 2
-    assert len(FastGRNN(6, 16, hidden_rank=9)._recurrent(batch=10_000, steps=9)) == 1
-    # Multiplying out pays over many steps only.
+    assert len(rnn._hidden_factors(batch=1, steps=9)) == 1
+    assert len(rnn._hidden_factors(batch=300, steps=9)) == 2
+    assert len(FastGRNN(6, 16, hidden_rank=9)._hidden_factors(batch=10_000, steps=9)) == 1
+    # Computing U once per sequence pays off only over many steps.
     rnn = FastGRNN(6, 128, hidden_rank=40)
-    assert [len(rnn._recurrent(batch=1, steps=steps)) for steps in (9, 99)] == [2, 1]
+    assert [len(rnn._hidden_factors(batch=1, steps=steps)) for steps in (9, 99)] == [2, 1]
 
 
 @pytest.mark.parametrize("hidden_rank", [None, 1])
@@ -430,10 +430,10 @@ def test_report_shows_the_ranks():
 
 
 def test_uses_are_steps():
-    uses = sparing.count_uses(sparsified(FastGRNN(9, 16, learned_rank=True)), (2, 30, 9))
+    uses = sparing.count_applications(sparsified(FastGRNN(9, 16, learned_rank=True)), (2, 30, 9))
     assert set(uses.values()) == {60}
     assert len(uses) == 6
-    assert set(sparing.count_uses(FastGRNNCell(9, 16), (2, 9)).values()) == {2}
+    assert set(sparing.count_applications(FastGRNNCell(9, 16), (2, 9)).values()) == {2}
 
 
 def test_it_compiles_whole():
@@ -476,21 +476,33 @@ def test_half_precision_keeps_s():
 
 
 REFUSED = {
-    "rank above full": (lambda: FastGRNN(9, 80, input_rank=10), "input_rank.*10.*from 0 to 9"),
-    "hidden rank above full": (lambda: FastGRNN(9, 80, hidden_rank=81), "hidden_rank.*81.*from 0 to 80"),
-    "rank below zero": (lambda: LowRankLinear(3, 4, rank=-1), "rank=-1.*from 0 to 3"),
-    "no number": (lambda: LowRankLinear(3, 4, rank=1.5), "rank=1.5"),
+    "rank above full": (
+        lambda: FastGRNN(9, 80, input_rank=10),
+        "input_rank: rank must be an integer from 0 to 9 .*got 10",
+    ),
+    "hidden rank above full": (
+        lambda: FastGRNN(9, 80, hidden_rank=81),
+        "hidden_rank: rank must be an integer from 0 to 80 .*got 81",
+    ),
+    "rank below zero": (lambda: LowRankLinear(3, 4, rank=-1), "rank must be an integer from 0 to 3 .*got -1"),
+    "no number": (lambda: LowRankLinear(3, 4, rank=1.5), "rank must be an integer .*got 1.5"),
     "a gate": (lambda: FastGRNNCell(3, 4, gate="sigmoyd"), "did you mean 'sigmoid'"),
-    "an update": (lambda: FastGRNNCell(3, 4, update="gelu"), "update='gelu'"),
-    "no size": (lambda: FastGRNNCell(3, 0), "hidden_size"),
-    "no steps": (lambda: FastGRNN(3, 4)(torch.zeros(2, 0, 3)), "steps ≥ 1"),
+    "an update": (lambda: FastGRNNCell(3, 4, update="gelu"), "unknown activation update='gelu'"),
+    "no size": (lambda: FastGRNNCell(3, 0), "hidden_size must be an integer >= 1, got 0"),
+    "no steps": (lambda: FastGRNN(3, 4)(torch.zeros(2, 0, 3)), "steps >= 1"),
     "features": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 4)), r"\(2, 5, 4\)"),
-    "length zero": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([0, 5])), "length 0"),
-    "length beyond": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([6, 5])), "length 6"),
+    "length zero": (
+        lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([0, 5])),
+        "lengths must be from 1 to 5 .*got 0",
+    ),
+    "length beyond": (
+        lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([6, 5])),
+        "lengths must be from 1 to 5 .*got 6",
+    ),
     "lengths of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([5])), r"\(2,\)"),
-    "lengths in a list": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), [5, 5]), "must be a tensor of shape.*not list"),
+    "lengths in a list": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), [5, 5]), "must be a tensor of shape.*got list"),
     "lengths as a mask": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), torch.tensor([True, True])), "torch.bool"),
-    "a state of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), h=torch.zeros(1, 4)), r"\(2, 4\), not"),
+    "a state of another batch": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 3), h=torch.zeros(1, 4)), r"\(2, 4\), got"),
     "a kernel": (lambda: factorize_(nn.Conv2d(3, 4, 3), select=["weight"]), "only a matrix"),
     "nothing": (lambda: factorize_(nn.Sequential(nn.ReLU())), "chose no layer"),
     "twice": (lambda: factorize_(factorize_(nn.Linear(3, 3))), "Factored"),

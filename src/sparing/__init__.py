@@ -1,9 +1,11 @@
-"""sparing: neural networks that learn how much of themselves to keep."""
+"""sparing: sparse training with learned per-layer sparsity."""
 
 from sparing import export, models, rnn, select
 from sparing.budget import Budget
 from sparing.errors import CheckpointError, InputError, SparsityWarning
-from sparing.macs import count_uses
+from sparing.layers import sparse_layers
+from sparing.macs import count_applications
+from sparing.method import Method, Ranking
 from sparing.methods import (
     ACDC,
     DNW,
@@ -18,21 +20,21 @@ from sparing.methods import (
     STR,
     ContinuousSparsification,
     Feather,
-    GlobalMagnitude,
-    GlobalMagnitudeOneShot,
     GraSP,
-    Magnitude,
     RigL,
     Spartan,
     ST3Sigma,
     StaticRandom,
     STRFeather,
     VariationalDropout,
+    find_method,
 )
 from sparing.param_groups import param_groups
 from sparing.parametrizations import SoftThreshold, Sparse
+from sparing.patterns import NM, Block, Filters, Pattern, Unstructured
 from sparing.report import Report, report
-from sparing.sparsify import Method, Sparsifier, dense_state_dict, densify_, sparse_layers, sparsify_
+from sparing.sparsifier import Sparsifier
+from sparing.sparsify import dense_state_dict, densify_, sparsify_
 from sparing.threshold import soft_threshold
 
 __version__ = "0.1.0"
@@ -44,21 +46,23 @@ __all__ = [
     "DST",
     "GMP",
     "METHODS",
+    "NM",
     "SET",
     "SNFS",
     "SNIP",
     "ST3",
     "STR",
+    "Block",
     "Budget",
     "CheckpointError",
     "ContinuousSparsification",
     "Feather",
-    "GlobalMagnitude",
-    "GlobalMagnitudeOneShot",
+    "Filters",
     "GraSP",
     "InputError",
-    "Magnitude",
     "Method",
+    "Pattern",
+    "Ranking",
     "Report",
     "RigL",
     "ST3Sigma",
@@ -69,11 +73,13 @@ __all__ = [
     "SparsityWarning",
     "Spartan",
     "StaticRandom",
+    "Unstructured",
     "VariationalDropout",
-    "count_uses",
+    "count_applications",
     "dense_state_dict",
     "densify_",
     "export",
+    "find_method",
     "models",
     "param_groups",
     "report",

@@ -1,20 +1,24 @@
-"""Budgets: how sparse each layer is to be."""
+"""Budgets: how sparse each layer is to be, and how many weights that leaves."""
 
 import csv
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from math import floor, prod
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning, nearest
 from sparing.files import write_text
 from sparing.layers import Layer, find_layers
-from sparing.masks import count_kept
+from sparing.masks import Scores, count_kept, global_threshold, keep_top_together, random_scores
+from sparing.patterns import NM, Pattern, Units
 
 
 class Budget(Mapping[str, float]):
@@ -199,20 +203,22 @@ class Budget(Mapping[str, float]):
         return f"Budget({self._sparsity})"
 
 
-def check_target(method: str, sparsity: float | None, budget: "Budget | str | None") -> None:
-    """Refuse a target that says nothing, too much, or something impossible.
+RULES = ("uniform", "erk", "global")
+"""Budgets by rule: the same sparsity in each layer; by Erdős–Rényi-Kernel; the best of all layers together."""
+
+
+def check_target(method: str, sparsity: float | None, budget: Budget | str) -> None:
+    """Check the target of a method: a sparsity for a rule, or a budget with sparsities of its own.
 
     Raises:
-        InputError: neither sparsity nor budget is given; a sparsity beside a budget that has its
-            own; a sparsity outside [0, 1).
+        InputError: neither sparsity nor budget is given, or both; the sparsity is outside [0, 1).
     """
-    rule = budget is None or budget in ("uniform", "erk")
-    if not isinstance(budget, (Budget, str, type(None))):
-        raise InputError(
-            f"{method}: budget must be a Budget, 'uniform', 'erk', a file or a published name; got {budget!r}"
-        )
+    if not isinstance(budget, (Budget, str)):
+        choices = ", ".join(map(repr, RULES))
+        raise InputError(f"{method}: budget must be {choices}, a Budget, a file or a published name, got {budget!r}")
+    rule = budget in RULES
     if rule and sparsity is None:
-        raise InputError(f"{method}: give sparsity=, a fraction in [0, 1), or a budget=")
+        raise InputError(f"{method}: give sparsity=, a fraction in [0, 1), or a Budget as budget=")
     if not rule and sparsity is not None:
         raise InputError(f"{method}: give sparsity= or a budget= with sparsities of its own, not both")
     if sparsity is not None and (
@@ -221,25 +227,163 @@ def check_target(method: str, sparsity: float | None, budget: "Budget | str | No
         raise InputError(f"{method}: sparsity must be a fraction in [0, 1), got {sparsity!r}")
 
 
-def kept_counts(layers: Mapping[str, Layer], sparsity: float | None, budget: "Budget | str | None") -> dict[str, int]:
-    """How many weights each layer is to keep, an exact count.
+Score = Callable[[Layer, Units], Tensor]
+"""Returns the score of every unit of a layer; the largest are kept."""
 
-    Args:
-        layers: the layers to sparsify.
-        sparsity: for the rules "uniform" (also None) and "erk".
-        budget: a rule, a Budget, a .json or .csv file, or the name of a published budget.
 
-    Raises:
-        InputError: the budget misses a layer or names one that is not there; the file or name is
-            unknown.
+@dataclass(frozen=True)
+class Allocation:
+    """How many units (weights, or groups of weights) each layer keeps at the end, or all layers together.
+
+    Attributes:
+        layers: the layers to sparsify, by name.
+        units: the units of each layer.
+        kept: units kept in each layer; or an int, weights kept in all layers together.
     """
-    if budget is None or budget in ("uniform", "erk"):
+
+    layers: Mapping[str, Layer]
+    units: Mapping[str, Units]
+    kept: Mapping[str, int] | int
+
+    @classmethod
+    def resolve(
+        cls, layers: Mapping[str, Layer], pattern: Pattern, sparsity: float | None, budget: Budget | str
+    ) -> "Allocation":
+        """Resolve a target for these layers.
+
+        Args:
+            layers: the layers to sparsify.
+            pattern: which weights are pruned together.
+            sparsity: for a budget that is a rule.
+            budget: a rule, a Budget, a .json or .csv file, or the name of a published budget.
+
+        Raises:
+            InputError: the budget misses a layer or names one that is not sparsified; the file or name is unknown;
+                the pattern is not defined for a layer, or fixes the sparsity that the budget is to choose.
+        """
+        units = {name: pattern.units(layer) for name, layer in layers.items()}
+        if isinstance(pattern, NM):
+            if budget not in ("uniform", "global"):
+                raise InputError(
+                    f"{pattern} fixes the sparsity of every layer at {pattern.sparsity:g}: leave budget out"
+                )
+            return cls(layers, units, {name: each.kept(pattern.sparsity) for name, each in units.items()})
+        if budget == "global":
+            assert sparsity is not None  # check_target has seen to it
+            sizes = {each.weights for each in units.values()}
+            # Where units differ in size, the sparsity is that of the weights.
+            size = sizes.pop() if len(sizes) == 1 else 1
+            return cls(
+                layers,
+                units,
+                size * count_kept(sum(each.count * each.weights for each in units.values()) // size, sparsity),
+            )
+        resolved = _resolve_budget(layers, sparsity, budget)
+        kept = {name: each.kept(resolved[name]) for name, each in units.items()}
+        empty = [name for name, count in kept.items() if count == 0]
+        if empty:
+            warnings.warn(
+                f"the budget leaves no weight in {len(empty)} of {len(layers)} layers ({empty[0]!r}: sparsity "
+                f"{resolved[empty[0]]:g} of {units[empty[0]].count} weights or groups): they output only their bias",
+                SparsityWarning,
+                stacklevel=2,
+            )
+        return cls(layers, units, kept)
+
+    @property
+    def goal(self) -> int:
+        """Weights that all layers keep together at the end."""
+        if isinstance(self.kept, int):
+            return self.kept
+        return sum(kept * self.units[name].weights for name, kept in self.kept.items())
+
+    def at(self, progress: float) -> Mapping[str, int] | int:
+        """Return `kept` after a share of the way from dense to the target; exactly `kept` at 1."""
+        if progress == 1.0:
+            return self.kept
+        if isinstance(self.kept, int):
+            total = sum(each.count * each.weights for each in self.units.values())
+            return count_kept(total, progress * (1 - self.kept / total))
+        return {
+            name: self.units[name].kept(progress * (1 - kept / self.units[name].count))
+            for name, kept in self.kept.items()
+        }
+
+    @torch.no_grad()
+    def masks(self, score: Score, progress: float = 1.0) -> dict[str, Tensor]:
+        """Return a mask of each layer, of the shape of its weight: the units of largest score.
+
+        Args:
+            score: of the units of one layer.
+            progress: the share of the way from dense to the target.
+        """
+        kept, scores = self.at(progress), self._scores(score)
+        if isinstance(kept, int):
+            chosen = self._together(scores, kept)
+        else:
+            chosen = {name: self.units[name].keep_top(each(), kept[name]) for name, each in scores.items()}
+        return {name: self.units[name].expand(mask) for name, mask in chosen.items()}
+
+    @torch.no_grad()
+    def thresholds(self, score: Score, progress: float = 1.0) -> dict[str, Tensor]:
+        """Return a threshold for each layer above which the units to keep lie; fewer where scores tie.
+
+        Args:
+            score: of the units of one layer, ≥ 0.
+            progress: the share of the way from dense to the target.
+        """
+        kept, scores = self.at(progress), self._scores(score)
+        if not isinstance(kept, int):
+            return {name: global_threshold([each], kept[name]) for name, each in scores.items()}
+        sizes = {each.weights for each in self.units.values()}
+        if len(sizes) == 1:
+            threshold = global_threshold(list(scores.values()), kept // sizes.pop())
+        else:
+            masks = self._together(scores, kept)
+            left_out = [each().masked_fill(masks[name], 0).amax() for name, each in scores.items()]
+            threshold = torch.stack(left_out).amax()
+        return dict.fromkeys(scores, threshold)
+
+    def _scores(self, score: Score) -> dict[str, Scores]:
+        return {name: partial(score, layer, self.units[name]) for name, layer in self.layers.items()}
+
+    def _together(self, scores: Mapping[str, Scores], kept: int) -> dict[str, Tensor]:
+        sizes = {name: each.weights for name, each in self.units.items()}
+        if len(set(sizes.values())) == 1:
+            masks = keep_top_together(list(scores.values()), kept // next(iter(sizes.values())))
+            return dict(zip(scores, masks, strict=True))
+        # Groups of different sizes, such as filters: in the order of their scores, as many as fit.
+        values = [each() for each in scores.values()]
+        if values[0].is_meta:
+            return {name: torch.ones_like(value, dtype=torch.bool) for name, value in zip(scores, values, strict=True)}
+        weights = torch.cat(
+            [torch.full_like(v, sizes[n], dtype=torch.int64).flatten() for n, v in zip(scores, values, strict=True)]
+        )
+        order = torch.cat([value.flatten() for value in values]).argsort(descending=True, stable=True)
+        fits = torch.empty_like(order, dtype=torch.bool)
+        fits[order] = weights[order].cumsum(0) <= kept
+        split = fits.split([value.numel() for value in values])
+        return {name: part.reshape(value.shape) for name, part, value in zip(scores, split, values, strict=True)}
+
+
+def magnitude(layer: Layer, units: Units) -> Tensor:
+    """Return the score |W|; for groups their root mean square."""
+    return units.norm(layer.weight)
+
+
+def random_score(layers: Iterable[str], seed: int, *position: int) -> Score:
+    """Return a score that is a random number of each unit, from the seed, the index of the layer, and a position."""
+    index = {name: number for number, name in enumerate(layers)}
+    return lambda layer, units: random_scores(units.unit_shape, layer.weight.device, seed, index[layer.name], *position)
+
+
+def _resolve_budget(layers: Mapping[str, Layer], sparsity: float | None, budget: Budget | str) -> Budget:
+    if isinstance(budget, str) and budget in RULES:
         assert sparsity is not None  # check_target has seen to it
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-        budget = Budget.from_sizes(shapes, "uniform" if budget is None else str(budget), sparsity)
-    elif isinstance(budget, str):
-        is_file = Path(budget).suffix in (".json", ".csv")
-        budget = Budget.load(budget) if is_file else Budget.published(budget)
+        return Budget.from_sizes(shapes, budget, sparsity)
+    if isinstance(budget, str):
+        budget = Budget.load(budget) if Path(budget).suffix in (".json", ".csv") else Budget.published(budget)
     unknown = [name for name in budget if name not in layers]
     if unknown:
         raise InputError(
@@ -251,17 +395,7 @@ def kept_counts(layers: Mapping[str, Layer], sparsity: float | None, budget: "Bu
             f"the budget misses {len(missing)} of {len(layers)} layers, {missing[0]!r} first; "
             "add them, or leave them out with select="
         )
-    counts = {name: count_kept(layer.weight.numel(), budget[name]) for name, layer in layers.items()}
-    empty = [name for name, count in counts.items() if count == 0]
-    if empty:
-        size = layers[empty[0]].weight.numel()
-        warnings.warn(
-            f"the budget leaves no weight in {len(empty)} of {len(layers)} layers ({empty[0]!r}: sparsity "
-            f"{budget[empty[0]]:g} of {size} weights); nothing will pass through them",
-            SparsityWarning,
-            stacklevel=2,
-        )
-    return counts
+    return budget
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

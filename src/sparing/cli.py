@@ -1,4 +1,4 @@
-"""The command line: `sparing train | sweep | eval | report | export | bench | budget | methods | convert`."""
+"""Command line interface: `sparing train | sweep | eval | report | export | bench | budget | methods | convert`."""
 
 import inspect
 import json
@@ -22,104 +22,110 @@ from sparing.export.formats import FORMATS
 from sparing.export.runtimes import UnavailableError
 from sparing.export.shrink import shrink
 from sparing.files import atomic_write, write_text
-from sparing.layers import find_layers
-from sparing.macs import count_uses
+from sparing.layers import find_layers, sparse_layers
+from sparing.macs import count_applications
 from sparing.masks import count_kept
+from sparing.method import Method
 from sparing.methods import METHODS
 from sparing.models import MODELS
 from sparing.plots import latency_bars
 from sparing.rnn import ranks
-from sparing.sparsify import Method, sparse_layers
 from sparing.sweep import load_sweep, run_sweep
 from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, load_run, report_run, train_run
 
 app = typer.Typer(
-    help="Train sparse neural networks whose layers learn how much of themselves to keep.",
+    help="Sparse training with learned per-layer sparsity.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # rich would read the brackets of a help text as markup and drop them
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
 class Resume(str, Enum):
-    """What to do with a run directory that exists."""
+    """Behaviour if the run directory exists."""
 
     never = "never"
     auto = "auto"
 
 
-class Part(str, Enum):
-    """Parts of the data to evaluate on."""
+class Split(str, Enum):
+    """Splits of a data set to evaluate on."""
 
     test = "test"
     validation = "validation"
 
 
-class Weights(str, Enum):
-    """Which weights of a run."""
+class SavedWeights(str, Enum):
+    """Sets of weights that a run saves."""
 
     last = "last"
     best = "best"
     dense = "dense"
 
 
-class Names(str, Enum):
-    """Whose names of tensors."""
+class Naming(str, Enum):
+    """Libraries whose tensor names `convert` can write."""
 
     sparing = "sparing"
     torchvision = "torchvision"
     timm = "timm"
 
 
-class Format(str, Enum):
-    """What to write a network as."""
+# Made from the table of exporters, so that the command accepts exactly the formats that exist.
+Format = Enum("Format", [(name, name) for name in FORMATS], type=str)  # type: ignore[misc]
+WEIGHTS_ONLY = ("compressed", "safetensors")
+"""Formats that hold tensors but no network."""
 
-    compressed = "compressed"
-    safetensors = "safetensors"
-    onnx = "onnx"
-    mnn = "mnn"
-    openvino = "openvino"
-
-
-budget_app = typer.Typer(help="Budgets: the sparsity of each layer.", no_args_is_help=True)
+budget_app = typer.Typer(
+    help="Show and extract layer-wise sparsity budgets.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(budget_app, name="budget")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, and nothing else.")]
-Run = Annotated[Path, typer.Argument(help="A run directory.")]
-WhichWeights = Annotated[Weights, typer.Option(help="last checkpoint, best epoch, or the exported dense file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory.")]
+WeightsOption = Annotated[
+    SavedWeights,
+    typer.Option(help="last: last checkpoint; best: best epoch; dense: the exported model.safetensors."),
+]
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, as those under recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML), for example recipes/mnist5k/demo.yaml.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, e.g. optimizer.lr=0.05."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a recipe key, for example optimizer.lr=0.05. Can be repeated."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory. [default: runs/NAME-OF-RECIPE]")] = None,
-    resume: Annotated[Resume, typer.Option(help="auto: continue what the directory holds.")] = Resume.never,
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME-OF-RECIPE")] = None,
+    resume: Annotated[
+        Resume,
+        typer.Option(help="auto: continue the run if the directory exists; never: fail if it exists."),
+    ] = Resume.never,
     stop_after: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many epochs; continue later with --resume auto.")
+        int | None, typer.Option(min=1, help="Stop after this many epochs. Continue later with --resume auto.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a recipe into a run directory."""
     loaded = load_recipe(recipe, set_ or [])
     out = out or Path("runs") / recipe.stem
     console = Console(quiet=as_json, markup=False)
-    changes = [part for change in set_ or [] for part in ("--set", change)]
-    again = shlex.join(["sparing", "train", str(recipe), *changes, "--out", str(out), "--resume", "auto"])
+    changes = [argument for change in set_ or [] for argument in ("--set", change)]
+    resume_command = shlex.join(["sparing", "train", str(recipe), *changes, "--out", str(out), "--resume", "auto"])
     try:
         metrics = train_run(loaded, out, resume=resume is Resume.auto, stop_after=stop_after, console=console)
     except KeyboardInterrupt:
-        print(f"sparing: interrupted; finished epochs are kept, continue with: {again}", file=sys.stderr)
+        print(f"sparing: interrupted; finished epochs are saved, continue with: {resume_command}", file=sys.stderr)
         raise typer.Exit(130) from None
     if not is_first_process():
         return
     if metrics is None:
-        console.print(f"stopped early; continue with: {again}", highlight=False, soft_wrap=True)
+        console.print(f"stopped early; continue with: {resume_command}", highlight=False, soft_wrap=True)
         if as_json:
             print(json.dumps({"finished": False, "out": str(out)}))
         return
@@ -135,26 +141,38 @@ def train(
 
 @app.command()
 def sweep(
-    sweep: Annotated[Path, typer.Argument(help="A sweep, as those under recipes/sweeps/.")],
+    sweep: Annotated[Path, typer.Argument(help="Sweep file (YAML), for example recipes/sweeps/str-mnist5k.yaml.")],
     trials: Annotated[
-        int | None, typer.Option(min=1, help="How many in all, finished ones included. [default: the sweep's]")
+        int | None,
+        typer.Option(
+            min=1, help="Total number of trials, including finished ones.", show_default="the sweep file's trials"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The study's directory. [default: runs/NAME-OF-SWEEP]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Study directory.", show_default="runs/NAME-OF-SWEEP")] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="A database for many machines. [default: SQLite in the directory]")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database that workers on several machines share.",
+            show_default="an SQLite file in the study directory",
+        ),
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Search settings of a recipe for accuracy and few weights or MACs; run again to continue or to help."""
+    """Search a recipe's settings with Optuna.
+
+    The objectives are high validation accuracy and few nonzero weights or MACs. Run the same command
+    again to continue a stopped sweep, or while it runs to add a worker.
+    """
     loaded = load_sweep(sweep)
     out = out or Path("runs") / sweep.stem
     options = [("--trials", trials), ("--out", out), ("--storage", storage)]
-    given = [part for name, value in options if value is not None for part in (name, str(value))]
+    given = [argument for name, value in options if value is not None for argument in (name, str(value))]
     try:
         result = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
     except KeyboardInterrupt:
-        again = shlex.join(["sparing", "sweep", str(sweep), *given])
-        print(f"sparing: interrupted; finished trials are kept, continue with: {again}", file=sys.stderr)
+        resume_command = shlex.join(["sparing", "sweep", str(sweep), *given])
+        print(f"sparing: interrupted; finished trials are saved, continue with: {resume_command}", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps({"out": str(out), **result}))
@@ -164,111 +182,124 @@ def sweep(
 
 @app.command("eval")
 def eval_(
-    run: Annotated[Path, typer.Argument(help="A run directory; or, with --recipe, a .safetensors file of weights.")],
-    part: Annotated[Part, typer.Option(help="Part of the data to evaluate on.")] = Part.test,
-    weights: WhichWeights = Weights.last,
+    run: Annotated[Path, typer.Argument(help="Run directory, or a .safetensors file if --recipe is given.")],
+    part: Annotated[Split, typer.Option(help="Split to evaluate on.")] = Split.test,
+    weights: WeightsOption = SavedWeights.last,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="For a file: the recipe whose model and data to use.")
+        Path | None, typer.Option(metavar="RECIPE", help="Recipe with the model and data for a weights file.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --recipe.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of --recipe. Can be repeated."),
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Evaluate the model of a run, or a file of weights."""
+    """Evaluate the model of a run, or a weights file."""
     if recipe is not None:
         if run.is_dir():
-            raise InputError(f"{run} is a run directory, which has a recipe of its own; leave --recipe out")
-        result, account = evaluate_file(run, load_recipe(recipe, set_ or []), part.value)
+            raise InputError(f"{run} is a run directory with its own recipe; remove --recipe")
+        result, layer_report = evaluate_file(run, load_recipe(recipe, set_ or []), part.value)
     elif run.is_file():
-        raise InputError(f"{run} is a file; say with --recipe which model and data it is for")
+        raise InputError(f"{run} is a file; give its model and data with --recipe")
     elif set_:
-        raise InputError("--set changes the recipe given with --recipe, and a run keeps its own")
+        raise InputError("--set requires --recipe: the recipe of a run directory cannot be changed")
     else:
-        result, account = evaluate_run(run, part.value, weights.value)
-    answer = {
+        result, layer_report = evaluate_run(run, part.value, weights.value)
+    output = {
         "accuracy": result.accuracy,
         "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
         "correct": result.correct,
         "count": result.count,
-        "sparsity": account.total.sparsity,
-        "weights": account.total.weights,
-        "nonzero": account.total.nonzero,
-        "macs": account.total.macs,
+        "sparsity": layer_report.total.sparsity,
+        "weights": layer_report.total.weights,
+        "nonzero": layer_report.total.nonzero,
+        "macs": layer_report.total.macs,
         "part": part.value,
     }
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(output))
     else:
         top5 = "" if result.top5_accuracy is None else f"top-5 {100 * result.top5_accuracy:.2f} %  "
         print(
             f"accuracy {100 * result.accuracy:.2f} % ({result.correct} of {result.count}, {part.value})  {top5}"
-            f"loss {result.loss:.4f}  sparsity {100 * account.total.sparsity:.2f} %"
+            f"loss {result.loss:.4f}  sparsity {100 * layer_report.total.sparsity:.2f} %"
         )
 
 
 @app.command()
 def report(
-    run: Run,
-    weights: WhichWeights = Weights.last,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as a page of HTML.")] = None,
-    as_json: Json = False,
+    run: RunArgument,
+    weights: WeightsOption = SavedWeights.last,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table as CSV.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table as HTML.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what each layer of a run's model keeps."""
-    account = report_run(run, weights.value)
-    for path, text in ((csv, account.to_csv), (html, account.to_html)):
+    """Show sparsity, weights and MACs per layer."""
+    layer_report = report_run(run, weights.value)
+    for path, text in ((csv, layer_report.to_csv), (html, layer_report.to_html)):
         if path is not None:
             try:
                 write_text(path, text())
             except OSError as error:
                 raise InputError(f"{path} cannot be written: {error.strerror}") from error
     if as_json:
-        print(account.to_json())
+        print(layer_report.to_json())
         return
-    print(account)
-    of_low_rank = ranks(load_run(run, weights.value)[0])
-    if of_low_rank.rows:
-        print(f"\n{of_low_rank}")
+    print(layer_report)
+    low_rank = ranks(load_run(run, weights.value)[0])
+    if low_rank.rows:
+        print(f"\n{low_rank}")
 
 
 @app.command()
 def export(
-    run: Run,
-    to: Annotated[Format, typer.Option(help="The format.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write. [default: in RUN]")] = None,
-    smaller: Annotated[bool, typer.Option("--shrink", help="Cut dead filters out first, for another runtime.")] = False,
-    as_json: Json = False,
+    run: RunArgument,
+    to: Annotated[Format, typer.Option(help="File format.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Output file.", show_default="a file in RUN")] = None,
+    remove_filters: Annotated[bool, typer.Option("--shrink", help="Remove all-zero filters before export.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write the network of a run as a file for other programs, and check it."""
-    model, _, data = load_run(run, Weights.dense.value)
-    if smaller:
-        if to in (Format.compressed, Format.safetensors):
+    """Export the model of a run to a file.
+
+    The outputs of an exported network are checked against PyTorch.
+    """
+    model, _, data = load_run(run, SavedWeights.dense.value)
+    if remove_filters:
+        if to.value in WEIGHTS_ONLY:
             raise InputError(
-                f"--shrink changes the layers, and a file of --to {to.value} holds none; use another format"
+                f"--shrink changes the shapes of layers, but --to {to.value} writes weights without layers; "
+                f"choose another format: {', '.join(name for name in FORMATS if name not in WEIGHTS_ONLY)}"
             )
         model = shrink(model, data["input_size"])
     name, save = FORMATS[to.value]
     written = save(model, out or run / name, data["input_size"])
     dense = (run / "model.safetensors").stat().st_size
     if as_json:
-        answer = {"path": str(written.path), "bytes": written.bytes, "dense_bytes": dense, "error": written.error}
-        print(json.dumps(answer))
+        output = {"path": str(written.path), "bytes": written.bytes, "dense_bytes": dense, "error": written.error}
+        print(json.dumps(output))
         return
-    checked = f"; largest difference to torch {written.error:.1g} of the largest output" if written.error else ""
-    print(f"Written to {written.path}: {written.bytes:,} bytes, of {dense:,} dense{checked}")
+    checked = f"; maximum relative error against PyTorch {written.error:.1g}" if written.error else ""
+    print(f"Written to {written.path}: {written.bytes:,} bytes ({dense:,} bytes dense){checked}")
 
 
 @app.command()
 def bench(
-    run: Run,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 and all there are]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 and 16]")] = None,
-    as_json: Json = False,
+    run: RunArgument,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Number of threads. Can be repeated.", show_default="1 and the number of CPUs"),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size. Can be repeated.", show_default="1 and 16")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Time the sparse network of a run against the same network dense, in the runtimes installed."""
-    model, _, data = load_run(run, Weights.dense.value)
+    """Measure the latency of a run's model.
+
+    Compares the sparse model with the dense model in the installed runtimes.
+    """
+    model, _, data = load_run(run, SavedWeights.dense.value)
     measured = latency.measure(model, data["input_size"], batches=batch or (1, 16), threads=threads)
     write_text(run / "latency.json", measured.to_json() + "\n")
     (run / "figures").mkdir(exist_ok=True)
@@ -282,14 +313,14 @@ def bench(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods a recipe can name."""
+def methods(as_json: JsonOption = False) -> None:
+    """List the sparsification methods."""
     rows = [_describe(name, method) for name, method in METHODS.items()]
     if as_json:
         print(json.dumps(rows))
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "what it does", "source", "file"):
+    for heading in ("name", "description", "source", "file"):
         table.add_column(heading)
     for row in rows:
         table.add_row(row["name"], row["summary"], row["source"], row["file"])
@@ -298,20 +329,26 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="A checkpoint of the 2020 release of STR.")],
-    arch: Annotated[str, typer.Option(help=f"Its network: {', '.join(str_release.ARCHITECTURES)}.")],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    file: Annotated[Path, typer.Argument(help="Checkpoint of the 2020 STR release.")],
+    arch: Annotated[str, typer.Option(help=f"Architecture: {', '.join(str_release.ARCHITECTURES)}.")],
+    out: Annotated[Path, typer.Option(help="Output file (.safetensors).")],
     keep_thresholds: Annotated[
-        bool, typer.Option("--keep-thresholds", help="Keep weights and thresholds apart, for a model after sparsify_.")
+        bool,
+        typer.Option(
+            "--keep-thresholds", help="Keep weights and thresholds separate, to load into a model after sparsify_()."
+        ),
     ] = False,
-    names: Annotated[Names, typer.Option(help="For whose ResNet; theirs have a classifier bias.")] = Names.sparing,
-    as_json: Json = False,
+    names: Annotated[
+        Naming,
+        typer.Option(help="Library whose ResNet loads the file. torchvision and timm need a classifier bias of 0."),
+    ] = Naming.sparing,
+    as_json: JsonOption = False,
 ) -> None:
-    """Make a safetensors file of a checkpoint of the 2020 release."""
+    """Convert a checkpoint of the STR release."""
     from safetensors.torch import save_file
 
     state = str_release.convert(file, arch, keep_thresholds=keep_thresholds)
-    if names is not Names.sparing:
+    if names is not Naming.sparing:
         state = str_release.with_bias(state, arch)
     try:
         with atomic_write(out) as temporary:
@@ -319,7 +356,7 @@ def convert(
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
-    answer = {
+    output = {
         "out": str(out),
         "arch": arch,
         "weights": sum(weight.numel() for weight in weights),
@@ -327,57 +364,62 @@ def convert(
         "thresholds": sum(key.endswith(".s") for key in state),
     }
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(output))
     elif keep_thresholds:
-        print(f"Written to {out}: {arch}, {answer['weights']:,} weights and {answer['thresholds']} thresholds")
+        print(f"Written to {out}: {arch}, {output['weights']:,} weights and {output['thresholds']} thresholds")
     else:
-        print(f"Written to {out}: {arch}, {answer['nonzero']:,} of {answer['weights']:,} weights are not zero")
+        print(f"Written to {out}: {arch}, {output['nonzero']:,} of {output['weights']:,} weights are nonzero")
 
 
 @budget_app.command("list")
 def budget_list() -> None:
-    """List the published budgets."""
+    """List the published budgets by name."""
     print("\n".join(Budget.published_names()))
 
 
 @budget_app.command("show")
 def budget_show(
-    budget: Annotated[str, typer.Argument(help="A published name, or a .json or .csv file.")],
-    model: Annotated[str | None, typer.Option(help="Count weights and MACs on this model of sparing.models.")] = None,
-    as_json: Json = False,
+    budget: Annotated[str, typer.Argument(help="Name of a published budget, or a .json or .csv file.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model of sparing.models for which to count weights and MACs.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the sparsity of each layer of a budget."""
     is_file = Path(budget).suffix in (".json", ".csv")
-    shares = Budget.load(budget) if is_file else Budget.published(budget)
+    sparsities = Budget.load(budget) if is_file else Budget.published(budget)
     if as_json:
-        print(json.dumps(dict(shares)))
+        print(json.dumps(dict(sparsities)))
         return
     # A published budget is named after its model.
     name = model or (None if is_file else budget.partition("-")[0])
-    plain = "\n".join(f"{layer}  {100 * share:.2f} %" for layer, share in shares.items())
-    print(plain if name is None else _spend(shares, name))
+    without_counts = "\n".join(f"{layer}  {100 * sparsity:.2f} %" for layer, sparsity in sparsities.items())
+    print(without_counts if name is None else _budget_table(sparsities, name))
 
 
 @budget_app.command("extract")
 def budget_extract(
-    run: Run,
-    out: Annotated[Path, typer.Option(help="The .json or .csv file to write.")],
-    weights: WhichWeights = Weights.last,
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="Output file (.json or .csv).")],
+    weights: WeightsOption = SavedWeights.last,
 ) -> None:
-    """Write the budget that a run has learned, for other methods to spend: --set method.budget=FILE."""
+    """Write the learned budget of a run to a file.
+
+    Other methods read the file with --set method.budget=FILE.
+    """
     model, _, _ = load_run(run, weights.value)
     layers = sparse_layers(model) or find_layers(model)
-    shares = Budget({name: layer.sparsity() for name, layer in layers.items()})
+    sparsities = Budget({name: layer.sparsity() for name, layer in layers.items()})
     try:
-        shares.save(out)
+        sparsities.save(out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
-    print(f"Written to {out}: {len(shares)} layers")
+    print(f"Written to {out}: {len(sparsities)} layers")
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one sentence and status 2."""
-    warnings.showwarning = _one_line
+    """Run the command line. Print an `InputError` as one line and exit with status 2."""
+    warnings.showwarning = _print_warning
     try:
         app()
     except InputError as error:
@@ -385,12 +427,12 @@ def main() -> None:
         sys.exit(2)
 
 
-def _one_line(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _print_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     print(f"sparing: warning: {message}", file=sys.stderr)
 
 
 def _describe(name: str, method: type[Method]) -> dict[str, str]:
-    """One line about a method, read off its docstrings."""
+    """Return a method's name, description, source and file, taken from its docstrings."""
     module = inspect.getmodule(method)
     text = " ".join((module.__doc__ or "").split()) if module else ""
     source = re.search(r"Source: (.*?)(?: Deviations?:|$)", text)
@@ -402,29 +444,30 @@ def _describe(name: str, method: type[Method]) -> dict[str, str]:
     }
 
 
-def _spend(shares: Budget, name: str) -> str:
-    """A table of what a budget keeps of a model at the paper's image size."""
+def _budget_table(sparsities: Budget, name: str) -> str:
+    """Return a table of the weights and MACs that a budget keeps in a model, at 224 x 224 pixels."""
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}; {nearest(name, MODELS)}")
     with torch.device("meta"):
         model = MODELS[name]()
-    layers, uses = find_layers(model), count_uses(model, (1, 3, 224, 224))
-    unknown = [layer for layer in shares if layer not in layers]
+    layers, uses = find_layers(model), count_applications(model, (1, 3, 224, 224))
+    unknown = [layer for layer in sparsities if layer not in layers]
     if unknown:
         raise InputError(f"model {name!r} has no layer {unknown[0]!r}; {nearest(unknown[0], layers)}")
-    kept = {n: count_kept(layers[n].weight.numel(), share) for n, share in shares.items()}
+    kept = {n: count_kept(layers[n].weight.numel(), sparsity) for n, sparsity in sparsities.items()}
     macs = {n: uses[n] * count for n, count in kept.items()}
-    rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in shares]
+    rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in sparsities]
     rows.append(("total", sum(row[1] for row in rows), sum(kept.values()), sum(macs.values())))
-    lines = [f"{'layer':<24}{'weights':>12}{'kept':>12}{'sparsity':>11}{'MACs':>16}"]
-    for layer, weights, count, products in rows:
-        lines.append(f"{layer:<24}{weights:>12,}{count:>12,}{100 * (1 - count / weights):>9.2f} %{products:>16,}")
+    lines = [f"{'layer':<24}{'weights':>12}{'nonzero':>12}{'sparsity':>11}{'MACs':>16}"]
+    for layer, weights, nonzero, layer_macs in rows:
+        sparsity = 100 * (1 - nonzero / weights)
+        lines.append(f"{layer:<24}{weights:>12,}{nonzero:>12,}{sparsity:>9.2f} %{layer_macs:>16,}")
     return "\n".join(lines)
 
 
 def _comparison(metrics: dict[str, Any]) -> Table:
-    table = Table(title="Test part, evaluated once")
-    for heading in ("", "accuracy", "weights kept", "of", "sparsity", "MACs", "seconds"):
+    table = Table(title="Test results")
+    for heading in ("", "accuracy", "nonzero", "weights", "sparsity", "MACs", "seconds"):
         table.add_column(heading, justify="left" if not heading else "right")
     if "dense_accuracy" in metrics:
         table.add_row(
@@ -439,22 +482,22 @@ def _comparison(metrics: dict[str, Any]) -> Table:
 
 
 def _sizes(metrics: dict[str, Any]) -> str:
-    if "compressed_bytes" not in metrics:  # a run of an older version
-        return "On disk: see sparing export --to compressed"
-    dense, small = metrics["dense_bytes"], metrics["compressed_bytes"]
-    return f"On disk: {small:,} bytes without the zeros, of {dense:,} with them: {dense / small:.1f} times smaller"
+    if "compressed_bytes" not in metrics:  # written by an older version
+        return "File size: run sparing export --to compressed"
+    dense, compressed = metrics["dense_bytes"], metrics["compressed_bytes"]
+    return f"File size: {compressed:,} bytes compressed, {dense:,} bytes dense ({dense / compressed:.1f}x smaller)"
 
 
 def _latency(run: Path) -> str:
-    """A short look at the speed, where there is something to look with."""
+    """Return one line with a short latency measurement, or the reason why there is none."""
     if not latency.available():
-        return "Latency: not measured; pip install 'sparing[export]', then sparing bench"
-    model, _, data = load_run(run, Weights.dense.value)
+        return "Latency: not measured; pip install 'sparing[export]', then run sparing bench"
+    model, _, data = load_run(run, SavedWeights.dense.value)
     try:
         brief = latency.measure_briefly(model, data["input_size"])
     except (InputError, UnavailableError) as error:
         return f"Latency: not measured: {error}"
-    return f"Latency, batch 1, one thread: {brief}; all rivals: sparing bench {run}"
+    return f"Latency (batch 1, one thread): {brief}; compare all backends with: sparing bench {run}"
 
 
 if __name__ == "__main__":

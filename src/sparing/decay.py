@@ -1,27 +1,29 @@
-"""How far weight decay alone takes the s of STR, and how much of it a sparsity takes.
+"""Weight decay of the STR thresholds: its effect on s, and a rule that chooses it for a target sparsity.
 
-Far below zero g'(s) is nothing, so the loss has no say and s only decays. One step of SGD with
-momentum μ is v ← μ v + λ s, s ← s − η v; summed over many steps every λ s counts 1 / (1 − μ) times:
+While s is far below zero, g'(s) is negligible, the loss has almost no gradient with respect to s, and
+only weight decay moves it. One step of SGD with momentum μ is v ← μ v + λ s, s ← s − η v. Over many
+steps each term λ s contributes 1 / (1 − μ) times:
 
-    s(t) ≈ s(0) · exp(−E(t)),      E(t) = λ · Σ η / (1 − μ)          the e-folds of the decay
+    s(t) ≈ s(0) · exp(−E(t)),      E(t) = λ · Σ η / (1 − μ)          the number of e-folds
 
-as long as η λ is small beside (1 − μ)². AdamW multiplies s by (1 − η λ) beside its momentum, so there
-E(t) = λ · Σ η.
+The approximation holds if η λ is small compared with (1 − μ)². AdamW multiplies s by (1 − η λ) and
+does not apply its momentum to the decay, so E(t) = λ · Σ η.
 
-Pruning can begin where g(s) reaches about 1e-3, for sigmoid and exp alike at s = −7: after
-E₁ = ln(|s(0)| / 7) e-folds. What decay goes on to pull from there, against the loss, decides how
-sparse the network becomes. For the 16 ResNet-50 rows of the paper, 79.55 % to 99.10 % and s(0) from
-−100 to −12800, the e-folds left after the onset follow from the density alone,
+Pruning starts when g(s) reaches about 1e-3. For both sigmoid and exp this is at s = −7, which takes
+E₁ = ln(|s(0)| / 7) e-folds. The e-folds after this onset, which act against the loss, determine the
+final sparsity. For the 16 ResNet-50 rows of the paper (79.55 % to 99.10 %, s(0) from −100 to −12800)
+they follow from the sparsity alone,
 
     E − E₁ ≈ 0.75 · (1 − sparsity)^−0.85
 
-to within 12 %; read the other way it gives the sparsity of every row to 1.3 points, and of those
-above 90 % to 0.8. As shares c = E₁ / E the rows with s(0) = −3200 read 0.69 at 80 %, 0.52 at 90 % and
-0.38 at 95 %.
+to within 12 %. Solved for the sparsity, the formula is within 1.3 percentage points for every row, and
+within 0.8 above 90 %. The share of the run before the onset, E₁ / E, is 0.69 at 80 %, 0.52 at 90 % and
+0.38 at 95 % for the rows with s(0) = −3200.
 
-Sources: the momentum sum is that of a geometric series. The rows are the appendix of Kusupati et al.,
-ICML 2020, its weight decays and inits: those of 90.23 % were read in the released configuration, the
-other fifteen are recalled, not read, and what is fitted to them inherits that.
+Reference: the momentum factor is the sum of a geometric series. The rows are from the appendix of
+Kusupati et al., ICML 2020 (weight decays and initial values of s). The values of the 90.23 % row were
+read from the released configuration. The other fifteen were written down from memory and not checked
+against the paper, so the fit is only as reliable as they are.
 """
 
 import math
@@ -30,16 +32,18 @@ from collections.abc import Iterable
 from sparing.errors import InputError
 
 ONSET = -7.0
-"""The s at which pruning can begin: sigmoid(−7) = 0.0009."""
+"""Value of s at which pruning starts: sigmoid(−7) = 0.0009."""
 
 
 def e_folds(learning_rates: Iterable[float], weight_decay: float, momentum: float = 0.0) -> float:
-    """E = λ · Σ η / (1 − μ): weight decay alone divides s by e this many times.
+    """Return the number of e-folds by which weight decay alone shrinks s.
+
+        E = λ · Σ η / (1 − μ),      s(end) = s(0) · exp(−E)
 
     Args:
-        learning_rates: η of every step of the run.
-        weight_decay: λ on s.
-        momentum: μ of SGD; 0 for AdamW.
+        learning_rates: learning rate η of every step of the run.
+        weight_decay: weight decay λ of s.
+        momentum: momentum μ of SGD; 0 for AdamW.
 
     Raises:
         InputError: the momentum is not in [0, 1).
@@ -54,43 +58,47 @@ def e_folds(learning_rates: Iterable[float], weight_decay: float, momentum: floa
 
 
 def weight_decay_for(sparsity: float, learning_rates: Iterable[float], momentum: float, init: float) -> float:
-    """The λ on s that takes a run to about a sparsity.
+    """Return the weight decay of s with which STR reaches approximately the given sparsity.
 
         λ = (ln(|init| / 7) + 0.75 · (1 − sparsity)^−0.85) · (1 − μ) / Σ η
 
-    The rule was fitted to ResNet-50 on ImageNet under SGD, from 80 % to 99 %. A network with less to
-    spare ends denser than was wished for, and one with more sparser. With AdamW (momentum=0) the
-    decay is right, but its loss gradient on s is normalized, and the fit knows nothing of that.
+    The rule was fitted to ResNet-50 on ImageNet, trained with SGD, from 80 % to 99 % sparsity. A network
+    with fewer redundant weights ends up denser than requested, and one with more ends up sparser. For
+    AdamW (momentum=0) the decay of s is correct, but AdamW normalizes the gradient of s, which the fit
+    does not take into account.
 
     Args:
-        sparsity: of all layers together, in (0, 1).
-        learning_rates: η of every step of the run.
-        momentum: μ of SGD.
-        init: where s starts, below −7; the lower, the more of the run is over when pruning begins.
+        sparsity: total sparsity of all sparsified layers, in (0, 1).
+        learning_rates: learning rate η of every step of the run.
+        momentum: momentum μ of SGD; 0 for AdamW.
+        init: initial value of s, below −7. The lower it is, the later in the run pruning starts.
+
+    Returns:
+        The weight decay λ.
 
     Raises:
-        InputError: a value is out of range; the run is so short that momentum would carry s past
-            zero, which is where η λ > (1 − √μ)².
+        InputError: an argument is out of range, or the run is so short that momentum would move s past
+            zero (η λ > (1 − √μ)²).
 
     Examples:
         >>> from sparing.schedules import warmup_cosine
         >>> rates = [0.256 * warmup_cosine(step // 5005, 100, 5) for step in range(100 * 5005)]
-        >>> f"{weight_decay_for(0.9, rates, momentum=0.875, init=-3200):.2e}"  # the paper's row of 90.23 % has 2.25e-5
+        >>> f"{weight_decay_for(0.9, rates, momentum=0.875, init=-3200):.2e}"  # the paper uses 2.25e-5 for its 90.23 %
         '2.19e-05'
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
-        raise InputError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r}")
+        raise InputError(f"sparsity must be in (0, 1), got {sparsity!r}")
     if isinstance(init, bool) or not isinstance(init, (int, float)) or not -math.inf < init < ONSET:
-        raise InputError(f"init must be below {ONSET:g}, where pruning begins, got {init!r}")
+        raise InputError(f"init must be finite and below {ONSET:g}, where pruning starts; got {init!r}")
     rates = list(learning_rates)
-    given = e_folds(rates, 1.0, momentum)
-    if not 0 < given < math.inf:
-        raise InputError(f"the learning rates of a run must sum to a positive number, got {sum(rates)!r}")
-    decay: float = (math.log(init / ONSET) + 0.75 * (1 - sparsity) ** -0.85) / given
-    # The step above has two real roots up to here; beyond, s oscillates around zero instead of creeping up to it.
+    unit_e_folds = e_folds(rates, 1.0, momentum)  # e-folds for a weight decay of 1
+    if not 0 < unit_e_folds < math.inf:
+        raise InputError(f"the sum of the learning rates must be positive and finite, got {sum(rates)!r}")
+    decay: float = (math.log(init / ONSET) + 0.75 * (1 - sparsity) ** -0.85) / unit_e_folds
+    # Beyond this limit the characteristic roots of the momentum step are complex, and s oscillates around zero.
     if decay * max(rates) > (1 - math.sqrt(momentum)) ** 2:
         raise InputError(
-            f"{len(rates)} steps are too few for sparsity {sparsity:g} from init {init:g}: at the weight decay that "
-            f"takes, {decay:.2g}, s would swing past zero; train longer, or start higher than {init:g}"
+            f"{len(rates)} steps are too few for sparsity {sparsity:g} from init {init:g}: the weight decay this "
+            f"requires, {decay:.2g}, would move s past zero; train longer or choose an init above {init:g}"
         )
     return decay

@@ -1,31 +1,38 @@
-"""The errors sparing raises for what a caller can mend."""
+"""User-facing errors and warnings."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used.
+    """Invalid argument, recipe or file.
 
-    The message names the value, the place and the choices. The command line
-    prints it as one sentence and exits with status 2.
+    The message names the value, where it was found and the valid choices. The command line prints the
+    message on one line and exits with status 2.
     """
 
 
 class CheckpointError(InputError):
-    """A checkpoint file is missing, truncated, or not one of ours."""
+    """Missing, truncated or incompatible checkpoint file."""
 
 
 class SparsityWarning(UserWarning):
-    """Something a run can live with and its owner should know of.
+    """Non-fatal problem in a run.
 
-    A layer holds no weight at all, so nothing can pass through it or train it; the numbers of a run
-    can prune nothing; a picture of the training data cannot be read, and another takes its place.
+    Examples: all weights of a layer are pruned, so that it receives no gradient; the settings of a run
+    cannot prune any weight; a training image cannot be read and another one is used in its place.
     """
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The tail of an error message about an unknown name: the nearest one, or all there are."""
+    """Return the end of an error message about an unknown name: the closest choice, or all choices.
+
+    Examples:
+        >>> nearest("optimiser", ["model", "optimizer"])
+        "did you mean 'optimizer'?"
+        >>> nearest("x", ["model", "optimizer"])
+        'choose from model, optimizer'
+    """
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices) or 'nothing'}"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 import errno
 import os
@@ -9,15 +9,22 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed onto it when the block ends without an error.
+    """Yield a temporary path, and rename it to `path` if the block ends without an error.
 
-    A reader, or a crash, sees the old file or the new one, never half of one.
+    The temporary file is in the directory of `path`. Readers see the old file or the complete new file,
+    also after a crash. If the block raises, the temporary file is deleted and `path` is unchanged.
+
+    Args:
+        path: the file to create or replace. If it is a symbolic link, the file it points to is replaced.
+
+    Raises:
+        OSError: `path` exists and is not a regular file, or the directory is not writable.
 
     Examples:
         >>> with atomic_write("notes.txt") as temporary:  # doctest: +SKIP
-        ...     temporary.write_text("all or nothing")
+        ...     temporary.write_text("complete or not at all")
     """
-    path = Path(path).resolve()  # through a link, to what it names
+    path = Path(path).resolve()  # replace the target of a symbolic link, not the link
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -25,7 +32,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(mode)  # some writers make private files
+        temporary.chmod(mode)  # some writers create the file with mode 600
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -34,6 +41,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all, in UTF-8."""
+    """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

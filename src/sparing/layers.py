@@ -177,3 +177,13 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
                 chosen.add(identity)
     layers = (Layer(tuple(where)) for identity, where in places.items() if identity in chosen)
     return {layer.name: layer for layer in layers}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the sparsified layers of a model by name, of all calls of `sparsify_`.
+
+    Examples:
+        >>> sparse_layers(nn.Linear(4, 2))
+        {}
+    """
+    return {name: layer for name, layer in find_layers(model).items() if layer.parametrization is not None}

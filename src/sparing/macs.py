@@ -1,9 +1,9 @@
 """Multiply-accumulates (MACs), dense and sparse; what the papers' tables call FLOPs.
 
-    dense MACs of a layer  = uses · weights
-    sparse MACs of a layer = uses · nonzero weights
+    dense MACs of a layer  = applications · weights
+    sparse MACs of a layer = applications · nonzero weights
 
-where *uses* is how often one forward pass multiplies by each weight: the output positions of a
+where *applications* is how often one forward pass multiplies by each weight: the output positions of a
 convolution, the input positions of a transposed one, the rows of a Linear's input, the time steps
 of a recurrent layer, each times the batch. Only weights are counted: no bias, no normalization,
 no pooling. Taps that fall into the padding count, as they do in the papers' tables.
@@ -27,8 +27,8 @@ from sparing.layers import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, fin
 Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
 
-def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
-    """How often one forward pass multiplies by each weight of each layer.
+def count_applications(model: nn.Module, example: Example) -> dict[str, int]:
+    """Count how often one forward pass multiplies by each weight of each layer.
 
     Args:
         model: any module, on any device, the meta device too.
@@ -37,51 +37,51 @@ def count_uses(model: nn.Module, example: Example) -> dict[str, int]:
             or a mapping of keyword arguments. Only shapes and dtypes matter.
 
     Returns:
-        Layer name → uses; 0 for a layer that the pass does not reach.
+        Layer name → applications; 0 for a layer that the pass does not reach.
 
     Raises:
         InputError: the model cannot run on this input, or not on the meta device.
 
     Examples:
-        >>> count_uses(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
+        >>> count_applications(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
         {'weight': 1024}
     """
     layers = find_layers(model)
     by_place = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
-    uses = dict.fromkeys(layers, 0)
+    applications = dict.fromkeys(layers, 0)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tell = getattr(module, "uses_of_parts", None)
+        tell = getattr(module, "applications_of_parts", None)
         of_parts = {} if tell is None else {id(part): number for part, number in tell(*args, **kwargs).items()}
         for (identity, _), name in by_place.items():
             if identity in of_parts:
-                uses[name] += of_parts[identity]
+                applications[name] += of_parts[identity]
             elif identity == id(module):
-                uses[name] += _uses(module, args, kwargs, output)
+                applications[name] += _applications(module, args, kwargs, output)
             elif isinstance(module, nn.MultiheadAttention) and identity == id(module.out_proj):
                 # Attention multiplies by this weight without calling its module.
-                uses[name] += int(prod(output[0].shape[:-1]))
+                applications[name] += int(prod(output[0].shape[:-1]))
 
     modules = {id(place.module): place.module for layer in layers.values() for place in layer.places}
-    modules |= {id(module): module for module in model.modules() if _multiplies_unseen(module)}
+    modules |= {id(module): module for module in model.modules() if _uses_children(module)}
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules.values()]
     try:
         _run_on_meta(model, example)
     finally:
         for handle in handles:
             handle.remove()
-    return uses
+    return applications
 
 
-def _multiplies_unseen(module: nn.Module) -> bool:
-    """Whether a module multiplies by weights of its parts without calling them.
+def _uses_children(module: nn.Module) -> bool:
+    """Return whether a module uses the weights of child modules without calling them.
 
-    Ours say how often, in `uses_of_parts(*inputs) -> {part: uses}`.
+    Those of sparing say how often, in `applications_of_parts(*inputs) -> {child: applications}`.
     """
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "uses_of_parts")
+    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "applications_of_parts")
 
 
-def _uses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+def _applications(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
     given = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
     if isinstance(module, CONVOLUTIONS):
         return int(prod(output.shape)) // int(module.out_channels)

@@ -1,19 +1,29 @@
-"""Masks with exact counts: which weights live, and how a total is shared out.
+"""Masks with exact counts: which weights are kept, and how a total is shared between layers.
 
-A mask keeps the count it is asked for, ties included: one made by comparing with a threshold would not
-where weights are equal.
+A mask keeps exactly the count that is asked for, ties included. Selection over all layers together needs the
+scores of one layer in memory at a time, not of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import floor
 
 import torch
 from torch import Tensor
 
 from sparing.errors import InputError
 
+Scores = Callable[[], Tensor]
+"""Computes the scores of one layer, of any shape, without NaN; it is called several times."""
+
+FEW = 2**20
+"""So many scores are selected from at once; above, a bracket around the answer is narrowed first."""
+
+SAMPLE = 2**15
+"""Scores in the sample that the bracket is read from."""
+
 
 def count_kept(weights: int, sparsity: float) -> int:
-    """How many of `weights` stay at a sparsity in [0, 1]: all but the rounded share of zeros.
+    """Return how many of `weights` stay at a sparsity in [0, 1]: all but the rounded share of zeros.
 
     Examples:
         >>> count_kept(1000, 0.9)
@@ -23,7 +33,7 @@ def count_kept(weights: int, sparsity: float) -> int:
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest scores, exactly; among equals an arbitrary choice.
+    """Return a mask of the `count` largest scores, exactly; among equal scores the first ones.
 
     Args:
         scores: any shape; no NaN.
@@ -39,76 +49,112 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
         >>> keep_top(torch.tensor([0.1, 0.5, 0.5, 0.3]), 2)
         tensor([False,  True,  True, False])
     """
-    flat = scores.reshape(-1)
-    total = flat.numel()
-    if not 0 <= count <= total:
-        raise InputError(f"cannot keep {count} of {total} weights")
-    # Selecting the smaller side is the cheaper one.
-    if count <= total // 2:
-        mask = torch.zeros(total, dtype=torch.bool, device=scores.device)
-        mask[flat.topk(count, sorted=False).indices] = True
-    else:
-        mask = torch.ones(total, dtype=torch.bool, device=scores.device)
-        mask[flat.topk(total - count, largest=False, sorted=False).indices] = False
-    return mask.reshape(scores.shape)
+    return keep_top_together([lambda: scores], count)[0]
 
 
-def keep_top_together(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the `count` largest scores over all tensors at once, exactly.
+def keep_top_together(scores: Sequence[Scores], count: int) -> list[Tensor]:
+    """Return masks of the `count` largest scores over all layers, exactly; among equal scores the first ones.
+
+    Raises:
+        InputError: the count is out of range.
 
     Examples:
-        >>> keep_top_together([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
+        >>> keep_top_together([lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([2.0])], 2)
         [tensor([ True, False]), tensor([True])]
     """
-    together = keep_top(torch.cat([s.reshape(-1) for s in scores]), count)
-    parts = together.split([s.numel() for s in scores])
-    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
+    if scores and scores[0]().is_meta:  # shapes without values: nothing to rank
+        return [torch.ones_like(each(), dtype=torch.bool) for each in scores]
+    total = sum(each().numel() for each in scores)
+    if not 0 <= count <= total:
+        raise InputError(f"cannot keep {count} of {total} weights")
+    if count in (0, total):
+        return [torch.full_like(each(), count > 0, dtype=torch.bool) for each in scores]
+    threshold = global_threshold(scores, count)
+    masks = [each() > threshold for each in scores]
+    missing = count - int(sum(mask.count_nonzero() for mask in masks))
+    for mask, each in zip(masks, scores, strict=True):
+        if missing > 0:
+            first = (each() == threshold).reshape(-1).nonzero()[:missing, 0]
+            mask.view(-1)[first] = True
+            missing -= len(first)
+    return masks
 
 
-def largest_left_out(sizes: Sequence[Tensor], count: int) -> Tensor:
-    """The threshold above which `count` of all values lie: the largest of the others; 0 if there are none.
+def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
+    """Return the threshold above which `count` of all scores lie: the largest of the others.
 
-    Fewer lie above it where values are equal to it.
+    Fewer lie above it where scores are equal to it. If `count` is all of them it is zero.
 
     Args:
-        sizes: |W| of the layers, say; ≥ 0.
-        count: 0 to the number of values.
+        scores: of the layers.
+        count: 0 to the number of scores.
+
+    Raises:
+        InputError: scores are NaN.
 
     Examples:
-        >>> largest_left_out([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 2)
+        >>> global_threshold([lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([2.0])], 2)
         tensor(1.)
     """
-    together = torch.cat([size.reshape(-1) for size in sizes])
-    left_out = together.numel() - count
-    return together.kthvalue(left_out).values if left_out else together.new_zeros(())
+    total = sum(each().numel() for each in scores)
+    rank = total - count  # of the threshold, from the smallest, counted from 1
+    if rank == 0:
+        return scores[0]().new_zeros(())
+    low, high, below, inside, margin = -torch.inf, torch.inf, 0, total, 0.01
+    while inside > FEW and low < high:
+        sample = torch.cat([_between(each(), low, high)[:: max(inside // SAMPLE, 1)] for each in scores])
+        if not sample.numel():
+            break
+        sample = sample.double().sort().values
+        guess = (rank - below) / inside * len(sample)
+        reach = margin * len(sample)
+        first, last = floor(guess - reach), floor(guess + reach)
+        lower = low if first < 0 else float(sample[first])
+        upper = high if last >= len(sample) else float(sample[last])
+        under = int(sum((each() < lower).count_nonzero() for each in scores))
+        up_to = int(sum((each() <= upper).count_nonzero() for each in scores))
+        if not under < rank <= up_to:
+            margin *= 4  # the sample was not typical: look further
+            continue
+        if up_to - under == inside:
+            break  # nothing was left out
+        low, high, below, inside = lower, upper, under, up_to - under
+    if low == high:
+        return scores[0]().new_tensor(low)
+    left = torch.cat([_between(each(), low, high) for each in scores])
+    if rank - below > left.numel():
+        raise InputError(f"{total - below - left.numel()} of {total} scores are NaN: the weights have diverged")
+    return left.kthvalue(rank - below).values
 
 
-def rewire(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int) -> Tensor:
-    """Drop `count` live positions and grow as many, so that the number of live ones stays.
+def _between(scores: Tensor, low: float, high: float) -> Tensor:
+    return scores[(scores >= low) & (scores <= high)]
 
-    The live positions of the smallest `keep_scores` are dropped, then the positions of the largest
-    `grow_scores` among all that are not live, those just dropped included, are grown.
+
+def prune_and_regrow(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int) -> Tensor:
+    """Prune `count` active positions and regrow as many, so that the number of active ones stays.
+
+    The active positions of the smallest `keep_scores` are pruned, then the positions of the largest `grow_scores`
+    are regrown among all that are not active, those just pruned included.
 
     Args:
-        mask: the live positions, boolean.
-        keep_scores: of every position; only those of live ones matter.
-        grow_scores: of every position; only those of positions not live matter.
-        count: at most the number of live positions.
+        mask: the active positions, boolean.
+        keep_scores: of every position; only those of active ones matter.
+        grow_scores: of every position; only those of positions not active matter.
+        count: at most the number of active positions.
 
     Returns:
         The new mask, with exactly as many True as `mask`.
 
     Examples:
-        >>> live = torch.tensor([True, True, False, False])
-        >>> rewire(live, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 5.0, 6.0]), 1)
+        >>> active = torch.tensor([True, True, False, False])
+        >>> prune_and_regrow(active, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 5.0, 6.0]), 1)
         tensor([False,  True, False,  True])
     """
-    live = int(mask.sum())
-    lowest = torch.finfo(keep_scores.dtype).min
-    kept = keep_top(keep_scores.masked_fill(~mask, lowest), live - count)
-    # Scores are moved up so that a score of 0 still beats a position that may not be grown.
-    grown = keep_top(grow_scores.masked_fill(kept, lowest), count)
-    return kept | grown
+    active = int(mask.sum())
+    kept = keep_top(keep_scores.masked_fill(~mask, torch.finfo(keep_scores.dtype).min), active - count)
+    regrown = keep_top(grow_scores.masked_fill(kept, torch.finfo(grow_scores.dtype).min), count)
+    return kept | regrown
 
 
 def apportion(total: int, shares: Sequence[float], rooms: Sequence[int]) -> list[int]:
@@ -119,7 +165,7 @@ def apportion(total: int, shares: Sequence[float], rooms: Sequence[int]) -> list
 
     Args:
         total: what to split, at most the sum of `rooms`.
-        shares: ≥ 0, a number a part; if all that have room are 0 they count as equal.
+        shares: ≥ 0, one for each part; if all that have room are 0 they count as equal.
         rooms: the most each part can take.
 
     Raises:
@@ -152,28 +198,19 @@ def apportion(total: int, shares: Sequence[float], rooms: Sequence[int]) -> list
     return parts
 
 
-def random_scores(weight: Tensor, seed: int, *position: int) -> Tensor:
-    """Uniform numbers in [0, 1) of the shape of a weight that follow from the seed and position alone.
+def random_scores(shape: Sequence[int], device: torch.device, seed: int, *position: int) -> Tensor:
+    """Return uniform numbers in [0, 1) that follow from the seed and the position alone.
 
-    The same on every rank, on every device, and after a resume: there is no state to save.
+    They are the same on every rank, on every device, and after a resume: there is no state to save.
 
     Args:
-        weight: gives shape and device.
-        seed: the method's.
-        position: whatever tells draws apart, such as the layer's index and the step.
+        shape: of the result.
+        device: of the result; the numbers are drawn on the CPU.
+        seed: of the method.
+        position: what tells draws apart, such as the index of the layer and the step.
     """
     mixed = seed
     for part in position:
         mixed = (mixed * 1_000_003 + part + 1) % 2**63
-    generator = torch.Generator().manual_seed(mixed)
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
-
-
-def random_mask(weight: Tensor, count: int, seed: int, index: int) -> Tensor:
-    """A mask of `count` random positions of the weight of layer number `index`, exactly.
-
-    Examples:
-        >>> int(random_mask(torch.empty(10, 10), 7, seed=0, index=0).sum())
-        7
-    """
-    return keep_top(random_scores(weight, seed, index), count)
+    generator = torch.Generator("cpu").manual_seed(mixed)
+    return torch.rand(tuple(shape), generator=generator, device="cpu").to(device)

@@ -1,31 +1,99 @@
-"""How an effective weight is made from a dense one: modules for `torch.nn.utils.parametrize`.
+"""Base classes of the parametrizations: modules that make the effective weight from the dense weight.
 
-What a checkpoint needs is a parameter or a buffer of these modules, so it is
-saved, moved and copied with the model it belongs to.
+Everything a checkpoint needs is in the state_dict of these modules: parameters, buffers, and the clock of the
+run as extra state. So it is saved, moved and copied with the model.
 """
 
-from collections.abc import Callable
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sparing.errors import InputError
 from sparing.threshold import soft_threshold
+
+_BLOCK = 512
+"""The saved clock is padded to a multiple of this many bytes: its size must not change with the step."""
+
+
+@dataclass
+class Clock:
+    """The time and the identity of one sparse training run, shared by all of its parametrizations.
+
+    Attributes:
+        method: name and arguments of the method, in plain values.
+        steps: length of the run in optimizer steps; None if the method needs none.
+        step: optimizer steps taken.
+        start: the share of the final sparsity that the run started with; above 0 after `retarget`.
+        goal: the most that the layers may cost at the end of the run; None without a target. It follows
+            from model and method, so it is not saved.
+        costs: cost of one weight by layer name; None means 1, and `goal` is a number of weights.
+        stale: set when layers were densified, so that the sparsifier looks for its layers again.
+    """
+
+    method: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    step: int = 0
+    start: float = 0.0
+    goal: int | None = None
+    costs: Mapping[str, int] | None = None
+    stale: bool = False
+
+    def save(self) -> Tensor:
+        """Return the clock as bytes of JSON, in a uint8 tensor."""
+        text = json.dumps({"step": self.step, "steps": self.steps, "start": self.start, "method": self.method}).encode()
+        return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _BLOCK) * _BLOCK)), dtype=torch.uint8)
+
+    def load(self, state: Tensor) -> None:
+        """Set step and start from what `save` returned.
+
+        Raises:
+            InputError: the state is that of another method, target or length of run.
+        """
+        if state.dtype != torch.uint8 or not state.numel() or state.is_meta:
+            return  # an average of state_dicts, or a parametrization that was saved without a sparsifier
+        saved = json.loads(bytes(state.cpu().tolist()))
+        theirs, ours = ({"steps": s["steps"], **s["method"]} for s in (saved, vars(self)))
+        different = [key for key in (theirs | ours) if theirs.get(key) != ours.get(key)]
+        if different:
+            described = (", ".join(f"{key}={values.get(key)!r}" for key in different) for values in (theirs, ours))
+            raise InputError(
+                f"the checkpoint is of a run with {next(described)}, this run has {next(described)}. Call sparsify_() "
+                "with the method and steps of the checkpoint, load it, then change them with sparsifier.retarget()"
+            )
+        self.step, self.start = saved["step"], saved["start"]
 
 
 class Sparse(nn.Module):
-    """Abstract: makes the effective weight, most of it exactly zero, from the dense weight.
+    """Abstract: make the effective weight, most of it exactly zero, from the dense weight.
 
-    Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and
-    dtype. `sparsify_`, `densify_` and `report` know a sparsified layer by this class.
+    Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and dtype.
+    `sparsify_`, `densify_` and `report` recognize a sparsified layer by this class.
 
-    Its numbers keep their dtype when the model is moved to a narrower one. In bf16 or fp16 a step of
-    weight decay, s ← (1 − 5e-5) s, is lost to rounding and the s of STR would never move.
+    Parameters and buffers keep their dtype when the model is moved to a narrower one. In bf16 or fp16 a step of
+    weight decay, s ← (1 − 5e-5) s, is lost to rounding, and the s of STR would never move.
+
+    Attributes:
+        decays: for each parameter that gets weight decay, the group of `param_groups` whose decay it gets:
+            "thresholds", "weights" or "norms". A parameter that is not named gets none.
     """
 
+    decays: ClassVar[Mapping[str, str]] = {}
+    clock: Clock | None = None
+
     def threshold(self) -> Tensor | None:
-        """The threshold in force, ≥ 0, in units of the weight; None where there is none."""
+        """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""
         return None
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8) if self.clock is None else self.clock.save()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if self.clock is not None:
+            self.clock.load(state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -33,7 +101,7 @@ class Sparse(nn.Module):
             if not tensor.is_floating_point():
                 return moved
             narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
-            # From the tensor itself, not from its rounded copy; to_empty() has nothing to keep.
+            # From the tensor itself, not from its rounded copy; to_empty() has no values to keep.
             return tensor.to(moved.device) if narrower else moved
 
         return super()._apply(keep_dtype, recurse)
@@ -49,6 +117,8 @@ class LearnedThreshold(Sparse):
         scale: a constant factor, the k of k · sigmoid.
     """
 
+    decays: ClassVar[Mapping[str, str]] = {"s": "thresholds"}
+
     def __init__(self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
         super().__init__()
         self.s = s
@@ -61,12 +131,6 @@ class LearnedThreshold(Sparse):
 
     def extra_repr(self) -> str:
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"
-
-
-def learned_number(shape: tuple[int, ...], start: float, weight: Tensor) -> nn.Parameter:
-    """The s of a `LearnedThreshold`: trained if the weight is, and float32 whatever its dtype (see `Sparse`)."""
-    s = torch.full(shape, float(start), dtype=torch.float32, device=weight.device)
-    return nn.Parameter(s, requires_grad=weight.requires_grad)
 
 
 class SoftThreshold(LearnedThreshold):
@@ -82,32 +146,34 @@ class SoftThreshold(LearnedThreshold):
         return soft_threshold(weight, self.threshold())
 
 
+def learned_number(shape: tuple[int, ...], start: float, weight: Tensor) -> nn.Parameter:
+    """Return the s of a `LearnedThreshold`: trained if the weight is, float32 whatever its dtype (see `Sparse`)."""
+    s = torch.full(shape, float(start), dtype=torch.float32, device=weight.device)
+    return nn.Parameter(s, requires_grad=weight.requires_grad)
+
+
 class Masked(Sparse):
     """Abstract: the effective weight is the weight where a mask is True, and zero elsewhere.
 
     Args:
         mask: boolean, of the shape of the weight; a buffer.
-        keep: how many weights are to live when the method is done; a buffer, so that a checkpoint
-            knows it.
     """
 
     mask: Tensor
-    keep: Tensor
 
-    def __init__(self, mask: Tensor, keep: int) -> None:
+    def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
-        self.register_buffer("keep", torch.tensor(keep, device=mask.device))
 
     def extra_repr(self) -> str:
         return f"mask={tuple(self.mask.shape)}"
 
 
 class Mask(Masked):
-    """S = W ⊙ M, and so dW = dS ⊙ M: a dead weight gets no gradient.
+    """S = W ⊙ M, and so dW = dS ⊙ M: a pruned weight gets no gradient.
 
     Examples:
-        >>> Mask(torch.tensor([True, False]), keep=1)(torch.tensor([3.0, 4.0]))
+        >>> Mask(torch.tensor([True, False]))(torch.tensor([3.0, 4.0]))
         tensor([3., 0.])
     """
 
@@ -118,27 +184,44 @@ class Mask(Masked):
 class DenseGradientMask(Masked):
     """S = W ⊙ M forward, but dW = dS: the straight-through estimator.
 
-    A dead weight gets the gradient that the effective weight has in its place. Methods that grow
-    weights by their gradient read it there, without a second backward pass.
+    A pruned weight gets the gradient that the effective weight has in its place.
 
     Examples:
         >>> weight = torch.tensor([3.0, 4.0], requires_grad=True)
-        >>> DenseGradientMask(torch.tensor([True, False]), keep=1)(weight).sum().backward()
+        >>> DenseGradientMask(torch.tensor([True, False]))(weight).sum().backward()
         >>> weight.grad
         tensor([1., 1.])
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = MaskStraightThrough.apply(weight, self.mask)
-        return result
+        return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))
 
 
-class MaskStraightThrough(torch.autograd.Function):
-    """S = W ⊙ M forward, dW = dS backward, for parametrizations that need more than `DenseGradientMask`."""
+def straight_through(weight: Tensor, effective: Tensor) -> Tensor:
+    """Return `effective`, with the gradient passed on to `weight` unchanged.
+
+    Args:
+        weight: W, which gets the gradient of the result.
+        effective: S, made from W without recording gradients; of its shape.
+
+    Source: Bengio, Léonard & Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+
+    Examples:
+        >>> weight = torch.tensor([0.2, 1.2], requires_grad=True)
+        >>> straight_through(weight, weight.detach().round()).sum().backward()
+        >>> weight.grad
+        tensor([1., 1.])
+    """
+    result: Tensor = _StraightThrough.apply(weight, effective)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
+    def forward(weight: Tensor, effective: Tensor) -> Tensor:
+        return effective.view_as(effective)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -147,97 +230,3 @@ class MaskStraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad_output, None
-
-
-# --8<-- [start:rescaled]
-class RescaledSoftThreshold(Sparse):
-    """S = c ⊙ sign(W) ⊙ relu(|W| − th) forward, but dW = dS.
-
-    One threshold th, and a scale c a filter: what ST-3 and ST-3σ train.
-
-    Args:
-        weight: gives shape, dtype and device.
-    """
-
-    th: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
-        self.register_buffer("th", torch.zeros((), dtype=dtype, device=weight.device))
-        self.register_buffer("scale", torch.ones(per_filter, dtype=dtype, device=weight.device))
-
-    def renew(self, th: Tensor, size: Tensor) -> None:
-        """Take a new threshold, and the scales that follow for weights of these sizes |W|."""
-        self.th.copy_(th)
-        size = size.reshape(len(size), -1).to(self.th.dtype)
-        # The small number is the code's: it keeps a filter of zeros from dividing by zero.
-        q = ((size * (size > self.th)).mean(1) + 1e-6) / (size.mean(1) + 1e-6)
-        self.scale.copy_((1.01 / (q + 0.01)).reshape(self.scale.shape))
-
-    def threshold(self) -> Tensor:
-        return self.th
-
-    def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = RescaledStraightThrough.apply(weight, self.th, self.scale)
-        return result
-
-
-class RescaledStraightThrough(torch.autograd.Function):
-    """The formula of `RescaledSoftThreshold`, with the identity for a backward."""
-
-    @staticmethod
-    def forward(weight: Tensor, th: Tensor, scale: Tensor) -> Tensor:
-        th = th.to(weight.dtype)
-        return scale.to(weight.dtype) * (weight - weight.clamp(-th, th))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_output, None, None
-
-
-# --8<-- [end:rescaled]
-
-
-# --8<-- [start:feather]
-class FeatherStraightThrough(torch.autograd.Function):
-    """Feather's curve, with gradients that are not its own: what Feather and STR-Feather train.
-
-    S  = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M,   M = 1{|W| > th}
-    dW = dS ⊙ (M + θ (1 − M))
-    dth = −Σ dS ⊙ sign(S)                              as of the soft threshold
-    """
-
-    @staticmethod
-    def forward(weight: Tensor, th: Tensor, theta: float) -> Tensor:
-        size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
-        th = th.to(weight.dtype).to(size.dtype)
-        # The formula with |W| taken out of the root: the cube of a small weight would underflow.
-        factor = (1 - (th / size) ** 3).clamp_min(0) ** (1 / 3)
-        return torch.where(size > th, weight * factor.to(weight.dtype), 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        ctx.th, ctx.theta = (inputs[1].shape, inputs[1].dtype), inputs[2]
-        if ctx.theta != 1 or ctx.needs_input_grad[1]:
-            ctx.save_for_backward(output)  # the layer that uses it keeps it anyway, but for autocast
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not ctx.saved_tensors:
-            return grad_output, None, None
-        (effective,) = ctx.saved_tensors
-        grad = grad_output if ctx.theta == 1 else torch.where(effective != 0, grad_output, ctx.theta * grad_output)
-        if not ctx.needs_input_grad[1]:
-            return grad, None, None
-        shape, dtype = ctx.th
-        return grad, -(grad_output * effective.sign()).sum(dtype=dtype).reshape(shape), None
-
-
-# --8<-- [end:feather]

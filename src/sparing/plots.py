@@ -1,4 +1,7 @@
-"""Figures from reports and histories. matplotlib is imported only when one is drawn."""
+"""Figures of reports and training histories.
+
+matplotlib is imported only when a figure is drawn.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,20 +11,25 @@ from sparing.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-AXIS = {
+AXIS_LABELS = {
     "sparsity": "sparsity",
-    "threshold": "threshold (units of the weight)",
-    "nonzero": "weights that are not zero",
-    "macs": "multiply-accumulates",
+    "threshold": "threshold (same unit as the weights)",
+    "nonzero": "nonzero weights",
+    "macs": "multiply-accumulates (MACs)",
 }
 
 
 def layers_over_time(history: Sequence[Mapping[str, Any]], quantity: str) -> "Figure":
-    """One line a layer over the epochs, dark for the first layer and light for the last.
+    """Plot a quantity of each layer over the epochs.
+
+    The first layer is drawn in the darkest color and the last layer in the lightest.
 
     Args:
         history: the lines of `history.jsonl`.
         quantity: "sparsity" or "threshold".
+
+    Returns:
+        The figure, with one line per layer.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -30,16 +38,16 @@ def layers_over_time(history: Sequence[Mapping[str, Any]], quantity: str) -> "Fi
     for index, name in enumerate(layers):
         values = [line["layers"][name][quantity] for line in history]
         axes.plot(epochs, values, color=_shade(index, len(layers)), label=name)
-    axes.set(xlabel="epoch", ylabel=AXIS[quantity])
+    axes.set(xlabel="epoch", ylabel=AXIS_LABELS[quantity])
     axes.set_ylim(bottom=0)
-    # A deep network's legend would be larger than its lines.
+    # With more layers the legend would not fit into the figure.
     if len(layers) <= 24:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False)
     return figure
 
 
 def budget_by_depth(report: Report) -> "Figure":
-    """A bar a layer in the order of the network: how sparse each is, and the total as a line."""
+    """Plot the sparsity of each layer as a bar, in network order, and the total sparsity as a line."""
     figure = _figure()
     axes = figure.subplots()
     rows = report.layers
@@ -52,31 +60,34 @@ def budget_by_depth(report: Report) -> "Figure":
 
 
 def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> "Figure":
-    """A bar a contestant in each group, with a whisker from the lowest to the highest.
+    """Plot the latency of each backend in milliseconds, with one panel per group.
+
+    A bar shows the median, and its error bar the range from the lowest to the highest measurement.
 
     Args:
-        groups: title of the group → contestant → median, lowest and highest seconds.
+        groups: for each group title, a mapping from the backend to its median, lowest and highest
+            latency in seconds.
     """
     figure = _figure()
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     names = list(dict.fromkeys(name for timings in groups.values() for name in timings))
     for axes, (title, timings) in zip(panels, groups.items(), strict=True):
         for name, (median, lowest, highest) in timings.items():
-            whisker = [[1000 * (median - lowest)], [1000 * (highest - median)]]
-            axes.barh(name, 1000 * median, xerr=whisker, color=_shade(names.index(name), len(names)))
+            error_bar = [[1000 * (median - lowest)], [1000 * (highest - median)]]
+            axes.barh(name, 1000 * median, xerr=error_bar, color=_shade(names.index(name), len(names)))
         axes.invert_yaxis()
         axes.set_title(title, fontsize="small")
-        axes.set_xlabel("ms")
+        axes.set_xlabel("latency (ms)")
         axes.tick_params(labelsize="small", labelleft=axes is panels[0])
     return figure
 
 
 def pareto_front(points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float]], cost: str) -> "Figure":
-    """What each trial of a sweep costs and how accurate it is, and the best accuracy for a cost as steps.
+    """Plot cost against validation accuracy for the trials of a sweep, with the Pareto front as steps.
 
     Args:
-        points: cost and validation accuracy, in [0, 1], of each trial.
-        front: those of them that no other beats in both, from the lowest cost up.
+        points: cost and validation accuracy in [0, 1] of each trial.
+        front: the points of the Pareto front, in order of increasing cost.
         cost: "nonzero" or "macs".
     """
     figure = _figure()
@@ -84,14 +95,14 @@ def pareto_front(points: Sequence[tuple[float, float]], front: Sequence[tuple[fl
     costs, accuracies = zip(*points, strict=True)
     axes.scatter(costs, accuracies, color=_shade(1, 2), label="trials")
     costs, accuracies = zip(*front, strict=True)
-    axes.step(costs, accuracies, where="post", color=_shade(0, 2), marker="o", label="front")
-    axes.set(xlabel=AXIS[cost], ylabel="validation accuracy", xscale="log")
+    axes.step(costs, accuracies, where="post", color=_shade(0, 2), marker="o", label="Pareto front")
+    axes.set(xlabel=AXIS_LABELS[cost], ylabel="validation accuracy", xscale="log")
     axes.legend(frameon=False)
     return figure
 
 
 def _figure() -> "Figure":
-    # Not through pyplot, which keeps every figure in a global list.
+    # pyplot would keep every figure in a global list.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, 4.5), layout="constrained")

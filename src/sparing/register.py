@@ -5,7 +5,7 @@ in several places; deep copies of a module are to stay apart; and recurrent laye
 weights that they have now.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ def check_weight(layer: Layer) -> None:
         InputError: it carries a parametrization, is not floating point, not finite, or has no elements.
     """
     for place in layer.places:
+        if layer.parametrization is not None:
+            raise InputError(
+                f"layer {layer.name!r} is sparsified already: choose other layers with select=, change its target with "
+                "sparsifier.retarget(), or call sparing.densify_(model) first"
+            )
         if place.parametrizations is not None:
             other = type(place.parametrizations[0]).__name__
             raise InputError(
@@ -103,3 +108,19 @@ def _own_class(module: nn.Module) -> None:
     """
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Refuse weights that the model also holds outside a layer, where it would use them dense.
+
+    Raises:
+        InputError: there is one.
+    """
+    known = {place.key for layer in layers.values() for place in layer.places}
+    names = {id(layer.weight): name for name, layer in layers.items()}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names and key not in known:
+            raise InputError(
+                f"the weight of layer {names[id(parameter)]!r} is also the parameter {key!r}, which would stay dense; "
+                "leave the layer out with select="
+            )

@@ -1,4 +1,4 @@
-"""What a model keeps of itself: a row a layer, counted, not estimated."""
+"""Report the weights and MACs of a model, layer by layer: counted, not estimated."""
 
 import csv
 import html
@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import nn
 
+from sparing.goal import missed_targets
 from sparing.layers import Layer, find_layers
-from sparing.macs import Example, count_uses
+from sparing.macs import Example, count_applications
 
 FIELDS = ("name", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense_macs", "macs")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The account of one layer, or of several together.
+    """The counts of one layer, or of several together.
 
     Attributes:
         name: the layer's name, "total" or "backbone".
@@ -27,7 +28,7 @@ class Row:
         weights: how many weights it has.
         nonzero: how many effective weights are not zero.
         threshold: the threshold in force, the mean where a layer has several, None where it has none.
-        dense_macs: multiply-accumulates of one forward pass were nothing zero; None without input size.
+        dense_macs: multiply-accumulates of one forward pass if no weight were zero; None without input size.
         macs: the same without those of zero weights.
     """
 
@@ -52,18 +53,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a model. Printing it gives a table.
+    """The counts of a model. Printing it gives a table.
 
     Attributes:
-        layers: a row for every convolution, Linear and recurrent weight, sparsified or not, and
+        layers: one row for every convolution, Linear and recurrent weight, sparsified or not, and
             for whatever else is sparsified.
         total: all of them.
         backbone: all but the last Linear, the classifier, which the papers leave out under this name.
+        missed: a sentence for each target that is not met, with both numbers.
     """
 
     layers: tuple[Row, ...]
     total: Row
     backbone: Row
+    missed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report in plain Python values."""
@@ -71,6 +74,7 @@ class Report:
             "layers": [row.as_dict() for row in self.layers],
             "total": self.total.as_dict(),
             "backbone": self.backbone.as_dict(),
+            "missed": list(self.missed),
         }
 
     def to_json(self) -> str:
@@ -78,7 +82,7 @@ class Report:
         return json.dumps(self.as_dict(), indent=2)
 
     def to_csv(self) -> str:
-        """The report as CSV: a header, a row a layer, then total and backbone. Shapes read 64x3x7x7."""
+        """The report as CSV: a header, one row per layer, then total and backbone. Shapes read 64x3x7x7."""
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -101,7 +105,7 @@ class Report:
             for row in cells
         ]
         rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *self.missed])
 
     def _cells(self) -> list[list[str]]:
         rows = (*self.layers, self.total, self.backbone)
@@ -111,7 +115,7 @@ class Report:
             macs = ["" if count is None else f"{count:,}" for count in (row.dense_macs, row.macs)]
             counts = [f"{row.weights:,}", f"{row.nonzero:,}", _percent(row)]
             cells.append([row.name, row.kind, _shape(row), *counts, threshold, *macs])
-        # A column nobody filled says nothing.
+        # Drop empty columns.
         keep = [i for i in range(len(cells[0])) if any(row[i] for row in cells[1:])]
         return [[row[i] for i in keep] for row in cells]
 
@@ -125,7 +129,7 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
     Args:
         model: any module; count on the bare model, not on a compiled or distributed wrapper.
         input_size: the shape of one input, batch included, as `(1, 3, 224, 224)`, or example
-            tensors (see `count_uses`); without it the MACs stay None.
+            tensors (see `count_applications`); without it the MACs stay None.
 
     Raises:
         InputError: the model does not run on such an input.
@@ -135,14 +139,14 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
         221184
     """
     layers = find_layers(model)
-    uses = None if input_size is None else count_uses(model, input_size)
-    rows = tuple(_row(layer, None if uses is None else uses[name]) for name, layer in layers.items())
+    counts = None if input_size is None else count_applications(model, input_size)
+    rows = tuple(_row(layer, None if counts is None else counts[name]) for name, layer in layers.items())
     linear = [row for row in rows if row.kind == "Linear"]
     backbone = [row for row in rows if not linear or row is not linear[-1]]
-    return Report(rows, _sum("total", rows), _sum("backbone", backbone))
+    return Report(rows, _sum("total", rows), _sum("backbone", backbone), tuple(missed_targets(model)))
 
 
-def _row(layer: Layer, uses: int | None) -> Row:
+def _row(layer: Layer, applications: int | None) -> Row:
     threshold, weights, nonzero = layer.threshold, layer.weight.numel(), layer.nonzero()
     return Row(
         name=layer.name,
@@ -151,8 +155,8 @@ def _row(layer: Layer, uses: int | None) -> Row:
         weights=weights,
         nonzero=nonzero,
         threshold=None if threshold is None else float(threshold.detach().mean()),
-        dense_macs=None if uses is None else uses * weights,
-        macs=None if uses is None else uses * nonzero,
+        dense_macs=None if applications is None else applications * weights,
+        macs=None if applications is None else applications * nonzero,
     )
 
 

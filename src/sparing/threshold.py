@@ -85,7 +85,7 @@ class _SoftThreshold(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_weight, None
         signed = effective.sign() * grad_weight
-        return grad_weight, -_sum_to(signed, ctx.threshold_shape, ctx.threshold_dtype)
+        return grad_weight, -sum_to(signed, ctx.threshold_shape, ctx.threshold_dtype)
 
 
 # --8<-- [end:operator]
@@ -98,7 +98,7 @@ def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
     return all(have in (1, want) for have, want in zip(shape, aligned, strict=True))
 
 
-def _sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Sum what broadcasting repeated, in `dtype`: a bf16 sum over a layer would lose the small terms."""
     lead = tensor.dim() - len(shape)
     repeated = [d for d in range(tensor.dim()) if d < lead or (shape[d - lead] == 1 and tensor.shape[d] != 1)]

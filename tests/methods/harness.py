@@ -16,35 +16,34 @@ SPARSITY = 0.75
 # needs other settings to do anything in so few steps, says so here.
 SETTINGS = {
     "str": {"init": -3.0},
-    "str_sparsity": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
-    "str_feather": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
-    "gmp": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
-    "rigl": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
+    "str_sparsity": {"sparsity": SPARSITY, "every": 3},
+    "str_feather": {"sparsity": SPARSITY, "every": 3},
+    "gmp": {"sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
+    "rigl": {"sparsity": SPARSITY, "end": 16, "every": 4},
+    "gmp_one_shot": {"sparsity": SPARSITY, "begin": 6, "end": 6},
+    "gmp_global": {"sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2, "budget": "global"},
     "dnw": {"sparsity": SPARSITY},
-    "set": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
-    "snfs": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4},
-    "dsr": {"steps": STEPS, "sparsity": SPARSITY, "end": 16, "every": 4, "fraction": 0.1, "threshold": 0.02},
-    "variational_dropout": {"steps": STEPS, "kl_weight": 0.003, "init": -5.0},
+    "set": {"sparsity": SPARSITY, "end": 16, "every": 4},
+    "snfs": {"sparsity": SPARSITY, "end": 16, "every": 4},
+    "dsr": {"sparsity": SPARSITY, "end": 16, "every": 4, "fraction": 0.1, "threshold": 0.02},
+    "variational_dropout": {"kl_weight": 0.003, "init": -5.0},
     "dst": {"alpha": 0.005},
-    "continuous_sparsification": {"steps": STEPS, "penalty": 3e-4, "init": 0.03},
-    "magnitude": {"steps": STEPS, "sparsity": SPARSITY, "at": 6},
-    "global_magnitude": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 16, "every": 2},
-    "global_magnitude_one_shot": {"steps": STEPS, "sparsity": SPARSITY, "at": 6},
+    "continuous_sparsification": {"weight": 3e-4, "init": 0.03},
     "static_random": {"sparsity": SPARSITY},
     "snip": {"sparsity": SPARSITY},
     "grasp": {"sparsity": SPARSITY},
-    "st3": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
-    "st3_sigma": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
-    "feather": {"steps": STEPS, "sparsity": SPARSITY, "every": 3, "theta": 0.5},
-    "acdc": {"steps": STEPS, "sparsity": SPARSITY, "begin": 2, "end": 15, "phase": 3},
-    "spartan": {"steps": STEPS, "sparsity": SPARSITY, "every": 3},
+    "st3": {"sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
+    "st3_sigma": {"sparsity": SPARSITY, "begin": 2, "end": 10, "every": 3},
+    "feather": {"sparsity": SPARSITY, "every": 3, "theta": 0.5},
+    "acdc": {"sparsity": SPARSITY, "begin": 2, "end": 15, "phase": 3},
+    "spartan": {"sparsity": SPARSITY, "every": 3},
 }
 
 # Entries that are a second way to use a method.
-VARIANTS = {"str_sparsity": "str"}
+VARIANTS = {"str_sparsity": "str", "gmp_one_shot": "gmp", "gmp_global": "gmp"}
 
 # Methods that end with exactly the number of weights asked for, in every layer.
-EXACT_LAYERS = {"dnw", "set", "gmp", "rigl", "magnitude", "static_random"}
+EXACT_LAYERS = {"dnw", "set", "gmp", "gmp_one_shot", "rigl", "static_random"}
 # Methods that end with exactly the number asked for, over all layers.
 EXACT_TOTAL = EXACT_LAYERS | {
     "str_sparsity",
@@ -56,8 +55,7 @@ EXACT_TOTAL = EXACT_LAYERS | {
     "acdc",
     "snfs",
     "dsr",
-    "global_magnitude",
-    "global_magnitude_one_shot",
+    "gmp_global",
     "snip",
     "grasp",
 }
@@ -114,9 +112,9 @@ def batch(shape, step):
 class Run:
     """A model, a method and an optimizer, taken step by step."""
 
-    def __init__(self, model_name, method, optimizer="sgd", seed=0, **options):
+    def __init__(self, model_name, method, optimizer="sgd", seed=0, steps=STEPS, **options):
         self.model, self.shape = build(model_name, seed)
-        self.sparsifier = sparing.sparsify_(self.model, method)
+        self.sparsifier = sparing.sparsify_(self.model, method, steps=steps)
         groups = sparing.param_groups(self.model, weight_decay=1e-2)
         if optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, **options)
@@ -129,21 +127,20 @@ class Run:
         for _ in range(steps):
             x, y = batch(self.shape, self.step)
             self.optimizer.zero_grad()
-            F.cross_entropy(self.model(x), y).backward()
+            (F.cross_entropy(self.model(x), y) + self.sparsifier.penalty()).backward()
             self.optimizer.step()
             self.step += 1
         return self
 
     def state(self):
         """What a checkpoint holds, apart from the run."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "sparsifier": self.sparsifier}
+        parts = {"model": self.model, "optimizer": self.optimizer}
         state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         return state | {"step": self.step, "random": torch.get_rng_state()}
 
     def load(self, state):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sparsifier.load_state_dict(state["sparsifier"])
         self.step = state["step"]
         torch.set_rng_state(state["random"])
         return self
@@ -152,11 +149,11 @@ class Run:
 class Rows:
     """Layers of one row each whose weights, masks and gradients are given by hand; they are never run."""
 
-    def __init__(self, method, weights, masks=None, optimizer="sgd", lr=0.1):
+    def __init__(self, method, weights, masks=None, optimizer="sgd", lr=0.1, steps=100):
         model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in weights))
         for module, row in zip(model, weights, strict=True):
             module.weight.data = torch.tensor([row], dtype=torch.float32)
-        self.sparsifier = sparing.sparsify_(model, method)
+        self.sparsifier = sparing.sparsify_(model, method, steps=steps)
         self.layers = list(self.sparsifier.layers.values())
         self.parts = [layer.parametrization for layer in self.layers]
         for part, row in zip(self.parts, masks or [], strict=masks is not None):

@@ -23,7 +23,8 @@ import sparing
 from sparing import METHODS
 from sparing.masks import count_kept
 from sparing.methods.feather import FeatherThreshold
-from sparing.parametrizations import LearnedThreshold, Masked, RescaledSoftThreshold
+from sparing.methods.st3 import RescaledSoftThreshold
+from sparing.parametrizations import LearnedThreshold, Masked
 
 pytestmark = pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
 every_method = pytest.mark.parametrize("name", SETTINGS)
@@ -66,10 +67,6 @@ def test_ends_with_exactly_the_count_asked_for(name, model):
         # A rule that balances layers rounds each of them.
         by_layer = name in EXACT_LAYERS and getattr(make(name), "budget", None) != "erk"
         assert abs(sum(kept) - uniform) <= (0 if by_layer else len(kept))
-    for layer, count in zip(layers, kept, strict=True):
-        part = layer.parametrization
-        if isinstance(part, Masked) and name in EXACT_LAYERS:
-            assert count == int(part.keep)
 
 
 @every_model
@@ -163,7 +160,7 @@ def test_learns(name):
 @every_method
 def test_half_precision_and_meta_models_can_be_sparsified(name):
     for model in (torch.nn.Linear(16, 16).to(torch.bfloat16), torch.nn.Linear(16, 16, device="meta")):
-        sparsifier = sparing.sparsify_(model, make(name))
+        sparsifier = sparing.sparsify_(model, make(name), steps=STEPS)
         assert sparsifier.layers["weight"].effective_weight.dtype == model.bias.dtype
 
 

@@ -1,8 +1,8 @@
-"""Data sets."""
+"""Data sets for image and sequence classification."""
 
 from collections.abc import Callable
 
-from sparing.data.base import Batches, Data, Part, check_part
+from sparing.data.base import Batches, Split, SplitDataset, check_split
 from sparing.data.cifar import cifar10, cifar10_jpeg
 from sparing.data.folders import imagenet
 from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, mnist5k
@@ -13,18 +13,18 @@ from sparing.data.speech import google12, spoken_digits
 __all__ = [
     "DATASETS",
     "Batches",
-    "Data",
     "ImageBatches",
     "ImageData",
     "Images",
-    "Part",
     "SequenceBatches",
     "SequenceData",
     "Sequences",
-    "check_part",
+    "Split",
+    "SplitDataset",
+    "check_split",
 ]
 
-DATASETS: dict[str, Callable[..., Data]] = {
+DATASETS: dict[str, Callable[..., SplitDataset]] = {
     data.__name__: data
     for data in (
         mnist5k,
@@ -40,4 +40,4 @@ DATASETS: dict[str, Callable[..., Data]] = {
         spoken_digits,
     )
 }
-"""The data sets by the name a recipe uses; the other keys of its `data:` are the arguments."""
+"""Data set name in a recipe → function that loads it. The other keys of `data:` are its arguments."""

@@ -1,4 +1,4 @@
-"""What training asks of a data set."""
+"""Interface between data sets and training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,31 +9,34 @@ from torch import Tensor
 
 from sparing.errors import InputError
 
-Part = Literal["train", "validation", "test"]
-Own = TypeVar("Own", bound="Data")
+Split = Literal["train", "validation", "test"]
+Self = TypeVar("Self", bound="SplitDataset")
 
 
 class Batches(Protocol):
-    """An iterable of `(*inputs, labels)`, ready for `model(*inputs)`, on the device of the data.
+    """Iterable of batches `(*inputs, labels)`, ready for `model(*inputs)`, on the device of the data set.
 
-    Over several ranks each gets its share of every global batch.
+    In distributed training, each rank gets its share of every global batch.
     """
 
     epoch: int
-    """Set before each pass; order and augmentation follow from the seed and from it alone."""
+    """Set it before each pass: order and augmentation depend only on the seed and the epoch."""
 
     def __len__(self) -> int:
-        """Batches a pass."""
+        """Return the number of batches per pass."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
 
 
-class Data(ABC):
-    """Abstract: a data set in three parts, "train", "validation" (for every choice), "test" (used once, at the end).
+class SplitDataset(ABC):
+    """Abstract data set with three splits.
+
+    Train on "train", make every choice (hyperparameters, best epoch) on "validation", and evaluate "test"
+    once, at the end.
 
     Attributes:
-        num_classes: the labels are 0 to num_classes − 1.
-        input_size: the shape of one example as the model gets it, with a leading 1.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        input_size: shape of a batch of one example, as the model receives it: (1, ...).
     """
 
     num_classes: int
@@ -41,39 +44,39 @@ class Data(ABC):
 
     @abstractmethod
     def model_arguments(self) -> dict[str, int]:
-        """What a model must be built with to fit, such as `num_classes` and `in_channels`."""
+        """Return the arguments that a model needs to fit the data, such as `num_classes` and `in_channels`."""
 
     @abstractmethod
-    def size(self, part: Part) -> int:
-        """Examples in one part."""
+    def size(self, split: Split) -> int:
+        """Return the number of examples in a split."""
 
     @abstractmethod
-    def to(self: Own, device: torch.device) -> Own:
-        """The same data with its batches on another device."""
+    def to(self: Self, device: torch.device) -> Self:
+        """Return the same data set with its batches on another device."""
 
     @abstractmethod
     def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Batches:
-        """Shuffled, augmented batches of the training part.
+        """Return shuffled, augmented batches of the training split.
 
         Args:
-            batch_size: examples a batch over all ranks; the last batch of a pass may be smaller, but
-                has an example for every rank.
-            seed: of order and augmentation.
-            rank: whose share.
-            ranks: how many there are.
+            batch_size: examples per batch, over all ranks. The last batch of a pass may be smaller, but it
+                has at least one example per rank.
+            seed: seed of order and augmentation.
+            rank: rank whose share of each batch is returned.
+            ranks: number of ranks.
         """
 
     @abstractmethod
-    def evaluation(self, part: Part, rank: int = 0, ranks: int = 1) -> Batches:
-        """One part in order, without augmentation; over all ranks each example comes exactly once."""
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> Batches:
+        """Return batches of a split in order, without augmentation; each example appears once over all ranks."""
 
 
-def check_part(part: str) -> Part:
-    """The name of a part.
+def check_split(split: str) -> Split:
+    """Return the name of a split if it is valid.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not "train", "validation" or "test".
     """
-    if part not in ("train", "validation", "test"):
-        raise InputError(f"unknown part {part!r}; choose from train, validation, test")
-    return part  # type: ignore[return-value]
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"unknown split {split!r}; choose from train, validation, test")
+    return split  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""CIFAR-10: from the official binary files, or from an archive of JPEG files."""
+"""CIFAR-10, from the official binary files or from an archive of JPEG files."""
 
 import io
 import json
@@ -16,77 +16,78 @@ from sparing.errors import InputError
 from sparing.files import atomic_write
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""By label."""
-RECORD = 1 + 3 * 32 * 32
-"""Bytes of an image in the binary version: its label, then red, green and blue, row by row."""
+"""Class names, indexed by label."""
+RECORD_BYTES = 1 + 3 * 32 * 32
+"""Size of an image in the binary version: one byte for the label, then the red, green and blue planes."""
 
 
 def cifar10(root: str = "data/cifar-10-batches-bin", shift: int = 4, flip: bool = True) -> ImageData:
-    """CIFAR-10: 60,000 color photographs of ten kinds of things, 32×32.
+    """Load CIFAR-10 from its binary version: 60,000 color images of ten classes, 32×32 pixels.
 
-    Its 50,000 training images are split once and for all: of each class 4,500 to train on, 500 to
-    validate. Its 10,000 test images are the test.
+    The 50,000 training images are divided into fixed splits: 4,500 training and 500 validation images per
+    class. The 10,000 test images are the test split.
 
     Args:
-        root: the folder `cifar-10-batches-bin` of the "binary version": `data_batch_1.bin` to
-            `data_batch_5.bin` and `test_batch.bin`. The version for Python is made of pickles, which are
-            not loaded.
-        shift: pixels by which a training image may move, in both directions.
-        flip: mirror training images by chance.
+        root: folder `cifar-10-batches-bin` of the binary version, with `data_batch_1.bin` to `data_batch_5.bin`
+            and `test_batch.bin`. The Python version is not supported, because it consists of pickle files.
+        shift: maximum random shift of a training image, in pixels, per direction.
+        flip: flip training images horizontally with probability 0.5.
 
     Raises:
         InputError: a file is missing or damaged.
 
-    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
+    Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
     https://www.cs.toronto.edu/~kriz/cifar.html.
     """
     folder = Path(root)
     if not folder.is_dir():
         raise InputError(
-            f"data cifar10: no folder {folder}; download the binary version from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and name its folder with data.root"
+            f"data cifar10: folder {folder} not found; download the binary version from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and set data.root to its folder"
         )
-    train = [_read_binary(folder / f"data_batch_{number}.bin") for number in range(1, 6)]
-    together = Images(torch.cat([part.pixels for part in train]), torch.cat([part.labels for part in train]))
-    # mean and std of the training images
-    return _image_data(
-        folder, together, _read_binary(folder / "test_batch.bin"),
+    batches = [_read_binary(folder / f"data_batch_{number}.bin") for number in range(1, 6)]
+    train = Images(torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches]))
+    # Mean and std of the training images.
+    return _build(
+        folder, train, _read_binary(folder / "test_batch.bin"),
         mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), shift=shift, flip=flip,
     )  # fmt: skip
 
 
 def cifar10_jpeg(root: str = "data/cifar10-jpeg.tar.xz", shift: int = 4, flip: bool = True) -> ImageData:
-    """CIFAR-10 from an archive of JPEG files. Its pixels are not quite the originals; nor are results.
+    """Load CIFAR-10 from an archive of JPEG files.
 
-    The files are decoded once, and kept as bytes beside the archive in a file of its name with
-    `.safetensors` at the end, where the folder can be written. Split as `cifar10`.
+    JPEG compression changes the pixels slightly, so results differ from those on the official files. The
+    decoded images are cached next to the archive, in a file with the suffix `.safetensors`, if the folder is
+    writable. The splits are made as in `cifar10`.
 
     Args:
-        root: the archive, `.tar`, `.tar.gz` or `.tar.xz`, of `train/airplane/*.jpg` to
-            `test/truck/*.jpg`, as many of each class.
-        shift: pixels by which a training image may move, in both directions.
-        flip: mirror training images by chance.
+        root: archive (`.tar`, `.tar.gz` or `.tar.xz`) of the files `train/<class>/*.jpg` and
+            `test/<class>/*.jpg`, with equal counts per class.
+        shift: maximum random shift of a training image, in pixels, per direction.
+        flip: flip training images horizontally with probability 0.5.
 
     Raises:
-        InputError: the archive is missing, damaged, or holds something else; Pillow is not installed.
+        InputError: the archive is missing, damaged or has other content; Pillow is not installed.
     """
     archive = Path(root)
     if not archive.is_file():
         raise InputError(
-            f"data cifar10_jpeg: no archive {archive}; name it with data.root, or use cifar10 with the official one"
+            f"data cifar10_jpeg: archive {archive} not found; set data.root to its path, or use cifar10 with the "
+            "official files"
         )
-    parts = _read_cache(archive)
-    if parts is None:
-        parts = _read_archive(archive)
-        _write_cache(archive, parts)
-    # mean and std of its training images, whose noise JPEG has smoothed a little
-    return _image_data(
-        archive, parts["train"], parts["test"],
+    splits = _read_cache(archive)
+    if splits is None:
+        splits = _read_archive(archive)
+        _write_cache(archive, splits)
+    # Mean and std of the decoded training images. The std is lower than in cifar10 as JPEG removes some noise.
+    return _build(
+        archive, splits["train"], splits["test"],
         mean=(0.4913, 0.4821, 0.4465), std=(0.2452, 0.2428, 0.2606), shift=shift, flip=flip,
     )  # fmt: skip
 
 
-def _image_data(
+def _build(
     source: Path,
     train: Images,
     test: Images,
@@ -95,16 +96,19 @@ def _image_data(
     shift: int,
     flip: bool,
 ) -> ImageData:
-    """The data set, a tenth of each training class for validation."""
-    for name, part in (("training", train), ("test", test)):
-        counts = torch.bincount(part.labels, minlength=len(CLASSES)).tolist()
-        # Both sets are balanced: whatever is not has lost something on the way.
+    """Build the data set, with a tenth of each training class held out for validation."""
+    for name, images in (("training", train), ("test", test)):
+        counts = torch.bincount(images.labels, minlength=len(CLASSES)).tolist()
+        # CIFAR-10 is balanced, so unequal counts mean that images are missing.
         if min(counts) != max(counts) or not counts[0]:
-            raise InputError(f"data {source}: its {name} classes have {counts} images, not the same number each")
+            raise InputError(
+                f"data {source}: the {name} classes must have equal numbers of images, got {counts}; "
+                "download the data set again"
+            )
     count = len(train) // len(CLASSES)
     index = stratified_split(train.labels, (count - count // 10, count // 10))
-    rest, validation = (Images(train.pixels[i], train.labels[i]) for i in index)
-    return ImageData(rest, validation, test, mean, std, num_classes=len(CLASSES), shift=shift, flip=flip)
+    train, validation = (Images(train.pixels[i], train.labels[i]) for i in index)
+    return ImageData(train, validation, test, mean, std, num_classes=len(CLASSES), shift=shift, flip=flip)
 
 
 def _read_binary(path: Path) -> Images:
@@ -112,17 +116,21 @@ def _read_binary(path: Path) -> Images:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"data {path}: cannot be read ({error.strerror})") from error
-    if not raw or len(raw) % RECORD:
-        raise InputError(f"data {path}: {len(raw):,} bytes are no whole number of images; download it again")
-    records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, RECORD)
+    if not raw or len(raw) % RECORD_BYTES:
+        raise InputError(
+            f"data {path}: the size of {len(raw):,} bytes is not a multiple of {RECORD_BYTES:,}; download it again"
+        )
+    records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, RECORD_BYTES)
     labels = records[:, 0].to(torch.int64)
     if int(labels.max()) >= len(CLASSES):
-        raise InputError(f"data {path}: an image has label {int(labels.max())}; this is no batch of CIFAR-10")
+        raise InputError(
+            f"data {path}: labels must be from 0 to 9, got {int(labels.max())}; this is not a CIFAR-10 batch file"
+        )
     return Images(records[:, 1:].reshape(-1, 3, 32, 32).clone(), labels)
 
 
 def _read_archive(path: Path) -> dict[str, Images]:
-    """The images of "train" and "test", in the order of their classes and names."""
+    """Read the images of "train" and "test", sorted by class and file name."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -131,26 +139,26 @@ def _read_archive(path: Path) -> dict[str, Images]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                part, _, rest = member.name.removeprefix("./").partition("/")
+                split, _, rest = member.name.removeprefix("./").partition("/")
                 name, _, file = rest.partition("/")
-                if not member.isfile() or part not in ("train", "test") or name not in CLASSES:
+                if not member.isfile() or split not in ("train", "test") or name not in CLASSES:
                     continue
                 stream = archive.extractfile(member)
                 assert stream is not None
                 with Image.open(io.BytesIO(stream.read()), formats=["JPEG"]) as image:
                     if image.size != (32, 32):
-                        raise InputError(f"data {path}: {member.name} has {image.size} pixels, not 32×32")
+                        raise InputError(f"data {path}: {member.name} must have 32×32 pixels, got {image.size}")
                     raw = bytearray(image.convert("RGB").tobytes())
-                pixels[part, name][file] = torch.frombuffer(raw, dtype=torch.uint8).reshape(32, 32, 3)
-    # Pillow's own error for what it cannot read is an OSError.
+                pixels[split, name][file] = torch.frombuffer(raw, dtype=torch.uint8).reshape(32, 32, 3)
+    # Pillow's error for an unreadable image is a subclass of OSError.
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-        raise InputError(f"data {path}: damaged, or no archive of JPEG files ({error})") from error
-    return {part: _stack([pixels[part, name] for name in CLASSES]) for part in ("train", "test")}
+        raise InputError(f"data {path}: damaged, or not an archive of JPEG files ({error})") from error
+    return {split: _stack([pixels[split, name] for name in CLASSES]) for split in ("train", "test")}
 
 
 def _stack(classes: Iterable[dict[str, Tensor]]) -> Images:
-    """One part from its classes, by label, each a mapping from file name to (32, 32, 3)."""
-    labelled = [(each[file], label) for label, each in enumerate(classes) for file in sorted(each)]
+    """Stack the images of a split, given one mapping of file name → pixels (32, 32, 3) per class."""
+    labelled = [(files[name], label) for label, files in enumerate(classes) for name in sorted(files)]
     if not labelled:
         return Images(torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
     pixels = torch.stack([image for image, _ in labelled]).movedim(-1, 1).contiguous()
@@ -158,12 +166,12 @@ def _stack(classes: Iterable[dict[str, Tensor]]) -> Images:
 
 
 def _signature(archive: Path) -> str:
-    """Changes when the archive does."""
+    """Return a string that changes when the archive changes."""
     status = archive.stat()
     return json.dumps([status.st_size, status.st_mtime_ns])
 
 
-def _cache(archive: Path) -> Path:
+def _cache_path(archive: Path) -> Path:
     return archive.with_name(f"{archive.name}.safetensors")
 
 
@@ -171,22 +179,22 @@ def _read_cache(archive: Path) -> dict[str, Images] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(_cache(archive), framework="pt") as file:
+        with safe_open(_cache_path(archive), framework="pt") as file:
             if (file.metadata() or {}).get("archive") != _signature(archive):
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError):
         return None
-    return {part: Images(tensors[f"{part}.pixels"], tensors[f"{part}.labels"]) for part in ("train", "test")}
+    return {split: Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "test")}
 
 
-def _write_cache(archive: Path, parts: dict[str, Images]) -> None:
+def _write_cache(archive: Path, splits: dict[str, Images]) -> None:
     from safetensors.torch import save_file
 
-    tensors = {f"{part}.pixels": images.pixels for part, images in parts.items()}
-    tensors |= {f"{part}.labels": images.labels for part, images in parts.items()}
+    tensors = {f"{split}.pixels": images.pixels for split, images in splits.items()}
+    tensors |= {f"{split}.labels": images.labels for split, images in splits.items()}
     try:
-        with atomic_write(_cache(archive)) as temporary:
+        with atomic_write(_cache_path(archive)) as temporary:
             save_file(tensors, temporary, metadata={"archive": _signature(archive)})
-    except OSError:  # a folder that cannot be written: decoded again next time
+    except OSError:  # The folder is not writable: decode again next time.
         return

@@ -1,4 +1,4 @@
-"""ImageNet, or any pictures laid out like it: a folder a class."""
+"""ImageNet, and other image data sets with one folder per class."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,22 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from sparing.data.base import Data, Part
+from sparing.data.base import Split, SplitDataset
 from sparing.data.pictures import (
     EVALUATION_BATCH,
-    Example,
-    Loaded,
+    DecodedImage,
+    ImageLoader,
     Transform,
     Unreadable,
-    allowed,
     check_arguments,
     check_count,
     collate,
     decode,
     default_workers,
     evaluation_transform,
-    hashed,
-    reason,
+    hash_seed,
+    max_unreadable,
+    one_line,
     require_torchvision,
     seeded,
     training_transform,
@@ -34,7 +34,7 @@ from sparing.data.pictures import (
 from sparing.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of the files that are taken for pictures: those of torchvision's ImageFolder."""
+"""File name extensions of images: those of torchvision's ImageFolder."""
 
 
 def imagenet(
@@ -44,29 +44,30 @@ def imagenet(
     workers: int | None = None,
     max_corrupt: float = 0.001,
 ) -> "FolderData":
-    """Pictures in a folder a class: `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
+    """Load images with one folder per class: `root/train/<class>/*.JPEG` and `root/val/<class>/*.JPEG`.
 
-    Any number of classes with any names will do; sorted by name they are the labels 0, 1, ..., which for
-    ImageNet's is the usual order. The labels of ImageNet's own test part are not public, so what the
-    literature reports is `val`, and that makes `val` the *test* part here: no choice may look at it. The
-    *validation* part, by which choices are made, is held out of `train`, the same pictures whatever the
-    seed of the run.
+    The number and names of the classes are arbitrary. Classes are sorted by name and labelled 0, 1, ...; for
+    ImageNet this is the usual order.
 
-    Training pictures are cropped and flipped at random (`RandomResizedCrop`, `RandomHorizontalFlip`);
-    the others are scaled to 256/224 of `size` and cut in the middle.
+    The labels of ImageNet's own test set are not public, and papers report the accuracy on `val`. So `val` is the
+    *test* split here. The *validation* split is held out of `train`. It does not depend on the seed of the run.
+
+    Training images are cropped and flipped at random (`RandomResizedCrop`, `RandomHorizontalFlip`). In
+    evaluation, images are resized to size · 256/224 and center-cropped.
 
     Args:
-        root: the folder that holds `train` and `val`.
-        size: height and width at which the network sees a picture, in pixels.
-        validation_per_class: pictures of each class held out of `train`. With 0 every one is trained on,
-            as in the paper; then there is no validation part, and the last epoch is what counts.
-        workers: processes that decode. None takes one a core, at most 16, shared with the other ranks that
-            torchrun starts on the machine; 0 decodes in the program itself. Results do not depend on it.
-        max_corrupt: fraction of a part that may be unreadable. In training the next picture of the folder
-            stands in for such a one; elsewhere it is left out and the count is smaller.
+        root: folder that contains `train` and `val`.
+        size: height and width of the network input, in pixels.
+        validation_per_class: images per class held out of `train`. With 0, the network trains on all images, as
+            in the paper. Then there is no validation split, and the last epoch is the result of the run.
+        workers: number of decoding processes. None uses one per core, at most 16, divided among the ranks that
+            torchrun starts on the host. 0 decodes in the main process. Results do not depend on it.
+        max_corrupt: maximum fraction of unreadable images in a split. In training, an unreadable image is
+            replaced by the next one in the folder. In evaluation, it is skipped.
 
     Raises:
-        InputError: torchvision is missing; the folders are not as above; a class has no pictures, or too few.
+        InputError: torchvision is not installed; the folder layout is different; a class has no images, or not
+            more than `validation_per_class`.
 
     Examples:
         >>> data = imagenet("imagenet", size=160)  # doctest: +SKIP
@@ -77,17 +78,19 @@ def imagenet(
     check_count("imagenet", "validation_per_class", validation_per_class, least=0)
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise InputError(f"data imagenet: root {root} is not a directory; it must hold train/ and val/")
-    for part in ("train", "val"):
-        if not (base / part).is_dir():
-            raise InputError(f"data imagenet: {root} has no directory {part}/; {_found(base)}")
+        raise InputError(
+            f"data imagenet: root {root} is not a directory; set data.root to the folder that contains train/ and val/"
+        )
+    for name in ("train", "val"):
+        if not (base / name).is_dir():
+            raise InputError(f"data imagenet: {root} has no directory {name}/; {_contents(base)}")
     require_torchvision("imagenet")
     classes = _classes(base / "train")
-    _check_same(classes, _classes(base / "val"), base)
-    train, test = Files.listed(base / "train", classes), Files.listed(base / "val", classes)
+    _check_same_classes(classes, _classes(base / "val"), base)
+    train, test = ImageFiles.scan(base / "train", classes), ImageFiles.scan(base / "val", classes)
     train, validation = _hold_out(train, classes, validation_per_class)
     return FolderData(
-        parts={"train": train, "validation": validation, "test": test},
+        splits={"train": train, "validation": validation, "test": test},
         classes=classes,
         resolution=size,
         workers=default_workers() if workers is None else workers,
@@ -97,15 +100,15 @@ def imagenet(
 
 
 @dataclass(frozen=True)
-class Files:
-    """Pictures and their labels, without reading them.
+class ImageFiles:
+    """File names and labels of the images of a split.
 
-    The names are one block of bytes, which worker processes share with the program: a list of strings
-    would be copied into each, since Python counts references inside the strings.
+    The names are stored in one NumPy array, whose memory the worker processes share with the main process. A
+    list of strings would be copied into every worker, because Python writes reference counts into the strings.
 
     Attributes:
-        folder: what the names are relative to.
-        names: bytes of one width, (N,).
+        folder: folder that the names are relative to.
+        names: file names, fixed-width bytes, (N,).
         labels: int64, (N,).
     """
 
@@ -114,23 +117,25 @@ class Files:
     labels: NDArray[np.int64]
 
     @classmethod
-    def listed(cls, folder: Path, classes: tuple[str, ...]) -> "Files":
-        """All the pictures in the folders of the classes, in an order that follows from the names.
+    def scan(cls, folder: Path, classes: tuple[str, ...]) -> "ImageFiles":
+        """List the images in the class folders, sorted by name.
 
         Raises:
-            InputError: a class has none.
+            InputError: a class has no images.
         """
         from torchvision.datasets import ImageFolder
 
         index = {name: label for label, name in enumerate(classes)}
-        samples = ImageFolder.make_dataset(str(folder), index, is_valid_file=_is_picture, allow_empty=True)
+        samples = ImageFolder.make_dataset(str(folder), index, is_valid_file=_is_image, allow_empty=True)
         labels = np.array([label for _, label in samples], dtype=np.int64)
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if len(empty):
             names = [classes[label] for label in empty]
             hidden = [name for name in names if not os.access(folder / name, os.R_OK | os.X_OK)]
-            why = f"; no permission to read {_some(hidden)}" if hidden else ""
-            raise InputError(f"data imagenet: no picture in {len(empty)} classes of {folder}: {_some(names)}{why}")
+            why = f"; no permission to read {_first_few(hidden)}" if hidden else ""
+            raise InputError(
+                f"data imagenet: {len(empty)} classes of {folder} have no images: {_first_few(names)}{why}"
+            )
         prefix = os.path.join(folder, "")
         encoded = [os.fsencode(path.removeprefix(prefix)) for path, _ in samples]
         return cls(folder, np.array(encoded, dtype=np.bytes_), labels)
@@ -141,27 +146,27 @@ class Files:
     def path(self, index: int) -> str:
         return str(self.folder / os.fsdecode(bytes(self.names[index])))
 
-    def chosen(self, index: NDArray[Any]) -> "Files":
+    def subset(self, index: NDArray[Any]) -> "ImageFiles":
         return replace(self, names=self.names[index], labels=self.labels[index])
 
 
 @dataclass(frozen=True)
-class FolderData(Data):
-    """Pictures in files; what `imagenet` returns.
+class FolderData(SplitDataset):
+    """Image data set with one folder per class, returned by `imagenet`.
 
-    Which pictures a training step sees, and how they are cropped and flipped, follows from (seed, epoch)
-    alone: the numbers of workers and of ranks change nothing.
+    The images of a training step and their crops and flips depend only on (seed, epoch), not on the number of
+    workers or ranks.
 
     Attributes:
-        parts: "train", "validation" and "test".
-        classes: the name of each label.
-        resolution: height and width of the pictures as the model gets them.
-        workers: processes that decode.
-        max_corrupt: fraction of a part that may be unreadable.
-        device: where the batches go.
+        splits: files of "train", "validation" and "test".
+        classes: class names, indexed by label.
+        resolution: height and width of the network input, in pixels.
+        workers: number of decoding processes.
+        max_corrupt: maximum fraction of unreadable images in a split.
+        device: device of the batches.
     """
 
-    parts: Mapping[Part, Files]
+    splits: Mapping[Split, ImageFiles]
     classes: tuple[str, ...]
     resolution: int
     workers: int
@@ -180,86 +185,94 @@ class FolderData(Data):
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "in_channels": 3}
 
-    def size(self, part: Part) -> int:
-        return len(self.parts[part])
+    def size(self, split: Split) -> int:
+        return len(self.splits[split])
 
     def to(self, device: torch.device) -> "FolderData":
         return replace(self, device=device)
 
-    def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Loaded:
-        files = self.parts["train"]
-        # As many as may be unreadable are tried for one picture: then one can be read, or the limit is passed.
-        stand_ins = allowed(self.max_corrupt, len(files))
-        pictures = Pictures(files, training_transform(self.resolution), seed, stand_ins)
-        return self._loaded("train", pictures, Shuffled(len(files), batch_size, seed, rank, ranks), keep_workers=True)
+    def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> ImageLoader:
+        files = self.splits["train"]
+        # After this many failures in a row, the maximum number of unreadable images is exceeded.
+        max_replacements = max_unreadable(self.max_corrupt, len(files))
+        dataset = ImageDataset(files, training_transform(self.resolution), seed, max_replacements)
+        sampler = TrainingSampler(len(files), batch_size, seed, rank, ranks)
+        return self._loader("train", dataset, sampler, keep_workers=True)
 
-    def evaluation(self, part: Part, rank: int = 0, ranks: int = 1) -> Loaded:
-        files = self.parts[part]
-        pictures = Pictures(files, evaluation_transform(self.resolution), seed=0, stand_ins=0)
-        return self._loaded(part, pictures, InOrder(len(files), rank, ranks), keep_workers=False)
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> ImageLoader:
+        files = self.splits[split]
+        dataset = ImageDataset(files, evaluation_transform(self.resolution), seed=0, max_replacements=0)
+        return self._loader(split, dataset, EvaluationSampler(len(files), rank, ranks), keep_workers=False)
 
-    def _loaded(self, part: Part, pictures: "Pictures", order: "Shuffled | InOrder", keep_workers: bool) -> Loaded:
+    def _loader(
+        self,
+        split: Split,
+        dataset: "ImageDataset",
+        sampler: "TrainingSampler | EvaluationSampler",
+        keep_workers: bool,
+    ) -> ImageLoader:
         loader = DataLoader(
-            pictures,
-            batch_sampler=order,
+            dataset,
+            batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=keep_workers and self.workers > 0,
             pin_memory=self.device.type == "cuda",
-            # Its own, since a loader draws a number every pass, which a resumed run would have to draw as well.
+            # A separate generator: a DataLoader draws a number per pass, which would change the global random
+            # state of a resumed run.
             generator=torch.Generator(),
         )
-        return Loaded(
-            loader, order, len(order), device=self.device, part=part, examples=len(pictures.files),
+        return ImageLoader(
+            loader, sampler, len(sampler), device=self.device, split=split, examples=len(dataset.files),
             max_corrupt=self.max_corrupt,
         )  # fmt: skip
 
 
-class Pictures(Dataset[Example]):
-    """Pictures by (epoch, index), decoded and transformed.
+class ImageDataset(Dataset[DecodedImage]):
+    """Decoded and transformed images, indexed by (epoch, index).
 
-    What is random in the transform follows from (seed, epoch, index) alone.
+    The random numbers of the transform depend only on (seed, epoch, index).
 
     Args:
-        files: where they are.
-        transform: from an image to uint8 (3, H, W).
-        seed: of the run.
-        stand_ins: following pictures to try in place of one that cannot be read.
+        files: files and labels of the images.
+        transform: function from an image to pixels, uint8, (3, H, W).
+        seed: seed of the run.
+        max_replacements: maximum number of following images to try in place of an unreadable one.
     """
 
-    def __init__(self, files: Files, transform: Transform, seed: int, stand_ins: int) -> None:
+    def __init__(self, files: ImageFiles, transform: Transform, seed: int, max_replacements: int) -> None:
         self.files = files
         self._transform = transform
         self._seed = seed
-        self._stand_ins = stand_ins
+        self._max_replacements = max_replacements
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
+    def __getitem__(self, key: tuple[int, int]) -> DecodedImage:
         epoch, index = key
         unreadable: list[Unreadable] = []
-        for step in range(self._stand_ins + 1):
-            place = (index + step) % len(self.files)
-            path, label = self.files.path(place), int(self.files.labels[place])
+        for offset in range(self._max_replacements + 1):
+            position = (index + offset) % len(self.files)
+            path, label = self.files.path(position), int(self.files.labels[position])
             try:
                 image = decode(path)
-            except Exception as error:  # Pillow raises almost anything on a damaged file
-                unreadable.append(Unreadable(path, reason(error)))
+            except Exception as error:  # A damaged file can raise almost any type of exception.
+                unreadable.append(Unreadable(path, one_line(error)))
                 continue
             with seeded(self._seed, epoch, index):
-                return Example(self._transform(image), label, unreadable)
-        return Example(None, label, unreadable)
+                return DecodedImage(self._transform(image), label, unreadable)
+        return DecodedImage(None, label, unreadable)
 
 
-class Shuffled:
-    """This rank's share of each training batch, as lists of (epoch, index): a new order every epoch.
+class TrainingSampler:
+    """Sample this rank's share of each training batch, as lists of (epoch, index), in a new order every epoch.
 
-    A last batch with fewer pictures than ranks is left out, so that each rank has its share of every batch.
+    A last batch with fewer images than ranks is dropped, so that every rank has images of every batch.
 
     Args:
-        count: pictures in all.
-        batch_size: pictures a batch, over all ranks.
-        seed: of the run.
-        rank: whose share.
-        ranks: how many there are.
+        count: number of images.
+        batch_size: images per batch, over all ranks.
+        seed: seed of the run.
+        rank: rank whose share is returned.
+        ranks: number of ranks.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, ranks: int) -> None:
@@ -276,19 +289,19 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(hashed(self._seed, epoch))
+        generator = torch.Generator().manual_seed(hash_seed(self._seed, epoch))
         order = torch.randperm(self._count, generator=generator)
         for batch in order.split(self._batch_size)[: len(self)]:
             yield [(epoch, index) for index in batch.tensor_split(self._ranks)[self._rank].tolist()]
 
 
-class InOrder:
-    """This rank's share of a part, as lists of (0, index): each picture once over all ranks.
+class EvaluationSampler:
+    """Sample this rank's share of a split in order, as lists of (0, index): each image once over all ranks.
 
     Args:
-        count: pictures in all.
-        rank: whose share.
-        ranks: how many there are.
+        count: number of images.
+        rank: rank whose share is returned.
+        ranks: number of ranks.
     """
 
     def __init__(self, count: int, rank: int, ranks: int) -> None:
@@ -299,77 +312,80 @@ class InOrder:
         return -(-len(self._share) // EVALUATION_BATCH)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self._share.split(EVALUATION_BATCH)[: len(self)]:  # an empty share splits into one empty batch
+        for batch in self._share.split(EVALUATION_BATCH)[
+            : len(self)
+        ]:  # split() of an empty share gives one empty batch
             yield [(0, index) for index in batch.tolist()]
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders, sorted.
+    """List the names of the class folders, sorted.
 
     Raises:
-        InputError: there are none, or pictures lie beside them.
+        InputError: there are no class folders, or there are images outside of them.
     """
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(f"data imagenet: {folder} cannot be read ({error.strerror})") from error
     classes = sorted(entry.name for entry in entries if entry.is_dir())
-    loose = sorted(entry.name for entry in entries if _is_picture(entry.name) and entry.is_file())
+    loose = sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
     if loose:
         raise InputError(
-            f"data imagenet: {folder} has {len(loose)} pictures outside of class folders ({_some(loose)}) and "
-            f"{len(classes)} class folders; every picture must be in {folder.name}/<class>/. ImageNet's val comes "
-            "unsorted: LOC_val_solution.csv of the download names the class of each, and the documentation of sparing "
-            "has the line that moves them (ImageNet, Folders)"
+            f"data imagenet: {folder} has {len(loose)} images outside of class folders ({_first_few(loose)}) and "
+            f"{len(classes)} class folders; move every image to {folder.name}/<class>/. For ImageNet's val, the page "
+            "ImageNet of the documentation has a shell command that does this with LOC_val_solution.csv"
         )
     if not classes:
-        raise InputError(f"data imagenet: {folder} has no class folders; {_found(folder)}")
+        raise InputError(f"data imagenet: {folder} has no class folders; {_contents(folder)}")
     return tuple(classes)
 
 
-def _check_same(train: tuple[str, ...], test: tuple[str, ...], base: Path) -> None:
+def _check_same_classes(train: tuple[str, ...], test: tuple[str, ...], base: Path) -> None:
     for here, there, names in (
         ("train/", "val/", sorted(set(train) - set(test))),
         ("val/", "train/", sorted(set(test) - set(train))),
     ):
         if names:
             raise InputError(
-                f"data imagenet: {len(names)} classes of {base}/{here} are not in {there} ({_some(names)}); "
-                "both must have the same"
+                f"data imagenet: {len(names)} classes of {base}/{here} are not in {there} ({_first_few(names)}); "
+                "both folders must have the same classes"
             )
 
 
-def _hold_out(files: Files, classes: tuple[str, ...], per_class: int) -> tuple[Files, Files]:
-    """Training and validation part, by a hash of the names: a picture more or less moves no other one.
+def _hold_out(files: ImageFiles, classes: tuple[str, ...], per_class: int) -> tuple[ImageFiles, ImageFiles]:
+    """Divide the training images into training and validation split, by a hash of the file names.
+
+    With a hash, adding or removing an image changes the split of at most one other image.
 
     Raises:
-        InputError: a class would have nothing left to train on.
+        InputError: a class would have no training images left.
     """
     counts = np.bincount(files.labels)
     if counts.min() <= per_class:
         least = int(counts.argmin())
         raise InputError(
-            f"data imagenet: class {classes[least]} has {counts[least]} pictures in train/; "
-            f"validation_per_class={per_class} would leave none to train on"
+            f"data imagenet: class {classes[least]} has {counts[least]} images in train/, but "
+            f"validation_per_class={per_class}; it must be smaller, so that training images are left"
         )
-    hashes = np.array([hashed(bytes(name)) for name in files.names])
+    hashes = np.array([hash_seed(bytes(name)) for name in files.names])
     by_hash = np.lexsort((hashes, files.labels))
-    # Sorted by class and then by hash: the first ones of each class.
+    # by_hash is sorted by class, then by hash: hold out the first images of each class.
     starts = np.repeat(np.cumsum(counts) - counts, counts)
     held = np.zeros(len(files), dtype=bool)
     held[by_hash[np.arange(len(files)) - starts < per_class]] = True
-    return files.chosen(~held), files.chosen(held)
+    return files.subset(~held), files.subset(held)
 
 
-def _is_picture(name: str) -> bool:
-    # Copying from some systems leaves a hidden file ._x.JPEG beside every x.JPEG.
+def _is_image(name: str) -> bool:
+    # Copies from macOS contain a hidden metadata file ._x.JPEG for every x.JPEG.
     return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
-def _some(names: list[str]) -> str:
+def _first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _found(folder: Path) -> str:
+def _contents(folder: Path) -> str:
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    return f"it holds {_some(names)}" if names else "it is empty"
+    return f"it contains {_first_few(names)}" if names else "it is empty"

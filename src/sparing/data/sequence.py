@@ -1,4 +1,4 @@
-"""Sequences small enough to hold in memory: inertial sensors here, speech in `speech.py`."""
+"""Sequence data sets held in memory, and the inertial-sensor data sets HAR-2, HAR-6 and watch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.data.base import Data, Part
+from sparing.data.base import Split, SplitDataset
 from sparing.errors import InputError
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """One part of a data set.
+    """Sequences and labels of one split.
 
     Attributes:
-        values: float32, (N, T, F): examples, steps, features.
+        values: float32, (N, T, F): examples, time steps, features.
         labels: int64, (N,).
-        lengths: int64, (N,): how many steps of each example are not padding; None where all are T long.
+        lengths: int64, (N,): number of time steps of each example without padding. None if all have T steps.
     """
 
     values: Tensor
@@ -38,21 +38,23 @@ class Sequences:
         return Sequences(self.values.to(device), self.labels.to(device), lengths)
 
     def steps(self) -> Tensor:
-        """Every step that is not padding, (steps, F)."""
+        """Return all time steps that are not padding, (steps, F)."""
         if self.lengths is None:
             return self.values.flatten(0, 1)
         return self.values[torch.arange(self.values.shape[1], device=self.values.device) < self.lengths[:, None]]
 
 
 @dataclass(frozen=True)
-class SequenceData(Data):
-    """A set of sequences that fits in memory; batches are `(sequences, labels)`, or with lengths between.
+class SequenceData(SplitDataset):
+    """Sequence data set that fits in memory.
+
+    Batches are `(sequences, labels)`, or `(sequences, lengths, labels)` if the lengths differ.
 
     Attributes:
-        train: what to train on.
-        validation: for every choice.
-        test: used once, at the end.
-        num_classes: the labels are 0 to num_classes − 1.
+        train: training split.
+        validation: validation split.
+        test: test split.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
     """
 
     train: Sequences
@@ -62,14 +64,14 @@ class SequenceData(Data):
 
     @property
     def input_size(self) -> tuple[int, ...]:  # type: ignore[override]
-        """(1, T, F), T of the longest example to train on."""
+        """(1, T, F), where T is the length of the longest training example."""
         return (1, *self.train.values.shape[1:])
 
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "input_size": self.input_size[2]}
 
-    def size(self, part: Part) -> int:
-        return len(getattr(self, part))
+    def size(self, split: Split) -> int:
+        return len(getattr(self, split))
 
     def to(self, device: torch.device) -> "SequenceData":
         return replace(
@@ -79,22 +81,22 @@ class SequenceData(Data):
     def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> "SequenceBatches":
         return SequenceBatches(self.train, batch_size, shuffle=True, seed=seed, rank=rank, ranks=ranks)
 
-    def evaluation(self, part: Part, rank: int = 0, ranks: int = 1) -> "SequenceBatches":
-        return SequenceBatches(getattr(self, part), 500, rank=rank, ranks=ranks)
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> "SequenceBatches":
+        return SequenceBatches(getattr(self, split), 500, rank=rank, ranks=ranks)
 
 
 class SequenceBatches:
-    """Batches (N, T, F) float32, lengths (N,) where they differ, and labels (N,).
+    """Batches of sequences (N, T, F), float32, lengths (N,) if they differ, and labels (N,).
 
-    T is that of the longest sequence of the batch. In training the order follows from (seed, epoch) alone.
+    T is the length of the longest sequence in the batch. The order depends only on (seed, epoch).
 
     Args:
-        sequences: what to go through.
-        batch_size: sequences a batch; the last may be smaller.
-        shuffle: a new order every epoch.
-        seed: of the order.
-        rank: whose share of every batch to give.
-        ranks: how many ranks share it. In training a last batch with fewer sequences than ranks is left out.
+        sequences: sequences and labels to iterate over.
+        batch_size: sequences per batch, over all ranks; the last batch may be smaller.
+        shuffle: draw a new order every epoch.
+        seed: seed of the order.
+        rank: rank whose share of each batch is returned.
+        ranks: number of ranks. With `shuffle`, a last batch with fewer sequences than ranks is dropped.
     """
 
     def __init__(
@@ -120,43 +122,45 @@ class SequenceBatches:
         return full + (rest >= self.ranks if self.shuffle else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        # On the CPU and before the ranks share it, so that every device and every number of ranks sees the same.
+        # Drawn on the CPU for the global batch, so that the order does not depend on the device or the ranks.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self.sequences)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for batch in order.split(self.batch_size)[: len(self)]:
             own = batch.tensor_split(self.ranks)[self.rank]
-            if not len(own):  # only in evaluation
+            if not len(own):  # possible in evaluation only
                 return
-            part = self.sequences[own.to(self.sequences.labels.device)]
-            if part.lengths is None:
-                yield part.values, part.labels
+            share = self.sequences[own.to(self.sequences.labels.device)]
+            if share.lengths is None:
+                yield share.values, share.labels
             else:
-                yield part.values[:, : int(part.lengths.max())], part.lengths, part.labels
+                yield share.values[:, : int(share.lengths.max())], share.lengths, share.labels
 
 
 def normalized(name: str, train: Sequences, validation: Sequences, test: Sequences, num_classes: int) -> SequenceData:
-    """A data set in which each feature has mean 0 and standard deviation 1 over the steps of the training part.
+    """Build a data set whose features have mean 0 and std 1 over the time steps of the training split.
 
     Raises:
-        InputError: a part is empty, a sequence has no steps, or a value is NaN or infinite.
+        InputError: a split is empty, a sequence has no time steps, or a value is NaN or infinite.
     """
-    for part, sequences in (("training", train), ("validation", validation), ("test", test)):
+    for split, sequences in (("training", train), ("validation", validation), ("test", test)):
         if not len(sequences):
-            raise InputError(f"data {name}: the {part} part is empty")
+            raise InputError(f"data {name}: the {split} split is empty")
         if sequences.lengths is not None and int(sequences.lengths.min()) < 1:
             empty = int(sequences.lengths.argmin())
-            raise InputError(f"data {name}: sequence {empty} of the {part} part has no steps")
+            raise InputError(f"data {name}: sequence {empty} of the {split} split has no time steps")
         broken = (~torch.isfinite(sequences.values)).flatten(1).any(1).nonzero().flatten()
         if len(broken):
             raise InputError(
-                f"data {name}: {len(broken)} of {len(sequences)} sequences of the {part} part hold values that are "
-                f"NaN or infinite, the first at position {int(broken[0])}"
+                f"data {name}: {len(broken)} of {len(sequences)} sequences of the {split} split contain NaN or "
+                f"infinite values, the first at index {int(broken[0])}"
             )
     steps = train.steps()
-    # A sensor that never moves stays at zero.
+    # The clamp avoids a division by zero: a constant feature becomes 0.
     mean, std = steps.mean(0), steps.std(0).clamp(min=1e-6)
-    train, validation, test = (replace(part, values=(part.values - mean) / std) for part in (train, validation, test))
+    train, validation, test = (
+        replace(split, values=(split.values - mean) / std) for split in (train, validation, test)
+    )
     return SequenceData(train, validation, test, num_classes)
 
 
@@ -166,20 +170,21 @@ HAR_PAGE = "https://archive.ics.uci.edu/dataset/240/human+activity+recognition+u
 
 
 def har6(root: str = "data/UCI HAR Dataset") -> SequenceData:
-    """UCI HAR: what a person with a telephone at the waist is doing, from 2.56 s of 9 inertial signals at 50 Hz.
+    """Load UCI HAR: six activities from 9 inertial signals of a smartphone worn at the waist.
 
-    128 steps × 9: acceleration of the body, rotation, total acceleration. Classes 0 to 5: walking,
-    walking upstairs, walking downstairs, sitting, standing, laying. The test part is the archive's;
-    the last fifth of its training windows is the validation part. They are in the order of the persons, so
-    hardly anyone is in both. Each signal is normalised on the training part.
+    A sequence is a window of 2.56 s at 50 Hz: 128 time steps × 9 features (3-axis body acceleration, angular
+    velocity and total acceleration). Classes 0 to 5 are walking, walking upstairs, walking downstairs, sitting,
+    standing and laying. The test split is that of the archive. The validation split is the last fifth of the
+    training windows. The windows are sorted by person, so the two splits share hardly any persons.
+    Each feature is normalized with its mean and std over the training split.
 
     Args:
-        root: the folder "UCI HAR Dataset" of the archive, with `train/Inertial Signals` and so on.
+        root: folder "UCI HAR Dataset" of the archive, with `train/Inertial Signals` etc.
 
     Raises:
-        InputError: a file is missing, or does not hold what the others do.
+        InputError: a file is missing, damaged, or does not match the others.
 
-    Source: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones",
+    Reference: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones",
     ESANN 2013; https://archive.ics.uci.edu/dataset/240/human+activity+recognition+using+smartphones.
     """
     train, test = _read_har(Path(root), "train"), _read_har(Path(root), "test")
@@ -189,40 +194,40 @@ def har6(root: str = "data/UCI HAR Dataset") -> SequenceData:
 
 
 def har2(root: str = "data/UCI HAR Dataset") -> SequenceData:
-    """HAR-2, the two classes that FastGRNN and STR report on: everything else as `har6`.
+    """Load HAR-2: UCI HAR with two classes, as in the FastGRNN and STR papers. Otherwise the same as `har6`.
 
-    Class 0 is sitting, laying and walking upstairs, class 1 standing, walking and walking downstairs.
+    Class 0 is sitting, laying and walking upstairs. Class 1 is standing, walking and walking downstairs.
 
-    Source: Kusupati et al., "FastGRNN", NeurIPS 2018, appendix B.
+    Reference: Kusupati et al., "FastGRNN", NeurIPS 2018, appendix B.
     """
     merged = torch.tensor([1, 0, 1, 0, 1, 0])
     six = har6(root)
     train, validation, test = (
-        replace(part, labels=merged[part.labels]) for part in (six.train, six.validation, six.test)
+        replace(split, labels=merged[split.labels]) for split in (six.train, six.validation, six.test)
     )
     return SequenceData(train, validation, test, num_classes=2)
 
 
-def _read_har(root: Path, part: str) -> Sequences:
-    folder = root / part
-    paths = [folder / "Inertial Signals" / f"{signal}_{part}.txt" for signal in HAR_SIGNALS]
-    labels = folder / f"y_{part}.txt"
+def _read_har(root: Path, split: str) -> Sequences:
+    folder = root / split
+    paths = [folder / "Inertial Signals" / f"{signal}_{split}.txt" for signal in HAR_SIGNALS]
+    labels = folder / f"y_{split}.txt"
     missing = [path for path in (*paths, labels) if not path.is_file()]
     if missing:
         raise InputError(
-            f"data UCI HAR: {missing[0]} is missing ({len(missing)} of {len(paths) + 1} files of the part are); unpack "
-            f'"UCI HAR Dataset.zip" from {HAR_PAGE} and name its folder with data.root'
+            f"data UCI HAR: {missing[0]} is missing ({len(missing)} of {len(paths) + 1} files of the {split} split "
+            f'are missing); unpack "UCI HAR Dataset.zip" from {HAR_PAGE} and set data.root to its folder'
         )
     numbers = [_read_table(path) for path in paths]
     targets = _read_table(labels).flatten()
     for path, table in zip(paths, numbers, strict=True):
         if table.shape != (len(targets), HAR_STEPS):
             raise InputError(
-                f"data {path}: holds a table of {' × '.join(map(str, table.shape))} numbers; with the {len(targets)} "
-                f"labels of {labels.name} it must be {len(targets)} × {HAR_STEPS}; unpack the archive again"
+                f"data {path}: must contain a table of {len(targets)} × {HAR_STEPS} numbers, as {labels.name} has "
+                f"{len(targets)} labels, got {' × '.join(map(str, table.shape))}; unpack the archive again"
             )
     if not bool(torch.isin(targets, torch.arange(1.0, 7.0)).all()):
-        raise InputError(f"data {labels}: labels must be from 1 to 6; unpack the archive again")
+        raise InputError(f"data {labels}: labels must be integers from 1 to 6; unpack the archive again")
     return Sequences(torch.stack(numbers, dim=2), targets.long() - 1)
 
 
@@ -236,38 +241,39 @@ def _read_table(path: Path) -> Tensor:
 
 
 WATCH_WINDOW, WATCH_STRIDE = 100, 50
-"""Steps of a window, 2 s, and steps from one to the next."""
+"""Length of a window (2 s at 50 Hz) and stride between windows, in time steps."""
 
 
 def watch() -> SequenceData:
-    """Seven shoulder exercises of ten persons, from the watch on their wrist: windows of 2 s at 50 Hz, 6 signals.
+    """Load the watch data set: seven shoulder exercises of ten persons, from 6 inertial signals of a smartwatch.
 
-    The 140 recordings inside the package seglearn, cut into windows of 100 steps, each 50 after the one
-    before. Persons 1 to 6 are the training part, 7 the validation part, 8 to 10 the test part.
-    Each signal is normalised on the training part.
+    The 140 recordings are part of the package seglearn. They are divided into windows of 2 s at 50 Hz (100 time
+    steps × 6 features) with a stride of 50 steps. Persons 1 to 6 are the training split, person 7 is the
+    validation split, persons 8 to 10 are the test split. Each feature is normalized with its mean and std over
+    the training split.
 
     Raises:
         InputError: seglearn is not installed.
 
-    Source: Burns et al., "Shoulder Physiotherapy Exercise Recognition", 2018, arXiv 1802.01489.
+    Reference: Burns et al., "Shoulder Physiotherapy Exercise Recognition", 2018, arXiv 1802.01489.
     """
     try:
         from seglearn.datasets import load_watch
     except ImportError as error:
-        raise InputError("data watch is inside the package seglearn: pip install seglearn") from error
+        raise InputError("data watch needs the package seglearn: pip install seglearn") from error
     recorded: dict[str, Any] = load_watch()
 
-    def part(persons: Sequence[int]) -> Sequences:
+    def windows_of(persons: Sequence[int]) -> Sequences:
         series = zip(recorded["X"], recorded["y"], recorded["subject"], strict=True)
         cut = [(windows(torch.from_numpy(x).float()), int(y)) for x, y, person in series if int(person) in persons]
         labels = torch.cat([torch.full((len(values),), label) for values, label in cut])
         return Sequences(torch.cat([values for values, _ in cut]), labels)
 
-    return normalized("watch", part(range(1, 7)), part([7]), part(range(8, 11)), num_classes=7)
+    return normalized("watch", windows_of(range(1, 7)), windows_of([7]), windows_of(range(8, 11)), num_classes=7)
 
 
 def windows(series: Tensor, width: int = WATCH_WINDOW, stride: int = WATCH_STRIDE) -> Tensor:
-    """A series (T, F) cut into windows (N, width, F); what does not fill one is left out.
+    """Divide a series (T, F) into windows (N, width, F). The incomplete window at the end is dropped.
 
     Examples:
         >>> windows(torch.zeros(250, 6)).shape

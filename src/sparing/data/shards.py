@@ -1,4 +1,4 @@
-"""Pictures in the shards of the webdataset format: tar files, on a disk or behind a web server."""
+"""Image data sets in tar shards (webdataset format), on a disk or a web server."""
 
 import glob
 import itertools
@@ -14,33 +14,34 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sparing.data.base import Data, Part
+from sparing.data.base import Split, SplitDataset
 from sparing.data.pictures import (
     EVALUATION_BATCH,
-    Decoded,
-    Example,
-    Loaded,
+    DecodedBatch,
+    DecodedImage,
+    ImageLoader,
     Transform,
     Unreadable,
-    allowed,
     check_arguments,
     check_count,
     collate,
     decode,
     default_workers,
     evaluation_transform,
-    hashed,
-    reason,
+    hash_seed,
+    max_unreadable,
+    one_line,
     require_torchvision,
     seeded,
     training_transform,
 )
 from sparing.errors import InputError
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-"""Endings of a picture in a shard; the first one that an example has is read."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""File name extensions of images in a shard, by priority."""
 
-Raw = Mapping[str, Any]
+Sample = Mapping[str, Any]
+"""`__key__`, `__url__` and the bytes of each file of an example, by extension."""
 
 
 def webdataset(
@@ -56,38 +57,40 @@ def webdataset(
     workers: int | None = None,
     max_corrupt: float = 0.001,
 ) -> "ShardData":
-    """Pictures in tar shards, read from front to end: the layout for slow disks, network storage and web servers.
+    """Load images from tar shards, which are read sequentially: for slow disks, network storage and web servers.
 
-    An example is a picture `<key>.jpg` (or .jpeg, .png, .webp) and beside it `<key>.cls`, its label in digits.
-    Shards are named by paths, with braces (`train-{000..146}.tar`) or wildcards (`train-*.tar`), or by http and
-    https addresses, with braces, which the program `curl` fetches.
+    An example is an image `<key>.jpg` (or .jpeg, .png, .webp) and its label `<key>.cls`, a decimal number. Shards
+    are given as paths with braces (`train-{000..146}.tar`) or wildcards (`train-*.tar`), or as http or https URLs
+    with braces, which the program `curl` downloads.
 
-    Every rank, and every worker of a rank, reads shards of its own: in training a new random share of them each
-    epoch, mixed in a buffer. A reader that is through with its shards before the epoch's number of batches is
-    full begins them again; so every picture comes once an epoch only where the shards are of one size and their
-    number divides by ranks × workers, and about once elsewhere. In evaluation every picture comes exactly once.
-    Order follows from the seed, the epoch and the numbers of ranks and workers, cropping and flipping of a
-    picture from seed and epoch alone.
+    Each worker of each rank reads its own shards. In training, the shards are assigned at random every epoch, and
+    the worker shuffles examples in a buffer. A worker that reaches the end of its shards before the epoch has its
+    number of batches starts again. So each image appears exactly once per epoch if all shards have the same size
+    and their number is a multiple of ranks × workers; otherwise about once. In evaluation, each image appears
+    exactly once.
+
+    The order depends on seed, epoch, number of ranks and number of workers. The crop and flip of an image depend
+    on seed and epoch.
 
     Args:
-        train: shards to train on.
-        test: shards for the number reported at the end; for ImageNet those of `val`, whose labels are public.
-        train_examples: pictures in `train`, which decides the steps of an epoch.
-        test_examples: pictures in `test`.
-        num_classes: the labels are 0 to num_classes − 1.
-        validation: shards by which choices are made, such as the last few of those of ImageNet's `train`. None:
-            there is no validation part, and the last epoch is what counts.
-        validation_examples: pictures in `validation`.
-        size: height and width at which the network sees a picture, in pixels.
-        shuffle: encoded pictures, of some 100 kB each, that every worker holds to mix them.
-        workers: processes that read and decode. None takes one a core, at most 16, shared with the other ranks
-            that torchrun starts on the machine; 0 does it in the program itself. Never more than a rank has shards.
-        max_corrupt: fraction of a part that may be unreadable. In training the next picture of the shard stands
-            in for such a one; elsewhere it is left out and the count is smaller.
+        train: training shards.
+        test: test shards. For ImageNet, use `val`, as the labels of its own test set are not public.
+        train_examples: number of images in `train`. It determines the number of steps per epoch.
+        test_examples: number of images in `test`.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        validation: validation shards, such as the last shards of ImageNet's `train`. With None there is no
+            validation split, and the last epoch is the result of the run.
+        validation_examples: number of images in `validation`.
+        size: height and width of the network input, in pixels.
+        shuffle: size of the shuffle buffer of each worker, in encoded images (about 100 kB each for ImageNet).
+        workers: number of reading and decoding processes. None uses one per core, at most 16, divided among the
+            ranks that torchrun starts on the host. 0 reads in the main process. At most one per shard of a rank.
+        max_corrupt: maximum fraction of unreadable images in a split. In training, an unreadable image is
+            replaced by the next one in the shard. In evaluation, it is skipped.
 
     Raises:
-        InputError: torchvision or webdataset is missing; a shard is not there, or in two parts; a number is no
-            count. While reading: a shard is damaged, or a label is none of the classes.
+        InputError: torchvision or webdataset is not installed; a shard is missing, or is in two splits; an argument
+            is out of range. While reading: a shard is damaged, or a label is not in the range of the classes.
 
     Examples:
         >>> data = webdataset("train-{000..146}.tar", "val-*.tar", 1281167, 50000, 1000)  # doctest: +SKIP
@@ -96,22 +99,22 @@ def webdataset(
     """
     check_arguments("webdataset", size, workers, max_corrupt)
     counts = {"train": train_examples, "validation": validation_examples, "test": test_examples}
-    for part, count in counts.items():
-        check_count("webdataset", f"{part}_examples", count, least=0 if part == "validation" else 1)
+    for split, count in counts.items():
+        check_count("webdataset", f"{split}_examples", count, least=0 if split == "validation" else 1)
     check_count("webdataset", "num_classes", num_classes, least=1)
     check_count("webdataset", "shuffle", shuffle, least=0)
     if bool(validation) != bool(validation_examples):
-        raise InputError("data webdataset: validation and validation_examples must be given together")
+        raise InputError("data webdataset: give both validation and validation_examples, or neither")
     require_torchvision("webdataset")
-    parts = {
-        part: expand_shards(part, shards)
-        for part, shards in {"train": train, "validation": validation or [], "test": test}.items()
+    splits = {
+        split: expand_shards(split, shards)
+        for split, shards in {"train": train, "validation": validation or [], "test": test}.items()
     }
-    for one, other in itertools.combinations(parts, 2):
-        if both := sorted(set(parts[one]) & set(parts[other])):
-            raise InputError(f"data webdataset: shard {both[0]} is in {one} and in {other}; the parts must differ")
+    for one, other in itertools.combinations(splits, 2):
+        if both := sorted(set(splits[one]) & set(splits[other])):
+            raise InputError(f"data webdataset: shard {both[0]} is in {one} and in {other}; remove it from one of them")
     return ShardData(
-        shards=parts,  # type: ignore[arg-type]
+        shards=splits,  # type: ignore[arg-type]
         examples=counts,  # type: ignore[arg-type]
         num_classes=num_classes,
         resolution=size,
@@ -123,22 +126,22 @@ def webdataset(
 
 
 @dataclass(frozen=True)
-class ShardData(Data):
-    """Pictures in tar shards; what `webdataset` returns.
+class ShardData(SplitDataset):
+    """Image data set in tar shards, returned by `webdataset`.
 
     Attributes:
-        shards: paths and addresses of "train", "validation" and "test".
-        examples: pictures in each.
-        num_classes: the labels are 0 to num_classes − 1.
-        resolution: height and width of the pictures as the model gets them.
-        shuffle: encoded pictures that a worker holds to mix them.
-        workers: processes that read and decode.
-        max_corrupt: fraction of a part that may be unreadable.
-        device: where the batches go.
+        shards: paths and URLs of "train", "validation" and "test".
+        examples: number of images in each split.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        resolution: height and width of the network input, in pixels.
+        shuffle: size of the shuffle buffer of each worker, in encoded images.
+        workers: number of reading and decoding processes.
+        max_corrupt: maximum fraction of unreadable images in a split.
+        device: device of the batches.
     """
 
-    shards: Mapping[Part, list[str]]
-    examples: Mapping[Part, int]
+    shards: Mapping[Split, list[str]]
+    examples: Mapping[Split, int]
     num_classes: int
     resolution: int
     shuffle: int
@@ -154,74 +157,80 @@ class ShardData(Data):
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "in_channels": 3}
 
-    def size(self, part: Part) -> int:
-        return self.examples[part]
+    def size(self, split: Split) -> int:
+        return self.examples[split]
 
     def to(self, device: torch.device) -> "ShardData":
         return replace(self, device=device)
 
-    def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Loaded:
+    def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> ImageLoader:
         shards = self.shards["train"]
         if len(shards) < ranks:
             raise InputError(
-                f"data webdataset: {ranks} ranks need as many shards to train on; there are {len(shards)}: "
-                "write more of fewer pictures"
+                f"data webdataset: {ranks} ranks need at least {ranks} training shards, got {len(shards)}; "
+                "write more, smaller shards"
             )
         full, rest = divmod(self.examples["train"], batch_size)
-        # What a rank has of each batch: shares differ by one picture at most.
         batches = [batch_size] * full + [rest] * (rest >= ranks)
-        pictures = Mixed(
+        dataset = TrainingShards(
             shards,
+            # The shares of the ranks differ by at most one image.
             [size // ranks + (rank < size % ranks) for size in batches],
             training_transform(self.resolution),
             self.num_classes,
-            stand_ins=allowed(self.max_corrupt, self.examples["train"]),
+            max_replacements=max_unreadable(self.max_corrupt, self.examples["train"]),
             shuffle=self.shuffle,
             seed=seed,
             rank=rank,
             ranks=ranks,
         )
-        return self._loaded("train", pictures, len(batches), len(shards) // ranks, keep_workers=True)
+        return self._loader("train", dataset, len(batches), len(shards) // ranks, keep_workers=True)
 
-    def evaluation(self, part: Part, rank: int = 0, ranks: int = 1) -> Loaded:
-        own = self.shards[part][rank::ranks]
-        pictures = Once(own, evaluation_transform(self.resolution), self.num_classes)
-        # An estimate: what this rank's shards hold is known when they have been read.
-        steps = -(-self.examples[part] // (ranks * EVALUATION_BATCH))
-        return self._loaded(part, pictures, steps, len(own), keep_workers=False)
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> ImageLoader:
+        own = self.shards[split][rank::ranks]
+        dataset = EvaluationShards(own, evaluation_transform(self.resolution), self.num_classes)
+        # An estimate: the number of images in the shards of this rank is not known in advance.
+        steps = -(-self.examples[split] // (ranks * EVALUATION_BATCH))
+        return self._loader(split, dataset, steps, len(own), keep_workers=False)
 
-    def _loaded(
-        self, part: Part, pictures: "Mixed | Once", steps: int, most_workers: int, keep_workers: bool
-    ) -> Loaded:
-        workers = min(self.workers, most_workers)
+    def _loader(
+        self,
+        split: Split,
+        dataset: "TrainingShards | EvaluationShards",
+        steps: int,
+        max_workers: int,
+        keep_workers: bool,
+    ) -> ImageLoader:
+        workers = min(self.workers, max_workers)
         loader = DataLoader(
-            pictures,
-            batch_size=None,  # the workers make batches
+            dataset,
+            batch_size=None,  # The data set yields batches.
             num_workers=workers,
             persistent_workers=keep_workers and workers > 0,
             pin_memory=self.device.type == "cuda",
-            # Its own, since a loader draws a number every pass, which a resumed run would have to draw as well.
+            # A separate generator: a DataLoader draws a number per pass, which would change the global random
+            # state of a resumed run.
             generator=torch.Generator(),
         )
-        return Loaded(
-            loader, pictures, steps, device=self.device, part=part, examples=self.examples[part],
+        return ImageLoader(
+            loader, dataset, steps, device=self.device, split=split, examples=self.examples[split],
             max_corrupt=self.max_corrupt,
         )  # fmt: skip
 
 
-class Mixed(IterableDataset[Decoded]):
-    """This rank's share of each training batch, from a random share of the shards.
+class TrainingShards(IterableDataset[DecodedBatch]):
+    """This rank's share of each training batch, read from a random share of the shards.
 
     Args:
-        shards: of all ranks, at least as many as there are ranks and workers.
-        sizes: pictures this rank has of each batch of an epoch.
-        transform: from an image to uint8 (3, H, W).
-        num_classes: the labels are 0 to num_classes − 1.
-        stand_ins: pictures to try in place of one that cannot be read.
-        shuffle: encoded pictures held to mix them.
-        seed: of the run.
-        rank: whose share.
-        ranks: how many there are.
+        shards: shards of all ranks, at least ranks × workers.
+        sizes: number of images of this rank, for each batch of an epoch.
+        transform: function from an image to pixels, uint8, (3, H, W).
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        max_replacements: maximum number of following images to try in place of an unreadable one.
+        shuffle: size of the shuffle buffer, in encoded images.
+        seed: seed of the run.
+        rank: rank whose share is returned.
+        ranks: number of ranks.
     """
 
     def __init__(
@@ -231,19 +240,19 @@ class Mixed(IterableDataset[Decoded]):
         transform: Transform,
         num_classes: int,
         *,
-        stand_ins: int,
+        max_replacements: int,
         shuffle: int,
         seed: int,
         rank: int,
         ranks: int,
     ) -> None:
-        # In shared memory: workers that live on see the epoch that the program sets.
+        # In shared memory, so that persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._shards = shards
         self._sizes = sizes
         self._transform = transform
         self._num_classes = num_classes
-        self._stand_ins = stand_ins
+        self._max_replacements = max_replacements
         self._shuffle = shuffle
         self._seed = seed
         self._rank = rank
@@ -257,43 +266,43 @@ class Mixed(IterableDataset[Decoded]):
     def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
-    def __iter__(self) -> Iterator[Decoded]:
-        return failing_last(self._batches())
+    def __iter__(self) -> Iterator[DecodedBatch]:
+        return errors_as_batches(self._batches())
 
-    def _batches(self) -> Iterator[Decoded]:
+    def _batches(self) -> Iterator[DecodedBatch]:
         worker, workers = _worker()
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(hashed(self._seed, epoch))
+        generator = torch.Generator().manual_seed(hash_seed(self._seed, epoch))
         order = torch.randperm(len(self._shards), generator=generator).tolist()
         own = [self._shards[index] for index in order][self._rank :: self._ranks][worker::workers]
-        raw = self._laps(own, epoch, random.Random(hashed(self._seed, epoch, self._rank, worker)))
-        examples = decoded(raw, self._transform, self._num_classes, self._stand_ins)
-        # The loader takes batches from its workers in turn.
+        samples = self._samples(own, epoch, random.Random(hash_seed(self._seed, epoch, self._rank, worker)))
+        examples = decode_samples(samples, self._transform, self._num_classes, self._max_replacements)
+        # The DataLoader takes batches from its workers in turn.
         for size in self._sizes[worker::workers]:
             yield collate(list(itertools.islice(examples, size)))
 
-    def _laps(self, shards: list[str], epoch: int, chance: random.Random) -> Iterator[Raw]:
-        """The examples of the shards, over and over, each with what its augmentation follows from."""
+    def _samples(self, shards: list[str], epoch: int, rng: random.Random) -> Iterator[Sample]:
+        """Repeat the shuffled examples of the shards forever, each with the seed of its augmentation."""
         import webdataset
 
-        for lap in itertools.count():
+        for repetition in itertools.count():
             empty = True
-            # Mixed lap by lap: no picture comes a second time before each has come once.
-            mixed = webdataset.shuffle(self._shuffle, initial=self._shuffle, rng=chance)
-            for sample in mixed(read_shards(shards)):
+            # One buffer per repetition, so that no image appears twice before each has appeared once.
+            shuffled = webdataset.shuffle(self._shuffle, initial=self._shuffle, rng=rng)
+            for sample in shuffled(read_shards(shards)):
                 empty = False
-                yield {**sample, "seed": (self._seed, epoch, lap, sample["__key__"])}
+                yield {**sample, "seed": (self._seed, epoch, repetition, sample["__key__"])}
             if empty:
                 raise InputError(f"data webdataset: no examples in {', '.join(shards)}")
 
 
-class Once(IterableDataset[Decoded]):
-    """All that some shards hold, in order.
+class EvaluationShards(IterableDataset[DecodedBatch]):
+    """All images of some shards, in order.
 
     Args:
-        shards: of this rank.
-        transform: from an image to uint8 (3, H, W).
-        num_classes: the labels are 0 to num_classes − 1.
+        shards: shards of this rank.
+        transform: function from an image to pixels, uint8, (3, H, W).
+        num_classes: number of classes; labels are 0 to num_classes − 1.
     """
 
     def __init__(self, shards: list[str], transform: Transform, num_classes: int) -> None:
@@ -302,37 +311,40 @@ class Once(IterableDataset[Decoded]):
         self._transform = transform
         self._num_classes = num_classes
 
-    def __iter__(self) -> Iterator[Decoded]:
-        return failing_last(self._batches())
+    def __iter__(self) -> Iterator[DecodedBatch]:
+        return errors_as_batches(self._batches())
 
-    def _batches(self) -> Iterator[Decoded]:
+    def _batches(self) -> Iterator[DecodedBatch]:
         worker, workers = _worker()
-        raw = ({**sample, "seed": ()} for sample in read_shards(self._shards[worker::workers]))
-        examples = decoded(raw, self._transform, self._num_classes, stand_ins=0)
+        samples = ({**sample, "seed": ()} for sample in read_shards(self._shards[worker::workers]))
+        examples = decode_samples(samples, self._transform, self._num_classes, max_replacements=0)
         while batch := list(itertools.islice(examples, EVALUATION_BATCH)):
             yield collate(batch)
 
 
-def failing_last(batches: Iterator[Decoded]) -> Iterator[Decoded]:
-    """The batches, and as the last one the InputError that ends them, if one does.
+def errors_as_batches(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
+    """Yield the batches; turn an InputError into a last batch that contains its message.
 
-    Between processes an exception loses its type and gets a traceback in its message; a batch arrives as it is.
+    A DataLoader adds a traceback to the message of an exception in a worker process, but does not change a batch.
     """
     try:
         yield from batches
     except InputError as error:
-        yield Decoded(None, torch.empty(0, dtype=torch.int64), [], failure=str(error))
+        yield DecodedBatch(None, torch.empty(0, dtype=torch.int64), [], error=str(error))
 
 
-def expand_shards(part: str, shards: str | list[str]) -> list[str]:
-    """The shards that paths and addresses with braces and wildcards name.
+def expand_shards(split: str, shards: str | list[str]) -> list[str]:
+    """Expand the braces and wildcards in paths and URLs of shards.
 
     Args:
-        part: for messages.
-        shards: one or more of them.
+        split: name of the split, for messages.
+        shards: one or more paths or URLs.
+
+    Returns:
+        One path or URL per shard.
 
     Raises:
-        InputError: webdataset is missing; a shard is not there, or neither a path nor an http address.
+        InputError: webdataset is not installed; a shard is missing, or is neither a path nor an http(s) URL.
     """
     try:
         from webdataset.shardlists import expand_urls
@@ -343,24 +355,24 @@ def expand_shards(part: str, shards: str | list[str]) -> list[str]:
         try:
             names = expand_urls(os.path.expanduser(pattern))
         except (ValueError, AssertionError) as error:
-            raise InputError(f"data webdataset: {part} shards {pattern!r} cannot be expanded ({error})") from error
+            raise InputError(f"data webdataset: {split} shards {pattern!r} cannot be expanded ({error})") from error
         for name in names:
             scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", name)
             if scheme is not None and scheme[1].lower() not in ("http", "https"):
-                # webdataset knows more of them; "pipe:" would run a program that a recipe names.
-                raise InputError(f"data webdataset: {part} shard {name!r}: choose from paths, http: and https:")
+                # webdataset supports more schemes; with "pipe:", a recipe could run any program.
+                raise InputError(f"data webdataset: {split} shard {name!r} must be a path or an http: or https: URL")
             matching = sorted(glob.glob(name)) if scheme is None and glob.has_magic(name) else [name]
             if not matching or (scheme is None and not os.path.isfile(matching[0])):
-                raise InputError(f"data webdataset: {part} shard {name} is not there")
+                raise InputError(f"data webdataset: {split} shard {name} not found")
             found += matching
     return found
 
 
-def read_shards(shards: Iterable[str]) -> Iterator[Raw]:
-    """The examples of tar files, as webdataset groups them: `__key__`, `__url__`, and the bytes by ending.
+def read_shards(shards: Iterable[str]) -> Iterator[Sample]:
+    """Yield the encoded examples of tar files in order.
 
     Raises:
-        InputError: a shard is not there, truncated, or no tar file.
+        InputError: a shard is missing, truncated or not a tar file.
     """
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -370,61 +382,66 @@ def read_shards(shards: Iterable[str]) -> Iterator[Raw]:
             with gopen(shard) as stream:
                 yield from group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            raise InputError(f"data webdataset: shard {shard} cannot be read ({_why(error)})") from error
+            raise InputError(f"data webdataset: shard {shard} cannot be read ({_describe(error)})") from error
 
 
-def decoded(raw: Iterable[Raw], transform: Transform, num_classes: int, stand_ins: int) -> Iterator[Example]:
-    """Examples with pixels, and one without wherever more than `stand_ins` in a row cannot be read.
+def decode_samples(
+    samples: Iterable[Sample], transform: Transform, num_classes: int, max_replacements: int
+) -> Iterator[DecodedImage]:
+    """Decode and transform encoded examples.
+
+    Unreadable images are dropped and passed along with the next readable one. After more than `max_replacements`
+    unreadable images in a row, an example without pixels is yielded.
 
     Raises:
-        InputError: a label is none of the classes.
+        InputError: a label is not in the range of the classes.
     """
     unreadable: list[Unreadable] = []
-    for sample in raw:
+    for sample in samples:
         name = f"{sample['__url__']}: {sample['__key__']}"
         try:
             label = _label(sample)
-            image = decode(BytesIO(_picture(sample)))
-        except Exception as error:  # Pillow raises almost anything on damaged bytes
-            unreadable.append(Unreadable(name, reason(error)))
-            if len(unreadable) > stand_ins:
-                yield Example(None, 0, unreadable)
+            image = decode(BytesIO(_encoded_image(sample)))
+        except Exception as error:  # A damaged image can raise almost any type of exception.
+            unreadable.append(Unreadable(name, one_line(error)))
+            if len(unreadable) > max_replacements:
+                yield DecodedImage(None, 0, unreadable)
                 unreadable = []
             continue
         if not 0 <= label < num_classes:
             raise InputError(
-                f"data webdataset: {name} has label {label}; with num_classes={num_classes} the last is "
-                f"{num_classes - 1}"
+                f"data webdataset: {name}: labels must be from 0 to {num_classes - 1} with "
+                f"num_classes={num_classes}, got {label}"
             )
         with seeded(*sample["seed"]):
-            yield Example(transform(image), label, unreadable)
+            yield DecodedImage(transform(image), label, unreadable)
         unreadable = []
 
 
-def _label(sample: Raw) -> int:
+def _label(sample: Sample) -> int:
     if "cls" not in sample:
-        raise ValueError("no .cls")
+        raise ValueError("no .cls file")
     return int(sample["cls"])
 
 
-def _picture(sample: Raw) -> bytes:
-    for ending in PICTURES:
-        if ending in sample:
-            content: bytes = sample[ending]
+def _encoded_image(sample: Sample) -> bytes:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample:
+            content: bytes = sample[extension]
             return content
-    raise ValueError(f"none of .{', .'.join(PICTURES)}")
+    raise ValueError(f"no .{', .'.join(IMAGE_EXTENSIONS[:-1])} or .{IMAGE_EXTENSIONS[-1]} file")
 
 
-def _why(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # webdataset adds more to `args`, of which the first is what happened; of curl it is the whole command.
-    said = str(error.args[0])
-    status = re.search(r"'curl'.*exit (\d+)", said)
-    return f"curl ended with status {status[1]}" if status else said
+    # webdataset appends to `args`; the first is the message. For curl, it is the whole command.
+    message = str(error.args[0])
+    status = re.search(r"'curl'.*exit (\d+)", message)
+    return f"curl failed with exit status {status[1]}" if status else message
 
 
 def _worker() -> tuple[int, int]:
-    """The number of this worker process, and how many there are."""
+    """Return the index of this worker process and the number of workers."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,4 +1,4 @@
-"""Spoken words, as log-mel spectra of 32 filters in windows of 25 ms, every 10 ms."""
+"""Speech data sets, as log-mel spectrograms of 32 filters with a window of 25 ms and a stride of 10 ms."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from sparing.files import atomic_write
 
 FILTERS = 32
 WINDOW, STRIDE = 0.025, 0.010
-"""Seconds of a window, and seconds from one to the next."""
+"""Length of a window and stride between windows, in seconds."""
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = len(WORDS), len(WORDS) + 1
@@ -28,91 +28,94 @@ FSDD_PAGE = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 
 @dataclass(frozen=True)
 class Clip:
-    """A stretch of a wav file.
+    """Section of a WAV file.
 
     Attributes:
-        path: the file.
-        start: first sample.
-        samples: how many at most.
-        fill: put zeros after the end of the file until there are as many.
-        volume: what they are multiplied by.
+        path: path of the file.
+        start: index of the first sample.
+        samples: maximum number of samples.
+        pad: pad with zeros to the maximum number of samples.
+        volume: factor on the samples.
     """
 
     path: Path
     start: int
     samples: int
-    fill: bool
+    pad: bool
     volume: float = 1.0
 
 
 def google12(root: str = "data/speech_commands", cache: str | None = None) -> SequenceData:
-    """Google-12: ten words, "unknown" and "silence", one second at 16 kHz, 99 steps × 32.
+    """Load Google-12: ten words, "unknown" and "silence" of Speech Commands, 1 s at 16 kHz (99 time steps × 32).
 
-    Classes 0 to 9 are `WORDS`, 10 any other word, 11 no word. To the ten words of each part come a
-    tenth as many unknown ones and a tenth as many silences. (The FastGRNN paper has 22,246 examples to
-    train on and 3,081 to test, of version 1; not checked here.) Speakers are in one part only: the
-    archive's lists say which, or the rule by which they were made. Silences are stretches of the
-    archive's noise at a volume drawn between 0 and 1, from the first 80 % of each noise file for
-    training, the next 10 % for validation, the last for the test.
-    Each filter is normalised on the training part.
+    Classes 0 to 9 are `WORDS`, class 10 is any other word, class 11 is background noise. In each split, the number
+    of unknown words and the number of silences are each 10% of the number of examples of the ten words. (The
+    FastGRNN paper has 22,246 training and 3,081 test examples, from version 1 of the archive; not verified here.)
+
+    No speaker is in two splits: the splits are those of the lists in the archive, or of the rule in its README if
+    there are no lists (`which_split`). Silences are sections of the archive's noise files with a random volume
+    between 0 and 1: from the first 80% of each file for training, the next 10% for validation, the last 10% for
+    the test. Each filter is normalized with its mean and std over the training split.
 
     Args:
-        root: the unpacked archive: a folder a word, and `_background_noise_`.
-        cache: the file to keep the spectra in; left out, `google12.safetensors` in `root`.
+        root: folder of the unpacked archive, with one folder per word and `_background_noise_`.
+        cache: file for the computed spectrograms. None uses `google12.safetensors` in `root`.
 
     Raises:
-        InputError: a folder, a list or a recording in a list is missing; a file is no 16-bit mono wav of
+        InputError: a folder, a list or a listed recording is missing; a recording is not a 16-bit mono WAV file at
             16 kHz; the cache cannot be written; kaldi-native-fbank is not installed.
 
-    Source: Warden, "Speech Commands", 2018; the mixture follows the speech_commands example of TensorFlow,
-    which picks unknown words by chance where this takes the smallest SHA-1 of their names.
+    Reference: Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", 2018.
+    Deviation: TensorFlow's speech_commands example draws the unknown words at random; here they are those with the
+    smallest SHA-1 hash of their names.
     """
     folder = Path(root)
     absent = [name for name in (*WORDS, NOISE) if not (folder / name).is_dir()]
     if absent:
         raise InputError(
-            f"data google12: {folder} lacks the folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
-            f"unpack speech_commands_v0.01.tar.gz ({SPEECH_COMMANDS_PAGE}) and name its folder with data.root"
+            f"data google12: {folder} has no folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
+            f"unpack speech_commands_v0.01.tar.gz ({SPEECH_COMMANDS_PAGE}) and set data.root to its folder"
         )
     clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
-    others: dict[str, list[Path]] = {part: [] for part in clips}
-    part_of = _speech_commands_parts(folder)
+    others: dict[str, list[Path]] = {split: [] for split in clips}
+    split_of = _speech_commands_splits(folder)
     for path in sorted(folder.glob("*/*.wav")):
         word = path.parent.name
         if word == NOISE:
             continue
-        part = part_of(path)
+        split = split_of(path)
         if word in WORDS:
-            clips[part].append((Clip(path, 0, 16_000, True), WORDS.index(word)))
+            clips[split].append((Clip(path, 0, 16_000, True), WORDS.index(word)))
         else:
-            others[part].append(path)
+            others[split].append(path)
     noises = sorted((folder / NOISE).glob("*.wav"))
     if not noises:
-        raise InputError(f"data google12: {folder / NOISE} holds no .wav file; unpack the archive again")
-    for part, examples in clips.items():
+        raise InputError(f"data google12: {folder / NOISE} has no .wav files; unpack the archive again")
+    for split, examples in clips.items():
         count = math.ceil(len(examples) / 10)
-        chosen = sorted(others[part], key=lambda path: hashlib.sha1(_relative(path).encode()).hexdigest())[:count]
+        chosen = sorted(others[split], key=lambda path: hashlib.sha1(_relative(path).encode()).hexdigest())[:count]
         examples += [(Clip(path, 0, 16_000, True), UNKNOWN) for path in chosen]
-        examples += [(clip, SILENCE) for clip in _silences(noises, part, count)]
-    return _spectra("google12", clips, 16_000, Path(cache) if cache else folder / "google12.safetensors", 12)
+        examples += [(clip, SILENCE) for clip in _silences(noises, split, count)]
+    return _build("google12", clips, 16_000, Path(cache) if cache else folder / "google12.safetensors", 12)
 
 
 def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> SequenceData:
-    """The Free Spoken Digit Dataset: ten digits by six speakers at 8 kHz, as long as they are, up to a second.
+    """Load the Free Spoken Digit Dataset: ten digits of six speakers at 8 kHz, with variable lengths of up to 1 s.
 
-    Recordings 0 to 4 of each speaker and digit are the test part, as its authors have it, 5 to 9 the
-    validation part, the others the training part. Each filter is normalised on the training part.
+    Recordings 0 to 4 of each speaker and digit are the test split, as the authors of the data set propose,
+    recordings 5 to 9 are the validation split, and the others are the training split. Each filter is normalized
+    with its mean and std over the training split.
 
     Args:
-        root: the folder with `recordings`, or that folder itself.
-        cache: the file to keep the spectra in; left out, `spoken_digits.safetensors` in `root`.
+        root: folder that contains `recordings`, or the folder of the recordings.
+        cache: file for the computed spectrograms. None uses `spoken_digits.safetensors` in `root`.
 
     Raises:
-        InputError: there are no recordings, or a digit is missing where there are others of its speaker
-            and number; a file is no 16-bit mono wav of 8 kHz; the cache cannot be written;
-            kaldi-native-fbank is not installed.
+        InputError: there are no recordings, or the digits of a speaker and recording number are incomplete; a
+            recording is not a 16-bit mono WAV file at 8 kHz; the cache cannot be written; kaldi-native-fbank is
+            not installed.
 
-    Source: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
+    Reference: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
     """
     folder = Path(root)
     named = re.compile(r"([0-9])_(\w+)_(\d+)\.wav")
@@ -122,30 +125,40 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
     for path in sorted(recordings.glob("*.wav")):
         match = named.fullmatch(path.name)
         if match is None:
-            raise InputError(f"data {path}: is not named digit_speaker_number.wav, as those of {FSDD_PAGE} are")
+            raise InputError(f"data {path}: the file name must be <digit>_<speaker>_<number>.wav, see {FSDD_PAGE}")
         digit, number = int(match[1]), int(match[3])
-        part = "test" if number < 5 else "validation" if number < 10 else "train"
-        clips[part].append((Clip(path, 0, 8_000, False), digit))
+        split = "test" if number < 5 else "validation" if number < 10 else "train"
+        clips[split].append((Clip(path, 0, 8_000, False), digit))
         spoken.setdefault((match[2], number), set()).add(digit)
     if not all(clips.values()):
         raise InputError(
-            f"data spoken_digits: {folder} holds {sum(map(len, clips.values()))} recordings, which is not all; get "
-            f"them from {FSDD_PAGE} and name their folder with data.root"
+            f"data spoken_digits: {folder} is incomplete, with {sum(map(len, clips.values()))} recordings; download "
+            f"all from {FSDD_PAGE} and set data.root to their folder"
         )
     for (speaker, number), digits in spoken.items():
         for digit in set(range(10)) - digits:
             raise InputError(
-                f"data spoken_digits: {recordings / f'{digit}_{speaker}_{number}.wav'} is missing, of the ten digits "
-                f"of a round; get all recordings from {FSDD_PAGE}"
+                f"data spoken_digits: {recordings / f'{digit}_{speaker}_{number}.wav'} is missing; download all "
+                f"recordings from {FSDD_PAGE}"
             )
-    return _spectra("spoken_digits", clips, 8_000, Path(cache) if cache else folder / "spoken_digits.safetensors", 10)
+    return _build("spoken_digits", clips, 8_000, Path(cache) if cache else folder / "spoken_digits.safetensors", 10)
 
 
 def log_mel(samples: Tensor, rate: int) -> Tensor:
-    """The log-mel spectrum of a recording: (n,) at `rate` per second → (steps, 32).
+    """Compute the log-mel spectrogram of a recording.
 
-    steps = ⌈(n − window) / stride⌉ + 1, with zeros to fill the last window: 99 for one second at 16 kHz.
-    Hann windows, pre-emphasis 0.97, natural logarithm of power; no dither, so the same every time.
+        steps = ⌈(n − window) / stride⌉ + 1
+
+    The last window is padded with zeros. One second at 16 kHz gives 99 steps. The windows are Hann windows, with
+    pre-emphasis 0.97, and the values are natural logarithms of the power. There is no dither, so the result is
+    deterministic.
+
+    Args:
+        samples: the recording, (n,).
+        rate: sampling rate in Hz.
+
+    Returns:
+        The spectrogram, (steps, 32).
 
     Raises:
         InputError: there are no samples; kaldi-native-fbank is not installed.
@@ -157,9 +170,9 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
     try:
         from kaldi_native_fbank import FbankOptions, OnlineFbank
     except ImportError as error:
-        raise InputError("spectra of speech need kaldi-native-fbank: pip install kaldi-native-fbank") from error
+        raise InputError("speech data sets need kaldi-native-fbank: pip install kaldi-native-fbank") from error
     if not len(samples):
-        raise InputError("a recording without samples has no spectrum")
+        raise InputError("a recording must have at least one sample, got 0")
     window, stride = round(WINDOW * rate), round(STRIDE * rate)
     steps = max(0, -(-(len(samples) - window) // stride)) + 1
     options = FbankOptions()
@@ -175,39 +188,49 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
 
 
 def read_wav(path: Path, rate: int) -> Tensor:
-    """The samples of a 16-bit mono wav file, as float32 in units of the integers, (n,).
+    """Read a 16-bit mono WAV file.
+
+    Args:
+        path: path of the file.
+        rate: expected sampling rate in Hz.
+
+    Returns:
+        The samples, float32, not scaled (−32,768 to 32,767), (n,).
 
     Raises:
-        InputError: it is of another rate or kind, empty, or damaged.
+        InputError: the file has another rate, number of channels or bit depth, is empty, or is damaged.
     """
     try:
         with wave.open(str(path), "rb") as file:
             found = (file.getframerate(), file.getnchannels(), 8 * file.getsampwidth())
-            raw, promised = file.readframes(file.getnframes()), file.getnframes()
+            raw, expected = file.readframes(file.getnframes()), file.getnframes()
     except (OSError, EOFError, wave.Error) as error:
-        raise InputError(f"data {path}: is no readable wav file ({error or 'it ends early'})") from error
+        raise InputError(f"data {path}: not a readable WAV file ({error or 'unexpected end of file'})") from error
     if found != (rate, 1, 16):
         raise InputError(
-            f"data {path}: has {found[0]} samples a second, {found[1]} channel(s) of {found[2]} bits; wanted are "
-            f"{rate}, 1 and 16"
+            f"data {path}: must have {rate} Hz, 1 channel and 16 bits, got {found[0]} Hz, {found[1]} channel(s) and "
+            f"{found[2]} bits"
         )
-    if len(raw) != 2 * promised or not raw:
-        raise InputError(f"data {path}: holds {len(raw) // 2} of the {promised} samples that it promises")
+    if len(raw) != 2 * expected or not raw:
+        raise InputError(f"data {path}: truncated or empty: contains {len(raw) // 2} of {expected} samples")
     return torch.frombuffer(bytearray(raw), dtype=torch.int16).float()
 
 
-def which_part(name: str, validation: float = 10.0, testing: float = 10.0) -> str:
-    """The part of a Speech Commands recording by its file name: the rule of the archive's README.
+def which_split(name: str, validation: float = 10.0, testing: float = 10.0) -> str:
+    """Return the split of a Speech Commands recording, by the rule in the archive's README.
 
-    Everything up to `_nohash_` is the speaker, whose SHA-1 decides.
+    The rule is a SHA-1 hash of the speaker, which is the file name up to `_nohash_`.
 
     Args:
-        name: of the file, such as "0a7c2a8d_nohash_0.wav".
-        validation: percentage of validation.
-        testing: percentage of the test.
+        name: file name, such as "0a7c2a8d_nohash_0.wav".
+        validation: size of the validation split, in percent.
+        testing: size of the test split, in percent.
+
+    Returns:
+        "train", "validation" or "test".
 
     Examples:
-        >>> which_part("0a7c2a8d_nohash_0.wav") == which_part("0a7c2a8d_nohash_4.wav")
+        >>> which_split("0a7c2a8d_nohash_0.wav") == which_split("0a7c2a8d_nohash_4.wav")
         True
     """
     most = 2**27 - 1
@@ -216,20 +239,20 @@ def which_part(name: str, validation: float = 10.0, testing: float = 10.0) -> st
     return "validation" if share < validation else "test" if share < testing + validation else "train"
 
 
-def _speech_commands_parts(folder: Path) -> Callable[[Path], str]:
+def _speech_commands_splits(folder: Path) -> Callable[[Path], str]:
     files = {"validation": folder / "validation_list.txt", "test": folder / "testing_list.txt"}
-    there = [path for path in files.values() if path.is_file()]
-    if not there:
-        return lambda path: which_part(path.name)
-    if len(there) == 1:
-        (absent,) = set(files.values()) - set(there)
-        raise InputError(f"data google12: {absent} is missing, beside {there[0].name}; unpack the archive again")
-    listed = {line: part for part, path in files.items() for line in path.read_text(encoding="utf-8").split()}
+    found = [path for path in files.values() if path.is_file()]
+    if not found:
+        return lambda path: which_split(path.name)
+    if len(found) == 1:
+        (absent,) = set(files.values()) - set(found)
+        raise InputError(f"data google12: {absent} is missing, but {found[0].name} exists; unpack the archive again")
+    listed = {line: split for split, path in files.items() for line in path.read_text(encoding="utf-8").split()}
     missing = [line for line in listed if not (folder / line).is_file()]
     if missing:
         raise InputError(
-            f"data google12: {folder / missing[0]} is missing ({len(missing)} of the {len(listed)} recordings that the "
-            "lists name are); unpack the archive again"
+            f"data google12: {folder / missing[0]} is missing ({len(missing)} of the {len(listed)} listed recordings "
+            "are missing); unpack the archive again"
         )
     return lambda path: listed.get(_relative(path), "train")
 
@@ -238,30 +261,30 @@ def _relative(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _silences(noises: Sequence[Path], part: str, count: int) -> list[Clip]:
-    """Seconds of noise, each from the stretch of its file that belongs to the part."""
-    begin, end = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}[part]
+def _silences(noises: Sequence[Path], split: str, count: int) -> list[Clip]:
+    """Draw sections of 1 s from the noise files, each from the range of its file that belongs to the split."""
+    begin, end = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}[split]
     lengths = [len(read_wav(path, 16_000)) for path in noises]
-    generator = torch.Generator().manual_seed({"train": 0, "validation": 1, "test": 2}[part])
+    generator = torch.Generator().manual_seed({"train": 0, "validation": 1, "test": 2}[split])
     clips = []
     for index in range(count):
         length = lengths[index % len(noises)]
-        where, volume = torch.rand(2, generator=generator).tolist()
+        position, volume = torch.rand(2, generator=generator).tolist()
         first, last = round(begin * length), max(round(end * length) - 16_000, round(begin * length))
-        clips.append(Clip(noises[index % len(noises)], first + round(where * (last - first)), 16_000, True, volume))
+        clips.append(Clip(noises[index % len(noises)], first + round(position * (last - first)), 16_000, True, volume))
     return clips
 
 
-def _spectra(
+def _build(
     name: str, clips: Mapping[str, Sequence[tuple[Clip, int]]], rate: int, cache: Path, num_classes: int
 ) -> SequenceData:
-    """The clips as a data set, from the cache if it holds the spectra of just these."""
+    """Build a data set from clips. If the cache was made from the same clips, the spectrograms are read from it."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     described = [
-        (part, _relative(clip.path), clip.path.stat().st_size, clip.start, clip.samples, clip.fill, clip.volume)
-        for part, examples in clips.items()
+        (split, _relative(clip.path), clip.path.stat().st_size, clip.start, clip.samples, clip.pad, clip.volume)
+        for split, examples in clips.items()
         for clip, _ in examples
     ]
     key = hashlib.sha256(repr((1, rate, FILTERS, WINDOW, STRIDE, described)).encode()).hexdigest()
@@ -270,35 +293,35 @@ def _spectra(
         try:
             with safe_open(cache, "pt") as file:
                 if (file.metadata() or {}).get("key") == key:
-                    tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118, no dict
+                    tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError):
-            pass  # damaged: made anew
+            pass  # A damaged cache is computed again.
     if not tensors:
-        for part, examples in clips.items():
+        for split, examples in clips.items():
             if not examples:
-                raise InputError(f"data {name}: the {part} part is empty; unpack the archive again")
-        for part, examples in clips.items():
-            spectra = [log_mel(_cut(clip, rate), rate) for clip, _ in examples]
-            tensors[f"{part}.values"] = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
-            tensors[f"{part}.lengths"] = torch.tensor([len(spectrum) for spectrum in spectra])
+                raise InputError(f"data {name}: the {split} split is empty; unpack the archive again")
+        for split, examples in clips.items():
+            spectrograms = [log_mel(_read_clip(clip, rate), rate) for clip, _ in examples]
+            tensors[f"{split}.values"] = torch.nn.utils.rnn.pad_sequence(spectrograms, batch_first=True)
+            tensors[f"{split}.lengths"] = torch.tensor([len(spectrogram) for spectrogram in spectrograms])
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(cache) as temporary:
                 save_file(tensors, temporary, {"key": key})
         except OSError as error:
             raise InputError(
-                f"data {name}: the spectra cannot be kept in {cache} ({error.strerror}); name another file with "
-                "data.cache"
+                f"data {name}: cannot write the spectrograms to {cache} ({error.strerror}); set data.cache to "
+                "another file"
             ) from error
-    parts = []
-    for part, examples in clips.items():
+    splits = []
+    for split, examples in clips.items():
         labels = torch.tensor([label for _, label in examples])
-        values, lengths = tensors[f"{part}.values"], tensors[f"{part}.lengths"]
+        values, lengths = tensors[f"{split}.values"], tensors[f"{split}.lengths"]
         same = bool((lengths == values.shape[1]).all())
-        parts.append(Sequences(values, labels, None if same else lengths))
-    return normalized(name, parts[0], parts[1], parts[2], num_classes)
+        splits.append(Sequences(values, labels, None if same else lengths))
+    return normalized(name, splits[0], splits[1], splits[2], num_classes)
 
 
-def _cut(clip: Clip, rate: int) -> Tensor:
+def _read_clip(clip: Clip, rate: int) -> Tensor:
     samples = clip.volume * read_wav(clip.path, rate)[clip.start : clip.start + clip.samples]
-    return torch.nn.functional.pad(samples, (0, clip.samples - len(samples))) if clip.fill else samples
+    return torch.nn.functional.pad(samples, (0, clip.samples - len(samples))) if clip.pad else samples

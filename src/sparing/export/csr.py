@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.export.network import largest_error, random_inputs
+from sparing.layers import sparse_layers
 from sparing.macs import Example
-from sparing.sparsify import sparse_layers
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Continuous sparsification: a soft mask that hardens while it is learned.
 
-    S = W ⊙ sigmoid(β m) / sigmoid(m0)                  training; m one number a weight, from m0
+    S = W ⊙ sigmoid(β m) / sigmoid(m0)                  training; m one number per weight, from m0
     S = W ⊙ 1{m > 0}     / sigmoid(m0)                  evaluation, and training once the run is over
     β(t) = β_final^(t / steps)                          from 1; the soft mask tends to the hard one
     loss + λ · Σ sigmoid(β m)                           pulls m below zero
@@ -22,11 +22,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
 from sparing.layers import Layer
+from sparing.method import Method, Optimizers
 from sparing.parametrizations import Sparse
-from sparing.schedules import check_schedule
-from sparing.sparsify import Method, Sparsifier
+from sparing.schedules import check_number, to_step
+from sparing.sparsifier import Sparsifier
 
 
 class SigmoidMask(Sparse):
@@ -49,7 +49,7 @@ class SigmoidMask(Sparse):
 
     def forward(self, weight: Tensor) -> Tensor:
         mask = (self.m > 0).to(self.m.dtype)
-        # Whoever reads the weight without recording gradients (a count, densify_) wants the hard mask.
+        # Reading the weight without recording gradients (a count, densify_) gives the hard mask.
         if self.training and torch.is_grad_enabled():
             mask = torch.where(self.finished, mask, torch.sigmoid(self.temperature * self.m))
         return weight * (self.scale * mask).to(weight.dtype)
@@ -58,67 +58,64 @@ class SigmoidMask(Sparse):
         return f"m={tuple(self.m.shape)}, scale={self.scale:.4g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContinuousSparsification(Method):
     """Learn a soft mask whose temperature turns it into a hard one by the end of the run.
 
     S = W ⊙ sigmoid(β m) / sigmoid(m0),  β from 1 to `final_temperature`
 
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from `init`, λ and the length
+    of the run.
+
     Args:
-        steps: optimizer steps of the whole run.
-        penalty: λ, the weight of the sum of the soft mask in the loss, ≥ 0. Higher is sparser.
+        weight: λ, the weight of the penalty, the sum of the soft mask, ≥ 0. Higher is sparser.
         init: m0, the value m starts from. Lower is sparser; at 0 or below the hard mask starts empty.
         final_temperature: β at the end of the run, above 1.
 
-    There is no target: how sparse the network becomes follows from `init`, λ and the length of the run.
-    Set `threshold_weight_decay=0` in `param_groups`: decay would move m toward 0, where it decides nothing.
-
     Raises:
-        InputError: a value is out of range; see `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> ContinuousSparsification(steps=1000, penalty=1e-8)
-        ContinuousSparsification(steps=1000, penalty=1e-08, init=0.05, final_temperature=200.0)
+        >>> ContinuousSparsification(weight=1e-8)
+        ContinuousSparsification(weight=1e-08, init=0.05, final_temperature=200.0)
     """
 
     name: ClassVar[str] = "continuous_sparsification"
 
-    steps: int
-    penalty: float
+    weight: float
     init: float = 0.05
     final_temperature: float = 200.0
 
     def __post_init__(self) -> None:
-        check_schedule("ContinuousSparsification", self.steps, 0, self.steps, every=1)
-        ranges = {"penalty": (0.0, math.inf), "init": (-10.0, 10.0), "final_temperature": (1.0, math.inf)}
-        for field, (low, high) in ranges.items():
-            value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high or math.isinf(value):
-                raise InputError(
-                    f"ContinuousSparsification: {field} must be a finite number from {low:g} to {high:g}, got {value!r}"
-                )
+        check_number(self, "weight", "[0, inf)")
+        check_number(self, "init", "[-10, 10]")
+        check_number(self, "final_temperature", "[1, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> int:
+        return to_step(1.0, steps, "ContinuousSparsification")
+
+    def parametrizations(self, layers: Mapping[str, Layer], plan: int) -> dict[str, Sparse]:
         scale = 1 + math.exp(-self.init)
         return {name: SigmoidMask(self._start(layer.weight), scale) for name, layer in layers.items()}
 
-    @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        for _, part in sparsifier.parts(SigmoidMask):
-            if sparsifier.step >= self.steps:
-                part.m.grad = None  # so that neither momentum nor decay moves the mask any more
-            elif part.m.grad is not None:
-                soft = torch.sigmoid(part.temperature * part.m)
-                part.m.grad.add_(self.penalty * part.temperature * soft * (1 - soft))
+    def penalty(self, sparsifier: Sparsifier) -> Tensor:
+        parts = [part for _, part in sparsifier.each(SigmoidMask)]
+        sums = [torch.sigmoid(part.temperature * part.m).sum() for part in parts]
+        return self.weight * torch.stack(sums).sum()
 
     @torch.no_grad()
-    def after_step(self, sparsifier: Sparsifier) -> None:
-        progress = min(sparsifier.step / self.steps, 1.0)
-        for _, part in sparsifier.parts(SigmoidMask):
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        if sparsifier.step >= sparsifier.plan:
+            for _, part in sparsifier.each(SigmoidMask):
+                part.m.grad = None  # so that neither momentum nor decay moves the mask any more
+
+    @torch.no_grad()
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        progress = min(sparsifier.step / sparsifier.plan, 1.0)
+        for _, part in sparsifier.each(SigmoidMask):
             part.temperature.fill_(self.final_temperature**progress)
             part.finished.fill_(progress == 1.0)
 
     def _start(self, weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: the small steps of m are nothing to bf16.
+        # float32 whatever the weight's dtype: the small steps of m are lost in bf16.
         return nn.Parameter(torch.full_like(weight, self.init, dtype=torch.float32))

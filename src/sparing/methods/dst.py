@@ -1,6 +1,6 @@
 """DST: dynamic sparse training with a learned threshold for every filter or neuron.
 
-    S = W ⊙ M,      M = step(|W| − t)                   t one number an output channel, from 0
+    S = W ⊙ M,      M = step(|W| − t)                   t one number per output channel, from 0
     d step/dx := 2 − 4|x|   for |x| ≤ 0.4               a long tail in place of the derivative,
                  0.4        for 0.4 < |x| ≤ 1           which is zero
                  0          beyond
@@ -10,13 +10,11 @@ W gets dS ⊙ M and what comes through |W| in the mask, so a pruned weight is st
 is left with 1 % of its weights or fewer, its t return to 0.
 
 Source: Liu, Xu, Shi, Cheung & So, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch
-With Trainable Masked Layers", ICLR 2020, and its code
-(binarization.py).
+With Trainable Masked Layers", ICLR 2020, and its code (binarization.py).
 Deviations: the reset is made after the optimizer step instead of in the next forward, which sees the
 same. t stays float32.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,8 +24,10 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.layers import TRANSPOSED_CONVOLUTIONS, Layer
+from sparing.method import Method, Optimizers
 from sparing.parametrizations import Sparse
-from sparing.sparsify import Method, Sparsifier
+from sparing.schedules import check_number
+from sparing.sparsifier import Sparsifier
 
 LEAST_DENSITY = 0.01
 
@@ -42,6 +42,8 @@ class StepMask(Sparse):
         >>> StepMask(nn.Parameter(torch.tensor([0.2])))(torch.tensor([-0.5, 0.1, 0.3])).detach().abs()
         tensor([0.5000, 0.0000, 0.3000])
     """
+
+    decays: ClassVar[Mapping[str, str]] = {"t": "thresholds"}
 
     def __init__(self, t: nn.Parameter) -> None:
         super().__init__()
@@ -59,6 +61,8 @@ class StepMask(Sparse):
 
 
 class _Step(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return (x > 0).to(x.dtype)
@@ -74,17 +78,17 @@ class _Step(torch.autograd.Function):
         return grad_output * tail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DST(Method):
     """Learn a threshold for each filter or neuron, with gradients through the step of the mask.
 
     S = W ⊙ step(|W| − t),  loss + α Σ exp(−t)
 
-    Args:
-        alpha: α, the weight of the term that raises the thresholds, ≥ 0. Higher is sparser.
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from α. Weight decay on t
+    pulls the thresholds back to 0, against the penalty: set `threshold_weight_decay` of `param_groups`.
 
-    There is no target: how sparse the network becomes follows from α. Set `threshold_weight_decay=0` in
-    `param_groups`: decay would pull the thresholds back to 0, against the term.
+    Args:
+        alpha: α, the weight of the penalty that raises the thresholds, ≥ 0. Higher is sparser.
 
     Raises:
         InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose
@@ -100,32 +104,27 @@ class DST(Method):
     alpha: float
 
     def __post_init__(self) -> None:
-        value = self.alpha
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise InputError(f"DST: alpha must be a finite number ≥ 0, got {value!r}")
+        check_number(self, "alpha", "[0, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
         return {
             name: StepMask(nn.Parameter(torch.zeros(_shape(layer), dtype=torch.float32, device=layer.weight.device)))
             for name, layer in layers.items()
         }
 
-    @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        for _, part in sparsifier.parts(StepMask):
-            if part.t.grad is not None:
-                part.t.grad.sub_(torch.exp(-part.t), alpha=self.alpha)
+    def penalty(self, sparsifier: Sparsifier) -> Tensor:
+        return self.alpha * torch.stack([torch.exp(-part.t).sum() for _, part in sparsifier.each(StepMask)]).sum()
 
     @torch.no_grad()
-    def after_step(self, sparsifier: Sparsifier) -> None:
-        for layer, part in sparsifier.parts(StepMask):
-            alive = torch.count_nonzero(layer.weight.abs() > part.t)
-            # On the device: nobody waits for the count.
-            part.t.masked_fill_(alive <= LEAST_DENSITY * layer.weight.numel(), 0)
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        for layer, part in sparsifier.each(StepMask):
+            active = torch.count_nonzero(layer.weight.abs() > part.t)
+            # On the device, without waiting for the count.
+            part.t.masked_fill_(active <= LEAST_DENSITY * layer.weight.numel(), 0)
 
 
 def _shape(layer: Layer) -> tuple[int, ...]:
-    """One number an output channel, broadcasting to the weight."""
+    """Return the shape with one number per output channel that broadcasts to the weight."""
     shape = tuple(layer.weight.shape)
     if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
         return shape[:1] + (1,) * (len(shape) - 1)

@@ -1,75 +1,64 @@
-"""GMP: gradual magnitude pruning.
+"""GMP: gradual magnitude pruning, and one-shot magnitude pruning as its shortest ramp.
 
     s_t = s_f · (1 − (1 − (t − t0) / (t1 − t0))³)          the cubic ramp from 0 to s_f
-    M   = the (1 − s_t) share of largest |W|, a layer        every so many steps
+    M   = the (1 − s_t) share of largest |W|                 per layer, or over all layers; every `every` steps
     S   = W ⊙ M,   dW = dS ⊙ M
 
-Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
-compression", 2017.
-Deviations: the ramp of the STR repository divides by t1 − t0 + 1 and ends below s_f; here it ends on
-it. Dead weights keep their value and decay, as in the TensorFlow code, so one may come back while the
-ramp runs.
+Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017,
+for the ramp; Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, for
+one-shot pruning; Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, section 4, for budget="global".
+Deviations: the ramp of the STR repository divides by t1 − t0 + 1 and ends below s_f; here it ends on it. Pruned
+weights keep their value and decay, as in the TensorFlow code, so one may return while the ramp runs. Han et al.
+prune below a multiple of the standard deviation, in several rounds; here a layer keeps an exact count.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from sparing.budget import Budget, check_target, kept_counts
+from sparing.budget import magnitude
 from sparing.layers import Layer
-from sparing.masks import count_kept, keep_top
+from sparing.method import Optimizers, Plan, Ranking
 from sparing.parametrizations import Mask, Sparse
-from sparing.schedules import check_schedule, cubic, is_update, to_step
-from sparing.sparsify import Method, Sparsifier
+from sparing.sparsifier import Sparsifier
 
 
-@dataclass(frozen=True)
-class GMP(Method):
-    """Prune the smallest weights of each layer, more and more of them, while training.
+@dataclass(frozen=True, kw_only=True)
+class GMP(Ranking):
+    """Prune the smallest weights, more and more of them, while training.
+
+    With `begin` equal to `end` the pruning is one-shot. With both 0 it is done by `sparsify_` itself, the way to
+    prune a trained model before fine-tuning it; no length of the run is needed then.
 
     Args:
-        steps: optimizer steps of the whole run.
-        sparsity: the final one, of each layer; or of all together with budget="erk".
-        budget: "uniform", "erk", a Budget, a budget file, or a published name.
-        begin: where the ramp begins: a step (int) or a fraction of `steps` (float).
-        end: where it ends, likewise.
-        every: optimizer steps between two updates of the masks.
+        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
+        begin: start of the sparsity ramp, a step (int) or a fraction of the run (float).
+        end: end of the ramp, likewise.
+        every: optimizer steps between two updates of the masks; shortened if the ramp is shorter.
 
     Raises:
-        InputError: a value is out of range; see `check_target` and `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> GMP(steps=1000, sparsity=0.9)
-        GMP(steps=1000, sparsity=0.9, budget=None, begin=0.2, end=0.8, every=100)
+        >>> model = nn.Linear(100, 10)
+        >>> _ = sparsify_(model, GMP(sparsity=0.9, begin=0, end=0))
+        >>> report(model).total.nonzero
+        100
     """
 
     name: ClassVar[str] = "gmp"
 
-    steps: int
-    sparsity: float | None = None
-    budget: Budget | str | None = None
     begin: int | float = 0.2
     end: int | float = 0.8
     every: int = 100
 
-    def __post_init__(self) -> None:
-        check_target("GMP", self.sparsity, self.budget)
-        check_schedule("GMP", self.steps, self.begin, self.end, self.every)
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+        assert plan.updates is not None
+        masks = plan.allocation.masks(magnitude, progress=float(plan.updates.end == 0))
+        return {name: Mask(mask) for name, mask in masks.items()}
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
-        counts = kept_counts(layers, self.sparsity, self.budget)
-        return {
-            name: Mask(torch.ones_like(layer.weight, dtype=torch.bool), counts[name]) for name, layer in layers.items()
-        }
-
-    @torch.no_grad()
-    def after_step(self, sparsifier: Sparsifier) -> None:
-        begin, end = to_step(self.begin, self.steps), to_step(self.end, self.steps)
-        if not is_update(sparsifier.step, begin, end, self.every):
-            return
-        for layer, part in sparsifier.parts(Mask):
-            weights = layer.weight.numel()
-            sparsity = cubic(sparsifier.step, begin, end, 1 - int(part.keep) / weights)
-            part.mask.copy_(keep_top(layer.weight.abs(), count_kept(weights, sparsity)))
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        plan: Plan = sparsifier.plan
+        assert plan.updates is not None
+        if plan.updates.end > 0 and plan.updates.due(sparsifier.step):
+            sparsifier.set_masks(plan.allocation.masks(magnitude, sparsifier.progress))

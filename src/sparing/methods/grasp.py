@@ -5,70 +5,69 @@
     M     = all but the s share of largest score, all layers once, and fixed from then on
     S     = W ⊙ M,   dW = dS ⊙ M
 
-Source: Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR
-2020, algorithm 1, and its code (pruner/GraSP.py).
+Source: Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020,
+algorithm 1, and its code (pruner/GraSP.py).
 Deviations: only `prune` is the paper's. Without that call, the first two optimizer steps stand in for it:
-Hg ≈ (g₂(W + p·g₁) − g₁(W)) / p with the gradients of two different mini-batches, whose difference is
-noise in this estimate, as are the jumps that ReLU makes in the gradient. The logits are not divided by
-the paper's temperature; the closure may do that. Linear layers are not initialized anew.
+Hg ≈ (g₂(W + p·g₁) − g₁(W)) / p with the gradients of two different mini-batches, whose difference is noise in this
+estimate, as are the jumps that ReLU makes in the gradient. The logits are not divided by the paper's temperature;
+the closure may do that. Linear layers are not initialized anew.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparing.budget import check_target
+from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.layers import Layer
-from sparing.masks import count_kept, keep_top_together
-from sparing.param_groups import skip_step
+from sparing.method import Optimizers, Plan, Ranking
+from sparing.optimizers import skip_step
 from sparing.parametrizations import Masked, Sparse
-from sparing.sparsify import Method, Sparsifier
+from sparing.schedules import check_number
+from sparing.sparsifier import Sparsifier
 
 
 class ProbedMask(Masked):
     """S = (W + D) ⊙ M, with a displacement D between the first optimizer step and the second only.
 
-    D is not a buffer, as it has the shape of the weight for one step and no elements for all others;
-    it is in the state_dict all the same.
+    D has the shape of the weight for one step and no elements for all others.
     """
 
-    def __init__(self, mask: Tensor, keep: int) -> None:
-        super().__init__(mask, keep)
-        self.displacement = torch.empty(0)
+    displacement: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
+        self.register_buffer("displacement", torch.empty(0, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.displacement.numel() > 0:
             weight = weight + self.displacement.to(weight)
         return torch.where(self.mask, weight, 0.0)
 
-    def get_extra_state(self) -> Tensor:
-        return self.displacement
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}displacement", self.displacement)
+        self.displacement = torch.empty_like(saved, device=self.mask.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.displacement = state.clone()
 
-
-@dataclass(frozen=True)
-class GraSP(Method):
+@dataclass(frozen=True, kw_only=True)
+class GraSP(Ranking):
     """Keep the weights whose removal would weaken the gradient most.
 
     Call `prune` once, before training. Without the call the network is dense for two optimizer
     steps, which estimate the same scores and move no weight; between the two the effective weights
     are displaced along the gradient. The estimate is a poor one unless both steps accumulate the
-    gradients of many mini-batches. How sparse each layer becomes follows from its scores; the total
-    is met exactly.
+    gradients of many mini-batches.
 
     Args:
-        sparsity: of all layers together.
+        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         probe: p, how far the estimate displaces the weights, in gradients; `prune` does not use it.
 
     Raises:
-        InputError: `probe` is not a positive number; the sparsity is refused by `check_target`.
+        InputError: a value is out of range.
 
     Examples:
         >>> model, method = nn.Sequential(nn.Linear(100, 10), nn.Tanh()), GraSP(sparsity=0.9)
@@ -80,72 +79,62 @@ class GraSP(Method):
 
     name: ClassVar[str] = "grasp"
 
-    sparsity: float
+    budget: Budget | str = "global"
     probe: float = 0.1
 
     def __post_init__(self) -> None:
-        check_target("GraSP", self.sparsity, None)
-        number = isinstance(self.probe, (int, float)) and not isinstance(self.probe, bool)
-        if not number or not 0 < self.probe < math.inf:
-            raise InputError(f"GraSP: probe must be a positive number, got {self.probe!r}")
+        super().__post_init__()
+        check_number(self, "probe", "(0, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
-        return {
-            name: ProbedMask(torch.ones_like(layer.weight, dtype=torch.bool), layer.weight.numel())
-            for name, layer in layers.items()
-        }
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+        return {name: ProbedMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def prune(self, sparsifier: Sparsifier, closure: Callable[[], Tensor]) -> None:
-        """Make the masks from the exact Hessian-gradient product.
+        """Make the masks from the exact product of Hessian and gradient.
 
         Args:
             sparsifier: what `sparsify_` returned for this method.
             closure: runs the model and returns the loss, once, on as much data as fits in memory.
 
         Raises:
-            InputError: the sparsifier is another method's; steps are done or masks made already.
+            InputError: the sparsifier is that of another method; steps were taken or masks made already.
         """
         if sparsifier.method != self:
             raise InputError(f"GraSP: the sparsifier is that of {sparsifier.method}, not of {self}")
         if sparsifier.step > 0 or _pruned(sparsifier):
-            raise InputError(f"GraSP: prune() comes once and first; {sparsifier.step} optimizer steps are done")
-        weights = [layer.weight for layer, _ in sparsifier.parts(ProbedMask)]
-        gradients = torch.autograd.grad(closure(), weights, create_graph=True, materialize_grads=True)
+            raise InputError(f"GraSP: call prune() once, before training; {sparsifier.step} optimizer steps were taken")
+        weights = {layer.name: layer.weight for layer, _ in sparsifier.each(ProbedMask)}
+        gradients = torch.autograd.grad(closure(), list(weights.values()), create_graph=True, materialize_grads=True)
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
-        self._keep_best(sparsifier, torch.autograd.grad(flow, weights, materialize_grads=True))
+        products = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
+        _keep_best(sparsifier, dict(zip(weights, products, strict=True)))
 
     @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step > 1 or _pruned(sparsifier):
             return
-        layers, parts = zip(*sparsifier.parts(ProbedMask), strict=True)
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in (layer.weight for layer in layers)]
-        if sparsifier.step == 0:
-            for part, gradient in zip(parts, gradients, strict=True):
+        products = {}
+        for layer, part in sparsifier.each(ProbedMask):
+            gradient = layer.weight.grad
+            gradient = torch.zeros_like(layer.weight) if gradient is None else sparsifier.unscale(gradient)
+            if sparsifier.step == 0:
                 part.displacement = self.probe * gradient
-        else:
+                continue
             # p² Hg: the positive factor changes no choice.
-            products = [
-                self.probe * _wide(g) - _wide(part.displacement.to(g.device))
-                for part, g in zip(parts, gradients, strict=True)
-            ]
-            self._keep_best(sparsifier, products)
-            for part in parts:
-                part.displacement = torch.empty(0)
-        skip_step(sparsifier.optimizers)
+            products[layer.name] = self.probe * _wide(gradient) - _wide(part.displacement.to(gradient.device))
+            part.displacement = torch.empty(0, device=gradient.device)
+        if products:
+            _keep_best(sparsifier, products)
+        skip_step(optimizers)
 
-    @torch.no_grad()
-    def _keep_best(self, sparsifier: Sparsifier, products: Sequence[Tensor]) -> None:
-        layers, parts = zip(*sparsifier.parts(ProbedMask), strict=True)
-        kept = [_wide(layer.weight) * _wide(product) for layer, product in zip(layers, products, strict=True)]
-        count = count_kept(sum(score.numel() for score in kept), self.sparsity)
-        for part, mask in zip(parts, keep_top_together(kept, count), strict=True):
-            part.mask.copy_(mask)
-            part.keep.copy_(mask.sum())
+
+def _keep_best(sparsifier: Sparsifier, products: Mapping[str, Tensor]) -> None:
+    score = lambda layer, units: units.mean(_wide(layer.weight.detach()) * _wide(products[layer.name]))  # noqa: E731
+    sparsifier.set_masks(sparsifier.plan.allocation.masks(score))
 
 
 def _pruned(sparsifier: Sparsifier) -> bool:
-    return any(int(part.keep) < part.mask.numel() for _, part in sparsifier.parts(ProbedMask))
+    return any(not bool(part.mask.all()) for _, part in sparsifier.each(ProbedMask))
 
 
 def _wide(tensor: Tensor) -> Tensor:

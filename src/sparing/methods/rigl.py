@@ -1,91 +1,129 @@
-"""RigL: rigging the lottery. Sparse from start to end; weights are dropped by size and grown by gradient.
+"""RigL: rigging the lottery. Sparse from start to end; weights are pruned by size and regrown by gradient.
 
-    every ΔT steps until T_end, a layer:
-        f = α/2 · (1 + cos(π t / T_end))                the share of live weights to move
-        drop the f · live smallest |W| among the live
-        grow as many of the largest |dL/dS| among the others, at zero
-    S = W ⊙ M;  a dead weight is moved by nothing
+    every ΔT steps until T_end, per layer:
+        f = α/2 · (1 + cos(π t / T_end))                the share of active weights to move
+        prune the f · active smallest |W| of the active weights
+        regrow as many of the largest |dL/dS| among the others, at zero
+    S = W ⊙ M;  dW = dS ⊙ M, and dW = dS in the step of an update
 
 Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3 and
 algorithm 1, and its code (sparse_optimizers_base.py).
-Deviations: ties are broken by torch's top-k, not by noise. As in the code, a step that rewires moves no
-weight, and a weight dropped and grown at once keeps its value.
+Deviations: ties are broken by position, not by noise. As in the code, a step that updates the masks moves no
+weight, and a weight pruned and regrown at once keeps its value. The code also updates at step 0, and an update
+does not count as a step; here it counts.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from sparing.budget import Budget, check_target, kept_counts
+from sparing.budget import Budget, random_score
 from sparing.layers import Layer
-from sparing.masks import random_mask, rewire
-from sparing.param_groups import reset_state, skip_step
-from sparing.parametrizations import DenseGradientMask, Sparse
-from sparing.schedules import check_fraction, check_schedule, cosine, to_step
-from sparing.sparsify import Method, Sparsifier
+from sparing.masks import prune_and_regrow
+from sparing.method import Optimizers, Plan, Ranking
+from sparing.optimizers import reset_state, skip_step
+from sparing.parametrizations import Masked, Sparse
+from sparing.schedules import check_number, cosine
+from sparing.sparsifier import Sparsifier
 
 
-@dataclass(frozen=True)
-class RigL(Method):
+@dataclass(frozen=True, kw_only=True)
+class RigL(Ranking):
     """Keep a constant number of weights, and move some of them to where the gradient is largest.
 
     Args:
-        steps: optimizer steps of the whole run.
-        sparsity: of all layers together with budget="erk", of each with "uniform".
-        budget: "erk", "uniform", a Budget, a budget file, or a published name.
-        end: the last update: a step (int) or a fraction of `steps` (float).
-        every: ΔT, optimizer steps between two updates.
-        fraction: α, the share of live weights moved by the first update, in (0, 1).
+        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
+        end: the last update comes before it: a step (int) or a fraction of the run (float).
+        every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
+        fraction: α, the share of active weights moved by the first update, in (0, 1).
         seed: of the random first mask; equal on all ranks, whatever their own seeds.
 
     Raises:
-        InputError: a value is out of range; see `check_target` and `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> RigL(steps=1000, sparsity=0.9)
-        RigL(steps=1000, sparsity=0.9, budget='erk', end=0.75, every=100, fraction=0.3, seed=0)
+        >>> RigL(sparsity=0.9).fraction
+        0.3
     """
 
     name: ClassVar[str] = "rigl"
+    takes_global: ClassVar[bool] = False
+    takes_nm: ClassVar[bool] = False
 
-    steps: int
-    sparsity: float | None = None
-    budget: Budget | str | None = "erk"
+    budget: Budget | str = "erk"
     end: int | float = 0.75
     every: int = 100
     fraction: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_target("RigL", self.sparsity, self.budget)
-        check_schedule("RigL", self.steps, 0, self.end, self.every)
-        check_fraction("RigL", "fraction", self.fraction)
+        super().__post_init__()
+        check_number(self, "fraction", "(0, 1)")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
-        counts = kept_counts(layers, self.sparsity, self.budget)
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
         return {
-            name: DenseGradientMask(random_mask(layer.weight, counts[name], self.seed, index), counts[name])
-            for index, (name, layer) in enumerate(layers.items())
+            name: ProbingMask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()
         }
 
     @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        step, end = sparsifier.step, to_step(self.end, self.steps)
-        rewires = 0 < step < end and step % self.every == 0
-        for layer, part in sparsifier.parts(DenseGradientMask):
-            gradient = layer.weight.grad
-            if gradient is None:
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        plan, step = sparsifier.plan, sparsifier.step
+        if not _updates(plan, step):
+            return
+        for layer, part in sparsifier.each(ProbingMask):
+            weight, units = layer.weight, plan.allocation.units[layer.name]
+            if weight.grad is None:
                 continue
-            if not rewires:
-                gradient.masked_fill_(~part.mask, 0)
-                continue
-            count = int(cosine(step, end, self.fraction) * int(part.keep))
-            mask = rewire(part.mask, layer.weight.abs(), gradient.abs(), count)
-            born = mask & ~part.mask
-            layer.weight.masked_fill_(born, 0)
-            reset_state(sparsifier.optimizers, layer.weight, born)
+            active = units.active(part.mask)
+            count = int(cosine(step, plan.updates.end, self.fraction) * int(active.sum()))
+            mask = units.expand(prune_and_regrow(active, units.norm(weight), units.norm(weight.grad), count))
+            regrown = mask & ~part.mask
+            weight.masked_fill_(regrown, 0)
+            reset_state(optimizers, weight, regrown)
             part.mask.copy_(mask)
-        if rewires:
-            skip_step(sparsifier.optimizers)
+        skip_step(optimizers)
+
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        plan, step = sparsifier.plan, sparsifier.step
+        if (due := _updates(plan, step)) or _updates(plan, step - 1):
+            for _, part in sparsifier.each(ProbingMask):
+                part.probing.fill_(due)
+
+
+class ProbingMask(Masked):
+    """S = W ⊙ M, with the dense gradient dW = dS while probing and dW = dS ⊙ M otherwise."""
+
+    probing: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
+        self.register_buffer("probing", torch.zeros((), dtype=torch.bool, device=mask.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        result: Tensor = _Probe.apply(weight, self.mask, self.probing)
+        return result
+
+
+class _Probe(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, probing: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mask, probing = ctx.saved_tensors
+        return torch.where(mask | probing, grad_output, 0.0), None, None
+
+
+def _updates(plan: Plan, step: int) -> bool:
+    assert plan.updates is not None
+    return plan.updates.due(step) and step < plan.updates.end

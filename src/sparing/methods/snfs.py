@@ -1,18 +1,18 @@
 """SNFS: sparse networks from scratch, by sparse momentum. Weights move to the layers that learn most.
 
-    m ← β m + (1 − β) dL/dS                             every step, of all weights, dead ones too
-    every ΔT steps until T:
+    m ← β m + (1 − β) dL/dS                             every step, of all weights, pruned ones too
+    after every ΔT steps until T:
         p = p_T + (p_0 − p_T)/2 · (1 + cos(π t / T))    from p_0 = 0.5 to p_T = 0.005
-        a layer: drop the p · live smallest |W| among the live
-        share out all that was dropped in proportion to the mean |m| of each layer's live weights
-        a layer: grow its share of the largest |m| among the others, at zero
-    S = W ⊙ M;  a dead weight is moved by nothing
+        per layer: prune the p · active smallest |W| of the active weights
+        share out all that was pruned in proportion to the mean |m| of each layer's active weights
+        per layer: regrow its share of the largest |m| among the others, at zero
+    S = W ⊙ M;  a pruned weight is moved by nothing
 
 Source: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing
 Performance", 2019, and its code (sparse_learning/core.py, funcs.py).
 Deviations: the code reads the optimizer's own momentum; here m belongs to the layer, so that it is the
 same for every optimizer, and the optimizer sees masked gradients and forgets what stood where a weight
-is grown. A layer may become dense; the code stops at 99 % of what is free. The total is conserved
+is regrown. A layer may become dense; the code stops at 99 % of what is free. The total is conserved
 exactly. Rounding is down, and once every ΔT steps rather than an epoch.
 """
 
@@ -23,61 +23,57 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparing.budget import Budget, check_target, kept_counts
+from sparing.budget import random_score
 from sparing.errors import InputError
 from sparing.layers import Layer
-from sparing.masks import apportion, keep_top, random_mask
-from sparing.param_groups import reset_state
-from sparing.parametrizations import Masked, MaskStraightThrough, Sparse
-from sparing.schedules import check_fraction, check_schedule, cosine, to_step
-from sparing.sparsify import Method, Sparsifier
+from sparing.masks import apportion, keep_top
+from sparing.method import Optimizers, Plan, Ranking
+from sparing.optimizers import reset_state
+from sparing.parametrizations import Masked, Sparse, straight_through
+from sparing.schedules import check_number, cosine
+from sparing.sparsifier import Sparsifier
 
 
 class MomentumMask(Masked):
-    """DenseGradientMask that remembers a moving average of the dense gradient, in float32.
-
-    `keep` is the number that lives now; it changes when weights move between layers.
-    """
+    """`DenseGradientMask` that keeps a moving average of the dense gradient, in float32."""
 
     momentum: Tensor
 
-    def __init__(self, mask: Tensor, keep: int) -> None:
-        super().__init__(mask, keep)
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask)
         self.register_buffer("momentum", torch.zeros_like(mask, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = MaskStraightThrough.apply(weight, self.mask)
-        return result
+        return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))
 
 
-@dataclass(frozen=True)
-class SNFS(Method):
-    """Drop the smallest weights of each layer, and grow as many in all where the momentum is largest.
+@dataclass(frozen=True, kw_only=True)
+class SNFS(Ranking):
+    """Prune the smallest weights of each layer, and regrow as many in all where the momentum is largest.
 
     Args:
-        steps: optimizer steps of the whole run.
-        sparsity: of all layers together; with "uniform" also of each at the start.
-        budget: of the start: "uniform", "erk", a Budget, a budget file, or a published name.
-        end: the last update: a step (int) or a fraction of `steps` (float).
-        every: ΔT, optimizer steps between two updates.
-        fraction: p_0, the share of live weights dropped at the start, in (0, 1).
+        sparsity, budget, pattern: the target, see `sparing.method.Ranking`; the budget is that of the start. Groups
+            must have the same size in all layers, since they move between layers.
+        end: the last update comes before it: a step (int) or a fraction of the run (float).
+        every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
+        fraction: p_0, the share of active weights pruned at the start, in (0, 1).
         final_fraction: p_T, the share at the end, in (0, 1) and at most `fraction`.
         momentum: β, the share of the moving average that a step leaves, in (0, 1).
         seed: of the random first mask; equal on all ranks, whatever their own seeds.
 
     Raises:
-        InputError: a value is out of range; see `check_target` and `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> SNFS(steps=1000, sparsity=0.9).final_fraction
+        >>> SNFS(sparsity=0.9).final_fraction
         0.005
     """
 
     name: ClassVar[str] = "snfs"
+    takes_global: ClassVar[bool] = False
+    takes_nm: ClassVar[bool] = False
+    moves_between_layers: ClassVar[bool] = True
 
-    steps: int
-    sparsity: float | None = None
-    budget: Budget | str | None = "uniform"
     end: int | float = 1.0
     every: int = 100
     fraction: float = 0.5
@@ -86,58 +82,56 @@ class SNFS(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_target("SNFS", self.sparsity, self.budget)
-        check_schedule("SNFS", self.steps, 0, self.end, self.every)
+        super().__post_init__()
         for field in ("fraction", "final_fraction", "momentum"):
-            check_fraction("SNFS", field, getattr(self, field))
+            check_number(self, field, "(0, 1)")
         if self.final_fraction > self.fraction:
             raise InputError(f"SNFS: final_fraction={self.final_fraction} is larger than fraction={self.fraction}")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
-        counts = kept_counts(layers, self.sparsity, self.budget)
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
         return {
-            name: MomentumMask(random_mask(layer.weight, counts[name], self.seed, index), counts[name])
-            for index, (name, layer) in enumerate(layers.items())
+            name: MomentumMask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()
         }
 
     @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        for layer, part in sparsifier.parts(MomentumMask):
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        for layer, part in sparsifier.each(MomentumMask):
             gradient = layer.weight.grad
             if gradient is not None:
-                part.momentum.lerp_(gradient.to(part.momentum.dtype), 1 - self.momentum)
+                unscaled = sparsifier.unscale(gradient)
+                part.momentum.lerp_(unscaled.to(part.momentum.dtype), 1 - self.momentum)
                 gradient.masked_fill_(~part.mask, 0)
 
     @torch.no_grad()
-    def after_step(self, sparsifier: Sparsifier) -> None:
-        step, end = sparsifier.step, to_step(self.end, self.steps)
-        if not (step < end and step % self.every == 0):
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        plan, step = sparsifier.plan, sparsifier.step
+        if not plan.updates.due(step) or step >= plan.updates.end:
             return
-        rate = self.final_fraction + cosine(step, end, self.fraction - self.final_fraction)
-        # A frozen layer takes no part: what it gave away or got could not be trained.
-        parts = [(layer, part) for layer, part in sparsifier.parts(MomentumMask) if layer.weight.requires_grad]
-        live = [int(part.keep) for _, part in parts]
-        sizes = [layer.weight.numel() for layer, _ in parts]
-        shares = [_mean_momentum(part) for _, part in parts]
-        dropped = []
-        for count, size, share in zip(live, sizes, shares, strict=True):
-            # As in the code: a layer nearly dense that learns more than most is to stay so.
-            spared = 1 - count / size < 0.2 and share * len(parts) > sum(shares)
-            dropped.append(int(min(rate, 1 - count / size if spared else rate) * count))
-        kept = [count - drop for count, drop in zip(live, dropped, strict=True)]
-        rooms = [size - count for size, count in zip(sizes, kept, strict=True)]
-        grown = apportion(sum(dropped), shares, rooms)
-        for (layer, part), keep, grow in zip(parts, kept, grown, strict=True):
+        rate = self.final_fraction + cosine(step, plan.updates.end, self.fraction - self.final_fraction)
+        # A frozen layer takes no part: what it gave away or received could not be trained.
+        layers = [pair for pair in sparsifier.each(MomentumMask) if pair[0].weight.requires_grad]
+        units = [plan.allocation.units[layer.name] for layer, _ in layers]
+        active = [each.active(part.mask) for each, (_, part) in zip(units, layers, strict=True)]
+        counts = [int(mask.sum()) for mask in active]
+        shares = [_mean_momentum(part) for _, part in layers]
+        pruned = []
+        for count, each, share in zip(counts, units, shares, strict=True):
+            # As in the code: a layer that is nearly dense and learns more than most stays so.
+            spared = 1 - count / each.count < 0.2 and share * len(layers) > sum(shares)
+            pruned.append(int(min(rate, 1 - count / each.count if spared else rate) * count))
+        kept = [count - some for count, some in zip(counts, pruned, strict=True)]
+        rooms = [each.count - count for each, count in zip(units, kept, strict=True)]
+        grown = apportion(sum(pruned), shares, rooms)
+        for (layer, part), each, mask, keep, grow in zip(layers, units, active, kept, grown, strict=True):
             # −1 is below every size and every momentum.
-            stays = keep_top(layer.weight.abs().masked_fill(~part.mask, -1), keep)
-            mask = stays | keep_top(part.momentum.abs().masked_fill(stays, -1), grow)
-            born = mask & ~part.mask
-            layer.weight.masked_fill_(born, 0)
-            reset_state(sparsifier.optimizers, layer.weight, born)
-            part.mask.copy_(mask)
-            part.keep.fill_(keep + grow)
+            stays = keep_top(each.norm(layer.weight).masked_fill(~mask, -1), keep)
+            chosen = each.expand(stays | keep_top(each.norm(part.momentum).masked_fill(stays, -1), grow))
+            regrown = chosen & ~part.mask
+            layer.weight.masked_fill_(regrown, 0)
+            reset_state(optimizers, layer.weight, regrown)
+            part.mask.copy_(chosen)
 
 
 def _mean_momentum(part: MomentumMask) -> float:
-    """The mean |m| of the live weights; 0 where none lives."""
+    """Return the mean |m| of the active weights; 0 if there are none."""
     return float((part.momentum.abs() * part.mask).sum() / part.mask.sum().clamp(min=1))

@@ -2,71 +2,72 @@
 
     m  = σ(β |W| + μ),   μ such that Σ m = k                   a soft top-k: regularized transport
     M  = the k largest |W|, all layers at once
-    S  = W ⊙ m ⊙ M                                             dead weights are exactly zero
+    S  = W ⊙ m ⊙ M                                             pruned weights are exactly zero
     dW = dS ⊙ m + β sign(W) ⊙ m (1 − m) ⊙ (dS ⊙ W − c)         as if S were W ⊙ m
     c  = Σ dS ⊙ W ⊙ m (1 − m) / Σ m (1 − m)                    over all layers; what keeps Σ m = k
 
 k falls linearly to its target until t0, β rises linearly until t1. From t1 on m and M are fixed and
-dW = dS ⊙ m ⊙ M.
+dW = dS ⊙ m ⊙ M. For groups of weights, |W| is the norm of the group and dS ⊙ W a sum over it.
 
 Source: Tai, Tian & Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS
 2022, and its code (sparsifier.py).
 Deviations: k is met exactly, also where weights tie. c has Σ m (1 − m) below, where the code has
 k − Σ m²; they are equal once μ is exact, and as in the code it is so to a tolerance. dW is put together
-just before the step, so gradients clipped until then are dS. Cost models of FLOPs and blocks are left out,
+just before the step, so gradients clipped until then are dS. Cost models of FLOPs are left out,
 and k is of the layers made sparse, not of all parameters.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.budget import check_target
+from sparing.budget import Budget, magnitude
 from sparing.errors import InputError
 from sparing.layers import Layer
-from sparing.masks import count_kept, keep_top_together
-from sparing.parametrizations import Masked, Sparse
-from sparing.schedules import check_schedule, is_update, to_step
-from sparing.sparsify import Method, Sparsifier
+from sparing.masks import Scores, global_threshold
+from sparing.method import Optimizers, Plan, Ranking
+from sparing.parametrizations import Masked, Sparse, straight_through
+from sparing.patterns import Units
+from sparing.schedules import Updates, check_number, to_step
+from sparing.sparsifier import Sparsifier
 
 MOST_ITERATIONS = 100
 TOLERANCE = 0.01
 """Sinkhorn stops when Σ m |W| changes by no more than this share; both are the code's."""
 
 
-@dataclass(frozen=True)
-class Spartan(Method):
+@dataclass(frozen=True, kw_only=True)
+class Spartan(Ranking):
     """Let weights compete for k places through a soft mask, which hardens as β rises.
 
     At a small β the gradient reaches every weight; at a large one m is nearly the mask M itself. β is
     in units of one over the weight.
 
     Args:
-        steps: optimizer steps of the whole run.
-        sparsity: the final one, of all layers together.
-        begin: t0, where k reaches its target: a step (int) or a fraction of `steps` (float).
+        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
+        begin: t0, where k reaches its target, a step (int) or a fraction of the run (float).
         end: t1, where β reaches its last value and the masks are fixed, likewise.
         every: optimizer steps between two updates of m and M.
         beta_first: β at the first step, > 0.
         beta_last: β at the last update, at least `beta_first`.
 
     Raises:
-        InputError: a value is out of range; see `check_target` and `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> Spartan(steps=1000, sparsity=0.9)
-        Spartan(steps=1000, sparsity=0.9, begin=0.2, end=0.8, every=16, beta_first=1.0, beta_last=20.0)
+        >>> Spartan(sparsity=0.9).beta(step=40, end=80)
+        10.5
     """
 
     name: ClassVar[str] = "spartan"
+    takes_nm: ClassVar[bool] = False
 
-    steps: int
-    sparsity: float
+    budget: Budget | str = "global"
     begin: int | float = 0.2
     end: int | float = 0.8
     every: int = 16
@@ -74,70 +75,72 @@ class Spartan(Method):
     beta_last: float = 20.0
 
     def __post_init__(self) -> None:
-        check_target("Spartan", self.sparsity, None)
-        check_schedule("Spartan", self.steps, self.begin, self.end, self.every)
-        for field, least in (("beta_first", 0.0), ("beta_last", self.beta_first)):
-            value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value <= 0 or value < least:
-                allowed = "> 0" if field == "beta_first" else f"at least beta_first={self.beta_first!r}"
-                raise InputError(f"Spartan: {field} must be a finite number, {allowed}, got {value!r}")
+        super().__post_init__()
+        check_number(self, "beta_first", "(0, inf)")
+        check_number(self, "beta_last", "(0, inf)")
+        if self.beta_last < self.beta_first:
+            raise InputError(
+                f"Spartan: beta_last must be at least beta_first={self.beta_first!r}, got {self.beta_last!r}"
+            )
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+    def updates(self, steps: int | None) -> Updates:
+        # From the first step on: before t0, k is on its way, and the masks follow it.
+        to_step(self.begin, steps, f"Spartan: begin={self.begin!r}")
+        return Updates.resolve(self, 0, self.end, self.every, steps)
+
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
         return {name: SoftTopK(layer.weight) for name, layer in layers.items()}
 
-    def beta(self, step: int) -> float:
-        """β after that many steps.
-
-        Examples:
-            >>> [Spartan(steps=100, sparsity=0.9).beta(step) for step in (0, 40, 90)]
-            [1.0, 10.5, 20.0]
-        """
-        return self.beta_first + (self.beta_last - self.beta_first) * _progress(step, to_step(self.end, self.steps))
+    def beta(self, step: int, end: int) -> float:
+        """Return β after that many steps, if it stops rising at `end`."""
+        return self.beta_first + (self.beta_last - self.beta_first) * _progress(step, end)
 
     @torch.no_grad()
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        given = [
-            (layer.weight, layer.weight.grad, part.soft, part.mask)
-            for layer, part in sparsifier.parts(SoftTopK)
-            if layer.weight.grad is not None
-        ]
-        if sparsifier.step >= to_step(self.end, self.steps):
-            for _, gradient, soft, mask in given:
-                gradient.mul_(torch.where(mask, soft, 0.0))
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        step, end = sparsifier.step, sparsifier.plan.updates.end
+        trained = [(layer, part) for layer, part in sparsifier.each(SoftTopK) if layer.weight.grad is not None]
+        if step >= end:
+            for layer, part in trained:
+                layer.weight.grad.mul_(torch.where(part.mask, part.soft, 0.0))  # type: ignore[union-attr]
             return
-        slopes = [soft * (1 - soft) for _, _, soft, _ in given]
-        pulls = [
-            (gradient * weight * slope).sum() for (weight, gradient, _, _), slope in zip(given, slopes, strict=True)
-        ]
+        units = sparsifier.plan.allocation.units
+        inner = [_inner(layer, units[layer.name]) for layer, _ in trained]
+        slopes = [_slope(part, units[layer.name]) for layer, part in trained]
         total = sum(slope.sum() for slope in slopes)
         # While nothing is pruned, m is 1 and has no slope: then c is 0.
-        c = sum(pulls) / torch.as_tensor(total).clamp_min(1e-30)
-        beta = self.beta(sparsifier.step)
-        for (weight, gradient, soft, _), slope in zip(given, slopes, strict=True):
-            gradient.copy_(gradient * soft + beta * weight.sign() * slope * (gradient * weight - c))
+        c = sum((q * slope).sum() for q, slope in zip(inner, slopes, strict=True)) / torch.as_tensor(total).clamp_min(
+            1e-30
+        )
+        beta = self.beta(step, end)
+        for (layer, part), q, slope in zip(trained, inner, slopes, strict=True):
+            weight, gradient, each = layer.weight, layer.weight.grad, units[layer.name]
+            assert gradient is not None
+            norm = each.norm(weight)
+            direction = weight.sign() if each.weights == 1 else weight / each.expand(norm * each.weights)
+            gradient.mul_(part.soft).add_(beta * direction.nan_to_num_() * each.expand(slope * (q - c)))
 
     @torch.no_grad()
-    def after_step(self, sparsifier: Sparsifier) -> None:
-        step = sparsifier.step
-        if not is_update(step, 0, to_step(self.end, self.steps), self.every):
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        step, plan = sparsifier.step, sparsifier.plan
+        if not plan.updates.due(step):
             return
-        layers, parts = zip(*sparsifier.parts(SoftTopK), strict=True)
-        # At least float32: sums over all weights lose too much in bf16.
-        sizes = [layer.weight.abs().to(torch.promote_types(layer.weight.dtype, torch.float32)) for layer in layers]
-        sparsity = self.sparsity * _progress(step, to_step(self.begin, self.steps))
-        count = count_kept(sum(size.numel() for size in sizes), sparsity)
-        softs = soft_top_k(sizes, count, self.beta(step))
-        for part, soft, mask in zip(parts, softs, keep_top_together(sizes, count), strict=True):
-            part.soft.copy_(soft)
-            part.mask.copy_(mask)
-            part.keep.copy_(mask.sum())
+        begin = to_step(self.begin, sparsifier.steps)
+        progress, beta = _progress(step, begin), self.beta(step, plan.updates.end)
+        kept, units = plan.allocation.at(progress), plan.allocation.units
+        sizes = {layer.name: _Norm(layer, units[layer.name]) for layer, _ in sparsifier.each(SoftTopK)}
+        together = [list(sizes)] if isinstance(kept, int) else [[name] for name in sizes]
+        mu: dict[str, Tensor] = {}
+        for names in together:
+            count = kept // units[names[0]].weights if isinstance(kept, int) else kept[names[0]]
+            mu |= dict.fromkeys(names, soft_top_k([sizes[name] for name in names], count, beta))
+        for layer, part in sparsifier.each(SoftTopK):
+            soft = torch.sigmoid(beta * sizes[layer.name]() + mu[layer.name])
+            part.soft.copy_(units[layer.name].expand(soft))
+        sparsifier.set_masks(plan.allocation.masks(magnitude, progress))
 
 
 class SoftTopK(Masked):
     """S = W ⊙ m ⊙ M forward, but dW = dS: Spartan makes its own gradient from it.
-
-    `keep` is what the layer has now, as no layer has a number of its own to arrive at.
 
     Args:
         weight: gives shape and device.
@@ -146,57 +149,73 @@ class SoftTopK(Masked):
     soft: Tensor
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(torch.ones_like(weight, dtype=torch.bool), weight.numel())
+        super().__init__(torch.ones_like(weight, dtype=torch.bool))
         self.register_buffer("soft", torch.ones_like(weight, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _SoftMask.apply(weight, self.mask, self.soft)
-        return result
+        return straight_through(weight, torch.where(self.mask, weight.detach() * self.soft.to(weight.dtype), 0.0))
 
 
-class _SoftMask(torch.autograd.Function):
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, soft: Tensor) -> Tensor:
-        return torch.where(mask, weight * soft.to(weight.dtype), 0.0)
+@dataclass(frozen=True)
+class _Norm:
+    """Computes the norms of the units of a layer, in float32 or wider: sums over all weights lose too much in bf16."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
+    layer: Layer
+    units: Units
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad_output, None, None
+    def __call__(self) -> Tensor:
+        norm = self.units.norm(self.layer.weight.detach())
+        return norm.to(torch.promote_types(norm.dtype, torch.float32))
 
 
-def soft_top_k(values: list[Tensor], count: int, beta: float) -> list[Tensor]:
-    """m = σ(β v + μ) with Σ m = `count`, over all tensors at once, by Sinkhorn's iteration.
+def soft_top_k(values: Sequence[Scores], count: int, beta: float) -> Tensor:
+    """Return μ such that Σ σ(β v + μ) = `count` over all values, by Sinkhorn's iteration.
 
     Args:
-        values: v ≥ 0.
+        values: functions that return v ≥ 0, layer by layer.
         count: k, from 0 to the number of values.
         beta: β > 0.
 
     Examples:
-        >>> [m.sum().round().item() for m in soft_top_k([torch.linspace(0, 1, 100)], 20, beta=20.0)]
-        [20.0]
+        >>> v = torch.linspace(0, 1, 100)
+        >>> round(float(torch.sigmoid(20.0 * v + soft_top_k([lambda: v], 20, beta=20.0)).sum()))
+        20
     """
-    v = torch.cat([value.reshape(-1) for value in values])
-    if count in (0, v.numel()):
-        return [torch.full_like(value, float(count > 0)) for value in values]
-    # From the middle between the weights kept and the others, where μ = 0 is a good start.
-    z = beta * (v - v.topk(count, sorted=False).values.amin())
-    nu = -F.softplus(z)
-    m = torch.sigmoid(z)
-    reached = (m * v).sum()
+    number = sum(value().numel() for value in values)
+    if count in (0, number):
+        return values[0]().new_tensor(math.inf if count else -math.inf)
+    # From the smallest weight that is kept, where μ = 0 is a good start.
+    left_out = global_threshold(values, count)
+    kept = [value().masked_fill(value() <= left_out, math.inf).amin() for value in values]
+    shift = beta * torch.minimum(torch.stack(kept).amin(), torch.stack([value().amax() for value in values]).amax())
+    mu = torch.zeros_like(shift)
+    reached = _reached(values, beta, mu - shift)
     for _ in range(MOST_ITERATIONS):
-        mu = math.log(count) - torch.logsumexp(z + nu, 0)
-        nu = -F.softplus(z + mu)
-        m = torch.sigmoid(z + mu)
-        before, reached = reached, (m * v).sum()
+        log_sums = []
+        for value in values:
+            z = beta * value() - shift
+            log_sums.append(torch.logsumexp((z - F.softplus(z + mu)).reshape(-1), 0))
+        mu = math.log(count) - torch.logsumexp(torch.stack(log_sums), 0)
+        before, reached = reached, _reached(values, beta, mu - shift)
         if (reached - before).abs() <= TOLERANCE * before.abs():
             break
-    parts = m.split([value.numel() for value in values])
-    return [part.reshape(value.shape) for part, value in zip(parts, values, strict=True)]
+    return mu - shift
+
+
+def _reached(values: Sequence[Scores], beta: float, mu: Tensor) -> Tensor:
+    """Return Σ m v."""
+    return torch.stack([(torch.sigmoid(beta * value() + mu) * value()).sum() for value in values]).sum()
+
+
+def _inner(layer: Layer, units: Units) -> Tensor:
+    """Return Σ dS ⊙ W over each unit."""
+    assert layer.weight.grad is not None
+    return units.mean(layer.weight.grad * layer.weight) * units.weights
+
+
+def _slope(part: SoftTopK, units: Units) -> Tensor:
+    soft = units.mean(part.soft)
+    return soft * (1 - soft)
 
 
 def _progress(step: int, end: int) -> float:

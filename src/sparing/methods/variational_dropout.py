@@ -12,10 +12,9 @@ Source: Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural
 clipping, ramp and cut as in the code of Gale, Elsen & Hooker, "The State of Sparsity in
 Deep Neural Networks", 2019.
 Deviations: the papers sample activations (the local reparameterization); here each weight is sampled,
-once a forward and for the whole batch. The mean is the same, the gradients are noisier.
+once in a forward pass and for the whole batch. The mean is the same, the gradients are noisier.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparing.errors import InputError
 from sparing.layers import Layer
+from sparing.method import Method
 from sparing.parametrizations import Sparse
-from sparing.schedules import check_schedule, to_step
-from sparing.sparsify import Method, Sparsifier
+from sparing.schedules import Updates, check_number, check_positions
+from sparing.sparsifier import Sparsifier
 
 CLIP = 8.0
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
@@ -51,12 +50,12 @@ class GaussianNoise(Sparse):
         return self.log_sigma2 - torch.log(weight.float().square() + 1e-8)
 
     def divergence(self, weight: Tensor) -> Tensor:
-        """Σ KL over the layer."""
+        """Return Σ KL over the layer."""
         log_alpha = self.log_alpha(weight).clamp(-CLIP, CLIP)
         return (K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)).sum()
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Whoever reads the weight without recording gradients (a count, densify_) wants no noise.
+        # Reading the weight without recording gradients (a count, densify_) gives it without noise.
         if not (self.training and torch.is_grad_enabled()):
             return torch.where(self.log_alpha(weight) < self.cut, weight, 0.0)
         deviation = torch.exp(0.5 * self.log_alpha(weight).clamp(-CLIP, CLIP)) * (weight.float().square() + 1e-8).sqrt()
@@ -66,35 +65,33 @@ class GaussianNoise(Sparse):
         return f"cut={self.cut}, log_sigma2={tuple(self.log_sigma2.shape)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VariationalDropout(Method):
     """Learn the noise that each weight can bear, and prune those that are mostly noise.
 
     log α = log σ² − log(W² + 1e-8);  a weight with log α ≥ cut is zero in evaluation.
 
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from `kl_weight` and the length
+    of the run.
+
     Args:
-        steps: optimizer steps of the whole run.
         kl_weight: the weight of the KL term once the ramp is done; 1 / (number of training examples)
             for a loss that is a mean over examples. Higher is sparser.
-        begin: where the linear ramp of the KL weight begins: a step (int) or a fraction of `steps` (float).
-        end: where it ends, likewise.
+        begin: start of the linear ramp of the KL weight, a step (int) or a fraction of the run (float).
+        end: end of the ramp, likewise.
         init: the value log σ² starts from.
         cut: log α from which on a weight is zero.
 
-    There is no target: how sparse the network becomes follows from `kl_weight` and the length of the
-    run. Set `threshold_weight_decay=0` in `param_groups`: decay would move log σ² toward 0, which is noise.
-
     Raises:
-        InputError: a value is out of range; see `check_schedule`.
+        InputError: a value is out of range.
 
     Examples:
-        >>> VariationalDropout(steps=1000, kl_weight=1 / 60000)
-        VariationalDropout(steps=1000, kl_weight=1.6666666666666667e-05, begin=0.0, end=0.5, init=-10.0, cut=3.0)
+        >>> VariationalDropout(kl_weight=1 / 60000).cut
+        3.0
     """
 
     name: ClassVar[str] = "variational_dropout"
 
-    steps: int
     kl_weight: float
     begin: int | float = 0.0
     end: int | float = 0.5
@@ -102,29 +99,24 @@ class VariationalDropout(Method):
     cut: float = 3.0
 
     def __post_init__(self) -> None:
-        check_schedule("VariationalDropout", self.steps, self.begin, self.end, every=1)
-        for field in ("kl_weight", "init", "cut"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InputError(f"VariationalDropout: {field} must be a finite number, got {value!r}")
-        if self.kl_weight <= 0:
-            raise InputError(f"VariationalDropout: kl_weight must be above 0, got {self.kl_weight!r}")
+        check_positions(self, "begin", "end")
+        check_number(self, "kl_weight", "(0, inf)")
+        check_number(self, "init", "(-inf, inf)")
+        check_number(self, "cut", "(-inf, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer]) -> dict[str, Sparse]:
+    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Updates:
+        return Updates.resolve(self, self.begin, self.end, 1, steps)
+
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Updates) -> dict[str, Sparse]:
         return {name: GaussianNoise(self._start(layer.weight), self.cut) for name, layer in layers.items()}
 
-    def before_step(self, sparsifier: Sparsifier) -> None:
-        begin, end = to_step(self.begin, self.steps), to_step(self.end, self.steps)
+    def penalty(self, sparsifier: Sparsifier) -> Tensor:
+        begin, end = sparsifier.plan.begin, sparsifier.plan.end
         ramp = min(max((sparsifier.step - begin) / max(end - begin, 1), 0.0), 1.0)
-        for layer, part in sparsifier.parts(GaussianNoise):
-            if ramp == 0 or layer.weight.grad is None or part.log_sigma2.grad is None:
-                continue  # not trained in this step
-            with torch.enable_grad():
-                divergence = part.divergence(layer.weight)
-            by_weight, by_noise = torch.autograd.grad(divergence, (layer.weight, part.log_sigma2))
-            layer.weight.grad.add_(by_weight, alpha=self.kl_weight * ramp)
-            part.log_sigma2.grad.add_(by_noise, alpha=self.kl_weight * ramp)
+        divergences = [part.divergence(layer.weight) for layer, part in sparsifier.each(GaussianNoise)]
+        total: Tensor = self.kl_weight * ramp * torch.stack(divergences).sum()
+        return total
 
     def _start(self, weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: near −10 a step of training is nothing to bf16.
+        # float32 whatever the weight's dtype: near −10 a training step is lost in bf16.
         return nn.Parameter(torch.full_like(weight, self.init, dtype=torch.float32))

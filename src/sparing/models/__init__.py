@@ -1,4 +1,4 @@
-"""Plain torch models, with the exact layers the published counts were made on; and FastGRNN."""
+"""PyTorch models with the layer shapes behind the published weight and MAC counts."""
 
 from sparing.models.mobilenet import mobilenet_v1
 from sparing.models.recurrent import fastgrnn

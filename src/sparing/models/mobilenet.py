@@ -1,24 +1,28 @@
-"""MobileNetV1 at width 1: 4,209,088 weights and 568,740,352 MACs at 224².
+"""MobileNetV1 for image classification.
 
-Module names are those of the 2020 release of STR (`model.<i>.<j>`, `fc`).
+At width 1 it has 4,209,088 weights and needs 568,740,352 MACs per image of 224×224 pixels. Module names
+(`model.<i>.<j>`, `fc`) and initialization follow the 2020 release of STR: the classifier is initialized
+with Kaiming normal (fan-in), the convolutions keep PyTorch's default.
 
-Source: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
+Reference: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
 Applications", 2017.
 """
 
 from torch import Tensor, nn
 
-# (output channels, stride) of the thirteen depthwise-separable blocks.
+from sparing.models.resnet import initialize_
+
+# (output channels, stride) of each of the 13 depthwise-separable blocks.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
 def mobilenet_v1(num_classes: int = 1000, width: float = 1.0, in_channels: int = 3) -> nn.Module:
-    """MobileNetV1: a 3×3 convolution, thirteen depthwise-separable blocks, a classifier.
+    """Build a MobileNetV1: a 3×3 convolution, 13 depthwise-separable blocks and a linear classifier.
 
     Args:
-        num_classes: outputs of the classifier.
-        width: factor on every number of channels.
-        in_channels: channels of the images, 1 for gray, 3 for color.
+        num_classes: number of classes.
+        width: width multiplier for the channels of every layer.
+        in_channels: number of image channels: 1 for gray, 3 for color.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -31,7 +35,7 @@ def mobilenet_v1(num_classes: int = 1000, width: float = 1.0, in_channels: int =
 
 
 class MobileNetV1(nn.Module):
-    """See `mobilenet_v1`."""
+    """MobileNetV1, built by `mobilenet_v1`."""
 
     def __init__(self, num_classes: int, width: float, in_channels: int) -> None:
         super().__init__()
@@ -45,6 +49,7 @@ class MobileNetV1(nn.Module):
         self.model = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, num_classes, bias=False)
+        initialize_(self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.avgpool(self.model(x)).flatten(1))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""A recurrent network that reads a sequence and names its class."""
+"""Recurrent models for sequence classification."""
 
 from torch import Tensor, nn
 
@@ -15,25 +15,27 @@ def fastgrnn(
     gate: str = "sigmoid",
     update: str = "tanh",
 ) -> nn.Module:
-    """FastGRNN, and a Linear on its last state. 13,402 parameters in the cell at the defaults.
+    """Build a FastGRNN classifier: a FastGRNN layer and a Linear on its last state.
+
+    With the default arguments the cell has 13,402 parameters.
 
     Args:
-        num_classes: outputs of the classifier.
-        input_size: features of a step.
-        hidden_size: of the state.
-        input_rank: rank of the input matrix; None is a whole matrix.
-        hidden_rank: rank of the recurrent matrix; None is a whole matrix.
-        learned_rank: have a diagonal in both, at the rank given or at full rank, for a method to
-            sparsify: `select: ["*.diagonal"]` in a recipe.
-        gate: the nonlinearity of the gate, one of `sparing.rnn.GATES`.
-        update: the nonlinearity of the candidate state.
+        num_classes: number of classes.
+        input_size: number of features per time step.
+        hidden_size: size of the hidden state.
+        input_rank: rank of the input matrix. None uses a dense matrix.
+        hidden_rank: rank of the recurrent matrix. None uses a dense matrix.
+        learned_rank: factorize both matrices with a diagonal, at the given rank or at full rank, and learn
+            the rank by sparsifying the diagonal (`select: ["*.diagonal"]` in a recipe).
+        gate: activation of the gate, one of `sparing.rnn.GATES`.
+        update: activation of the candidate state, one of `sparing.rnn.GATES`.
 
     Returns:
         A module from sequences (N, T, input_size), and lengths (N,) if they differ, to logits
         (N, num_classes).
 
     Raises:
-        InputError: as `FastGRNNCell`.
+        InputError: an argument is invalid, see `FastGRNNCell`.
 
     Examples:
         >>> fastgrnn().fc
@@ -52,7 +54,7 @@ def fastgrnn(
 
 
 class SequenceClassifier(nn.Module):
-    """Logits from the last state of a recurrent layer."""
+    """Classify a sequence from the last state of a recurrent layer."""
 
     def __init__(self, rnn: FastGRNN, fc: nn.Linear) -> None:
         super().__init__()

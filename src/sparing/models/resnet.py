@@ -1,20 +1,20 @@
-"""ResNet-18 and ResNet-50 for ImageNet, as the paper trains them.
+"""ResNet-18 and ResNet-50 for ImageNet, as in the STR paper.
 
-ResNet-50 is the v1.5: the stride of a bottleneck is in its 3×3 convolution. The classifier has no
-bias. 25,502,912 weights and 4,089,184,256 MACs at 224².
+ResNet-50 is v1.5: the stride of a bottleneck block is in its 3×3 convolution. It has 25,502,912 weights
+and needs 4,089,184,256 MACs per image of 224×224 pixels. The classifiers have no bias.
 
-Sources: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; Kusupati et al.,
-ICML 2020, section 4.1.
+References: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; Kusupati et al., "Soft
+Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, section 4.1.
 """
 
 from torch import Tensor, nn
 
 
 def resnet18(num_classes: int = 1000) -> nn.Module:
-    """ResNet-18: basic blocks, 2 in each of four stages.
+    """Build a ResNet-18: four stages of 2 basic blocks.
 
     Args:
-        num_classes: outputs of the classifier.
+        num_classes: number of classes.
 
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
@@ -27,10 +27,10 @@ def resnet18(num_classes: int = 1000) -> nn.Module:
 
 
 def resnet50(num_classes: int = 1000) -> nn.Module:
-    """ResNet-50 v1.5: bottleneck blocks, 3, 4, 6 and 3 in four stages.
+    """Build a ResNet-50 v1.5: four stages of 3, 4, 6 and 3 bottleneck blocks.
 
     Args:
-        num_classes: outputs of the classifier.
+        num_classes: number of classes.
 
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
@@ -43,7 +43,7 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and the sum with their input."""
+    """Residual block of two 3×3 convolutions."""
 
     expansion = 1
 
@@ -63,7 +63,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions and the sum with their input; the 3×3 has the stride."""
+    """Residual block of 1×1, 3×3 and 1×1 convolutions, with the stride in the 3×3 convolution."""
 
     expansion = 4
 
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The ImageNet stem, four stages of blocks, average pooling and a classifier without bias."""
+    """ImageNet stem, four stages of residual blocks, average pooling and a classifier without bias."""
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
 
 
 def initialize_(model: nn.Module) -> None:
-    """Kaiming normal, fan in, for every convolution and for a classifier, as the paper's code has it."""
+    """Initialize every Conv2d and Linear weight with Kaiming normal (fan-in, ReLU gain), as the STR release does."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")

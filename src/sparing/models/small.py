@@ -1,7 +1,7 @@
-"""Residual networks for small images: the 6n + 2 layer family of CIFAR-10.
+"""Residual networks with 6n + 2 layers for small images, such as CIFAR-10.
 
-Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
-Deviation: a changed shape is carried over by a 1×1 convolution, not by zero padding.
+Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+Deviation: where the shape changes, the shortcut is a 1×1 convolution instead of zero padding.
 """
 
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from sparing.models.resnet import BasicBlock, initialize_
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_stride: int = 1) -> nn.Module:
-    """Three stages of one block. 77,072 weights at width 16, one input channel and ten classes.
+    """Build a ResNet-8: three stages of 1 basic block. It has 77,072 weights with the default arguments.
 
     Args:
-        num_classes: outputs of the classifier.
-        in_channels: channels of the images, 1 for gray, 3 for color.
-        width: channels of the first stage; the others have twice and four times as many.
-        stem_stride: of the first convolution; 2 leaves about a quarter of the MACs.
+        num_classes: number of classes.
+        in_channels: number of image channels: 1 for gray, 3 for color.
+        width: channels of the first stage. The second stage has 2x as many, the third 4x.
+        stem_stride: stride of the first convolution. A stride of 2 reduces the MACs to about a quarter.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -29,7 +29,7 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_s
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, stem_stride: int = 1) -> nn.Module:
-    """Three stages of three blocks; arguments as `resnet8`.
+    """Build a ResNet-20: three stages of 3 basic blocks. The arguments are those of `resnet8`.
 
     Examples:
         >>> len(resnet20().layer1)
@@ -39,7 +39,7 @@ def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, stem_
 
 
 class SmallResNet(nn.Module):
-    """A 3×3 stem, three stages of basic blocks, average pooling and a classifier without bias."""
+    """3×3 stem, three stages of basic blocks, average pooling and a classifier without bias."""
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, width: int, stem_stride: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Recurrent networks of low rank, and of a rank that is learned."""
+"""FastGRNN, and weight matrices of low or learned rank."""
 
 from sparing.rnn.fastgrnn import FastGRNN, FastGRNNCell
 from sparing.rnn.gates import GATES
 from sparing.rnn.low_rank import Diagonal, LowRankLinear, compact_, factorize_, is_diagonal
-from sparing.rnn.ranks import Ranks, ranks
+from sparing.rnn.ranks import MatrixRank, RankReport, ranks
 
 __all__ = [
     "GATES",
@@ -11,7 +11,8 @@ __all__ = [
     "FastGRNN",
     "FastGRNNCell",
     "LowRankLinear",
-    "Ranks",
+    "MatrixRank",
+    "RankReport",
     "compact_",
     "factorize_",
     "is_diagonal",

@@ -1,16 +1,16 @@
-"""Weights of low rank, and of a rank that is learned.
+"""Weight matrices of fixed low rank or learned rank.
 
-    W = W₁ · W₂ᵀ                        fixed rank: W₁ (out, r), W₂ᵀ (r, in)
-    W = W₁ · diag(S(m, s)) · W₂ᵀ        learned rank: r is the number of nonzero S(m, s)
+    W = W₁ · W₂ᵀ                        fixed rank r: W₁ (out, r), W₂ᵀ (r, in)
+    W = W₁ · diag(S(m, s)) · W₂ᵀ        learned rank r: the number of nonzero S(m, s)
 
-m stands in a module of its own, a `Diagonal`, so it is a layer like any other: `sparsify_` with STR
-gives it the learned threshold of the paper, and every other method can prune it as well. A zero of
-m takes a column of W₁ and a row of W₂ᵀ with it; `compact_` removes them.
+S is the soft threshold with the learned parameter s. m is the weight of a separate module, a `Diagonal`, so it is
+sparsified like any other layer: `sparsify_` with STR learns its threshold as in the paper, and every other method
+can prune it too. For each zero of m, `compact_` removes a column of W₁ and a row of W₂ᵀ.
 
-Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML
-2020, the section on low rank in recurrent networks.
-Deviations: the paper's code for this was not released. Here W₁, m and W₂ start as the singular value
-decomposition of the dense weight, so training starts from the function of the full-rank network.
+Reference: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, the
+section on low rank in recurrent networks. The code for this section was not released.
+Deviation: W₁, m and W₂ are initialized with the singular value decomposition of the dense weight, so that the
+network computes the same function as the full-rank network at the start of training.
 """
 
 import math
@@ -27,10 +27,12 @@ from sparing.sparsify import densify_
 
 
 class Diagonal(nn.Module):
-    """x ↦ x ⊙ m, with m of shape (1, features): the singular values of a weight, to be sparsified.
+    """Multiply the input elementwise by a weight m: y = x ⊙ m.
+
+    m contains the singular values of a factorized weight matrix. Sparsifying m reduces the rank of the matrix.
 
     Args:
-        values: m, of shape (features,).
+        values: initial value of m, (features,). The parameter has shape (1, features).
 
     Examples:
         >>> Diagonal(torch.tensor([2.0, 0.0]))(torch.ones(1, 2)).detach()
@@ -44,8 +46,8 @@ class Diagonal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
 
-    def uses_of_parts(self, x: Tensor) -> Mapping[nn.Module, int]:
-        """Each value multiplies once a row; for `count_uses`."""
+    def applications_of_parts(self, x: Tensor) -> Mapping[nn.Module, int]:
+        """Return the applications of m, one per row of the input, for MAC counting."""
         return {self: x.shape[:-1].numel()}
 
     def extra_repr(self) -> str:
@@ -53,7 +55,7 @@ class Diagonal(nn.Module):
 
 
 def is_diagonal(name: str, module: nn.Module) -> bool:
-    """A predicate for `select=`: the diagonals of a model, and nothing else.
+    """Select the diagonals of a model. A predicate for the argument `select` of `sparsify_`.
 
     Examples:
         >>> model = LowRankLinear(8, 4, learned_rank=True)
@@ -64,23 +66,25 @@ def is_diagonal(name: str, module: nn.Module) -> bool:
 
 
 class LowRankLinear(nn.Module):
-    """y = W₁ (m ⊙ (W₂ᵀ x)) + b: a Linear in two thin products; m only where the rank is learned.
+    """Apply a linear map of low rank, with a weight in two factors.
 
-    r (in + out) weights and multiply-accumulates in place of in · out, and r more while m is there.
+        y = W₁ (W₂ᵀ x) + b                  fixed rank
+        y = W₁ (m ⊙ (W₂ᵀ x)) + b            learned rank
+
+    A layer of rank r has r (in + out) weights and MACs per row of the input, instead of in · out. m adds r.
+
+    W₁ and W₂ are initialized with N(0, 0.1²), as in EdgeML. With `learned_rank`, a dense W is initialized with
+    N(0, 0.1²), and W₁, m and W₂ with its singular value decomposition.
 
     Args:
         in_features: size of x, (..., in_features).
         out_features: size of y, (..., out_features).
-        rank: r, or with `learned_rank` the largest it can be; None is min(in, out). At rank 0 the bias
-            is all there is.
-        bias: whether to add b.
-        learned_rank: have m, for `sparsify_(model, ..., select=is_diagonal)`.
-
-    W₁ and W₂ start as 0.1 · N(0, 1), as in EdgeML. With `learned_rank` it is W that starts so, as the
-    dense matrix of EdgeML does, taken apart into its singular vectors and values.
+        rank: rank r, or maximum rank with `learned_rank`. None is min(in, out). With rank 0, y = b.
+        bias: add b.
+        learned_rank: add m, which `sparsify_(model, ..., select=is_diagonal)` sparsifies.
 
     Raises:
-        InputError: the rank is not a whole number from 0 to min(in, out).
+        InputError: the rank is not an integer from 0 to min(in, out).
 
     Examples:
         >>> layer = LowRankLinear(32, 100, rank=9, bias=False)
@@ -101,35 +105,35 @@ class LowRankLinear(nn.Module):
         rank = full if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= full:
             raise InputError(
-                f"rank={rank!r} of a weight of {out_features} × {in_features}: choose a whole number from 0 to {full}"
+                f"rank must be an integer from 0 to {full} for a weight of {out_features} × {in_features}, got {rank!r}"
             )
         self.in_features, self.out_features = in_features, out_features
         diagonal: Diagonal | None = None
         if learned_rank:
-            left, values, right = singular_parts(0.1 * torch.randn(out_features, in_features), rank)
+            left, values, right = truncated_svd(0.1 * torch.randn(out_features, in_features), rank)
             diagonal = Diagonal(values)
         else:
             left, right = 0.1 * torch.randn(out_features, rank), 0.1 * torch.randn(rank, in_features)
         bound = 1 / math.sqrt(in_features)
-        self.right = linear(right)
+        self.right = linear_from(right)
         self.diagonal = diagonal
-        self.left = linear(left, torch.empty(out_features).uniform_(-bound, bound) if bias else None)
+        self.left = linear_from(left, torch.empty(out_features).uniform_(-bound, bound) if bias else None)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """W₂ᵀ (r, in) and W₁ · diag(m) (out, r), in the order in which they are multiplied by."""
+        """W₂ᵀ (r, in) and W₁ · diag(m) (out, r), in the order in which x is multiplied by them."""
         left: Tensor = self.left.weight
         return self.right.weight, left if self.diagonal is None else left * self.diagonal.weight
 
     @property
     def weight(self) -> Tensor:
-        """W, of shape (out_features, in_features), multiplied out."""
+        """The dense product W, (out_features, in_features)."""
         right, left = self.factors
         return left @ right
 
     @property
     def bias(self) -> Tensor | None:
-        """b, of shape (out_features,), or None."""
+        """The bias b, (out_features,), or None."""
         return self.left.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,13 +147,13 @@ class LowRankLinear(nn.Module):
 
 
 class Factored(nn.Module):
-    """A parametrization W = W₁ · diag(m) · W₂ᵀ of any weight matrix, started from its singular values.
+    """Parametrization W = W₁ · diag(m) · W₂ᵀ of a weight matrix, initialized with its singular value decomposition.
 
-    W₁ and W₂ᵀ are `original0` and `original1` of the parametrized weight; m is here. It costs out · r · in
-    multiply-accumulates a call, and the layer then runs on the whole matrix.
+    W₁ and W₂ᵀ are `original0` and `original1` of the parametrized weight. This module contains m. Each forward pass
+    computes W, with out · r · in MACs, and the layer uses the dense W.
 
     Args:
-        values: m, of shape (r,), or None for W₁ · W₂ᵀ.
+        values: initial value of m, (r,). None for W₁ · W₂ᵀ.
 
     Examples:
         >>> Factored(torch.tensor([2.0]))(torch.ones(2, 1), torch.ones(1, 2)).detach()
@@ -165,70 +169,81 @@ class Factored(nn.Module):
         return (left if self.diagonal is None else left * self.diagonal.weight) @ right
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """W₁ and W₂ᵀ of a weight, whose singular values m takes on."""
+        """Return W₁ and W₂ᵀ of a weight, and set m to its singular values.
+
+        Raises:
+            InputError: the weight was compacted.
+        """
         if self.diagonal is None:
-            raise InputError("a compacted weight has a fixed rank, and cannot be assigned to")
-        left, values, right = singular_parts(weight, self.diagonal.weight.shape[1])
+            raise InputError("a compacted weight has a fixed rank and cannot be assigned; assign it before compact_()")
+        left, values, right = truncated_svd(weight, self.diagonal.weight.shape[1])
         with torch.no_grad():
             self.diagonal.weight.copy_(values)
         return left, right
 
 
 def factorize_(model: nn.Module, select: Select | None = None) -> nn.Module:
-    """Write weight matrices of a model as W₁ · diag(m) · W₂ᵀ, in place, for their ranks to be learned.
+    """Factorize weight matrices of a model as W₁ · diag(m) · W₂ᵀ, in place, to learn their ranks.
 
-    Outputs stay what they were, but for rounding. `sparsify_(model, STR(init=-10.0), select=is_diagonal)`
-    then learns which of m to keep, and `compact_` removes the rest.
+    The outputs of the model do not change, except for rounding. Then
+    `sparsify_(model, STR(init=-10.0), select=is_diagonal)` learns which values of m to keep, and `compact_` removes
+    the others.
 
     Args:
-        model: any module, `nn.LSTM` and `nn.GRU` among them.
-        select: which weights, as for `sparsify_`; None takes every Linear and recurrent weight.
+        model: any module, including `nn.LSTM` and `nn.GRU`.
+        select: weights to factorize, as in `sparsify_`. None selects the weights of every Linear and recurrent layer.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: nothing is selected; a weight is no matrix, is not finite, or carries a
-            parametrization already.
+        InputError: no layer is selected; a weight is not a matrix, is not finite, or has a parametrization already.
 
     Examples:
         >>> model = factorize_(nn.Sequential(nn.LSTM(8, 16)))
         >>> list(sparsify_(model, STR(init=-10.0), select=is_diagonal).layers)[1]
         '0.parametrizations.weight_hh_l0.0.diagonal'
     """
-    thin = {part for module in model.modules() if isinstance(module, LowRankLinear) for part in module.children()}
+    factors = {child for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()}
 
-    def whole(name: str, module: nn.Module) -> bool:
-        return isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase)) and module not in thin
+    def is_dense(name: str, module: nn.Module) -> bool:
+        return isinstance(module, (nn.Linear, nn.RNNBase, nn.RNNCellBase)) and module not in factors
 
-    layers = resolve(model, whole if select is None else select)
+    layers = resolve(model, is_dense if select is None else select)
     for layer in layers.values():
         check_weight(layer)
         if layer.weight.dim() != 2:
             raise InputError(
-                f"layer {layer.name!r} has a weight of shape {tuple(layer.weight.shape)}; only a matrix has a rank"
+                f"layer {layer.name!r}: only a matrix can be factorized, got a weight of shape "
+                f"{tuple(layer.weight.shape)}"
             )
     for layer in layers.values():
         weight = layer.weight
-        made_by = Factored(weight.new_zeros(min(weight.shape)))
-        made_by.requires_grad_(weight.requires_grad)
-        register(layer, made_by)
+        parametrization = Factored(weight.new_zeros(min(weight.shape)))
+        parametrization.requires_grad_(weight.requires_grad)
+        register(layer, parametrization)
     return model
 
 
 @torch.no_grad()
 def compact_(model: nn.Module) -> nn.Module:
-    """Remove what a learned rank has left dead, in place; outputs stay equal but for rounding.
+    """Remove the columns and rows of zero diagonal values, in place.
 
-    A learned `LowRankLinear` loses m, and keeps a column and a row for each nonzero value of it. A
-    factored `Linear` becomes such a layer. Where r (in + out) weights are no fewer than in · out, a
-    plain `Linear` takes its place. Factored weights of `nn.LSTM`, `nn.GRU` and their kin keep the
-    columns of their rank: the file shrinks, the run does not, since torch's kernels take whole matrices.
+    The outputs of the model do not change, except for rounding. The result depends on the layer, where r is the
+    number of nonzero diagonal values:
 
-    What else is sparsified becomes plain, as by `densify_`.
+    - A `LowRankLinear` with a diagonal, or a factorized `nn.Linear`, becomes a `LowRankLinear` of rank r without a
+      diagonal, or an `nn.Linear` if r (in + out) ≥ in · out.
+    - A factorized weight of `nn.LSTM`, `nn.GRU`, `nn.RNN` or their cells keeps factors of rank r. The checkpoint is
+      smaller, but the layer is not faster, because torch's kernels need the dense matrix.
+
+    All other sparsified weights are made dense, as by `densify_`.
+
+    Args:
+        model: model with learned ranks.
 
     Returns:
-        The same model, or what takes its place if it is itself a single Linear.
+        The same model, or the layer that replaces it if the model is a single Linear or LowRankLinear.
 
     Examples:
         >>> model = nn.Sequential(LowRankLinear(8, 8, learned_rank=True))
@@ -240,13 +255,13 @@ def compact_(model: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in factored_layers(model):
         if len({place.module for place in layer.places}) == 1 and isinstance(layer.module, nn.Linear):
-            replacements[layer.module] = _smallest(*_alive(*parts(layer)), layer.module.bias)
+            replacements[layer.module] = _smaller_form(*_nonzero_factors(*factors_of(layer)), layer.module.bias)
         else:
-            _shrink(layer)
+            _compact_parametrization(layer)
     for module in model.modules():
         if isinstance(module, LowRankLinear) and module.diagonal is not None:
-            thin = _alive(module.left.weight, module.right.weight, module.diagonal)
-            replacements[module] = _smallest(*thin, module.bias)
+            factors = _nonzero_factors(module.left.weight, module.right.weight, module.diagonal)
+            replacements[module] = _smaller_form(*factors, module.bias)
     for module, replacement in replacements.items():
         replacement.train(module.training)
     for parent in list(model.modules()):
@@ -257,75 +272,82 @@ def compact_(model: nn.Module) -> nn.Module:
 
 
 def factored_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a model whose weight is `Factored`.
+    """Return the layers of a model whose weight has the parametrization `Factored`.
 
     Examples:
         >>> [layer.name for layer in factored_layers(factorize_(nn.Sequential(nn.Linear(4, 2))))]
         ['0']
     """
     layers = find_layers(model, lambda name, module: True).values()
-    made_by = {layer.name: layer.places[0].parametrizations for layer in layers}
-    return [layer for layer in layers if made_by[layer.name] and isinstance(made_by[layer.name][0], Factored)]  # type: ignore[index]
+    found = {layer.name: layer.places[0].parametrizations for layer in layers}
+    return [layer for layer in layers if found[layer.name] and isinstance(found[layer.name][0], Factored)]  # type: ignore[index]
 
 
-def parts(layer: Layer) -> tuple[Tensor, Tensor, Diagonal | None]:
-    """W₁, W₂ᵀ and the diagonal of a layer whose weight is `Factored`."""
-    made_by = layer.places[0].parametrizations
-    assert made_by is not None
-    return made_by.original0, made_by.original1, made_by[0].diagonal  # type: ignore[return-value]
+def factors_of(layer: Layer) -> tuple[Tensor, Tensor, Diagonal | None]:
+    """Return W₁, W₂ᵀ and the diagonal of a layer whose weight has the parametrization `Factored`."""
+    parametrizations = layer.places[0].parametrizations
+    assert parametrizations is not None
+    return parametrizations.original0, parametrizations.original1, parametrizations[0].diagonal  # type: ignore[return-value]
 
 
-def singular_parts(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of a matrix up to a rank: left (out, r), values (r,), right (r, in).
+def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition of a matrix, truncated to a rank.
+
+    Args:
+        weight: matrix, (out, in).
+        rank: number r of singular values, the largest ones.
+
+    Returns:
+        Left singular vectors (out, r), singular values (r,) and right singular vectors (r, in).
 
     Examples:
-        >>> left, values, right = singular_parts(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), rank=1)
+        >>> left, values, right = truncated_svd(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), rank=1)
         >>> values
         tensor([3.])
     """
-    # Not defined for half precision.
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    left, values, right = torch.linalg.svd(exact, full_matrices=False)
-    parts = [part.to(weight.dtype).contiguous() for part in (left[:, :rank], values[:rank], right[:rank])]
-    return parts[0], parts[1], parts[2]
+    # torch.linalg.svd does not support half precision.
+    full = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    left, values, right = torch.linalg.svd(full, full_matrices=False)
+    factors = [factor.to(weight.dtype).contiguous() for factor in (left[:, :rank], values[:rank], right[:rank])]
+    return factors[0], factors[1], factors[2]
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A Linear with this weight (out, in) and bias (out,).
+def linear_from(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Build a Linear with the given weight (out, in) and bias (out,).
 
     Examples:
-        >>> linear(torch.ones(3, 2))
+        >>> linear_from(torch.ones(3, 2))
         Linear(in_features=2, out_features=3, bias=False)
     """
-    # Made at size one and filled: nn.Linear would draw random numbers, and warn of a weight without elements.
-    made = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    made.out_features, made.in_features = weight.shape
-    made.weight = nn.Parameter(weight.detach().clone())
+    # A 1×1 layer on the meta device avoids random numbers, and the warning of nn.Linear about an empty weight.
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
 
 
-def _alive(left: Tensor, right: Tensor, diagonal: Diagonal | None) -> tuple[Tensor, Tensor]:
-    """W₁ · diag(m) and W₂ᵀ without their dead columns and rows."""
+def _nonzero_factors(left: Tensor, right: Tensor, diagonal: Diagonal | None) -> tuple[Tensor, Tensor]:
+    """Return W₁ · diag(m) and W₂ᵀ without the columns and rows of zero values of m."""
     if diagonal is None:
         return left, right
     keep = diagonal.weight[0] != 0
     return (left * diagonal.weight)[:, keep], right[keep]
 
 
-def _shrink(layer: Layer) -> None:
-    left, right = _alive(*parts(layer))
-    made_by = layer.places[0].parametrizations  # one list for all places
-    assert made_by is not None
-    made_by[0].diagonal = None  # type: ignore[assignment]
-    made_by.original0, made_by.original1 = nn.Parameter(left.clone()), nn.Parameter(right.clone())
+def _compact_parametrization(layer: Layer) -> None:
+    left, right = _nonzero_factors(*factors_of(layer))
+    parametrizations = layer.places[0].parametrizations  # shared by all places of the layer
+    assert parametrizations is not None
+    parametrizations[0].diagonal = None  # type: ignore[assignment]
+    parametrizations.original0, parametrizations.original1 = nn.Parameter(left.clone()), nn.Parameter(right.clone())
 
 
-def _smallest(left: Tensor, right: Tensor, bias: Tensor | None) -> nn.Module:
-    """The product as a layer, in two thin matrices or in one, whichever has fewer weights."""
+def _smaller_form(left: Tensor, right: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return a LowRankLinear of the two factors, or a Linear of their product if it has no more weights."""
     if left.numel() + right.numel() >= len(left) * right.shape[1]:
-        return linear(left @ right, bias)
+        return linear_from(left @ right, bias)
     layer = LowRankLinear(right.shape[1], len(left), rank=0, bias=False)
-    layer.right, layer.left = linear(right), linear(left, bias)
+    layer.right, layer.left = linear_from(right), linear_from(left, bias)
     return layer

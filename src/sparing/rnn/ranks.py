@@ -1,4 +1,4 @@
-"""What the ranks of a model are, and what `compact_` makes of them."""
+"""Report ranks and costs of factorized weight matrices, before and after `compact_`."""
 
 from dataclasses import asdict, dataclass
 from math import prod
@@ -9,21 +9,22 @@ from torch import nn
 
 from sparing.layers import Layer
 from sparing.rnn.fastgrnn import FastGRNNCell
-from sparing.rnn.low_rank import LowRankLinear, factored_layers, parts
+from sparing.rnn.low_rank import LowRankLinear, factored_layers, factors_of
 
 
 @dataclass(frozen=True)
-class Rank:
-    """The account of one matrix.
+class MatrixRank:
+    """Rank and costs of one weight matrix.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         shape: (out, in).
-        rank: how many values of its diagonal are not zero; min(shape) where there is no product.
-        parameters: as it stands, m included.
-        macs: multiply-accumulates a step (a row of a Linear's input) as it stands.
-        compact_parameters: after `compact_`.
-        compact_macs: after `compact_`.
+        rank: number of nonzero diagonal values, the rank of the factors if there is no diagonal, or min(shape) for
+            a dense matrix.
+        parameters: number of parameters now, including the diagonal.
+        macs: MACs per time step (or per row of a Linear's input) now.
+        compact_parameters: number of parameters after `compact_`.
+        compact_macs: MACs per time step (or row) after `compact_`.
     """
 
     name: str
@@ -36,23 +37,27 @@ class Rank:
 
     @property
     def full(self) -> int:
-        """The most the rank can be."""
+        """The full rank, min(shape)."""
         return min(self.shape)
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The matrices of a model that are products, and those of its FastGRNN cells. Printing it gives a table."""
+class RankReport:
+    """Ranks of a model, returned by `ranks`. Printing it gives a table.
 
-    rows: tuple[Rank, ...]
+    Attributes:
+        rows: one row per factorized matrix, and per matrix of a FastGRNN cell.
+    """
+
+    rows: tuple[MatrixRank, ...]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Name → the row in plain Python values."""
+        """Return a dictionary: name → the other fields of the row, as plain Python values."""
         values = {row.name: {**asdict(row), "full": row.full} for row in self.rows}
         return {name: {key: value for key, value in row.items() if key != "name"} for name, row in values.items()}
 
     def __str__(self) -> str:
-        cells = [("matrix", "shape", "rank", "parameters", "compact", "MACs a step", "compact")]
+        cells = [("matrix", "shape", "rank", "parameters", "compact", "MACs/step", "compact")]
         for row in self.rows:
             counts = (row.parameters, row.compact_parameters, row.macs, row.compact_macs)
             shape = "x".join(map(str, row.shape))
@@ -68,47 +73,54 @@ class Ranks:
 
 
 @torch.no_grad()
-def ranks(model: nn.Module) -> Ranks:
-    """Rank, parameters and multiply-accumulates of each matrix, before and after `compact_`.
+def ranks(model: nn.Module) -> RankReport:
+    """Report rank, parameters and MACs of each factorized matrix, before and after `compact_`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        One row per factorized matrix, and per matrix of a FastGRNN cell.
 
     Examples:
         >>> ranks(sparing.rnn.FastGRNN(32, 100, hidden_rank=24)).as_dict()["cell.hidden"]["parameters"]
         4800
     """
-    rows: dict[str, Rank] = {}
+    rows: dict[str, MatrixRank] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
             rows[name] = _low_rank(name, module)
         elif isinstance(module, FastGRNNCell):
-            for part in ("input", "hidden"):
-                matrix = getattr(module, part)
+            for child in ("input", "hidden"):
+                matrix = getattr(module, child)
                 if isinstance(matrix, nn.Linear):
-                    place = f"{name}.{part}".lstrip(".")
+                    full_name = f"{name}.{child}".lstrip(".")
                     shape = matrix.out_features, matrix.in_features
-                    rows[place] = Rank(place, shape, min(shape), *(prod(shape),) * 4)
+                    rows[full_name] = MatrixRank(full_name, shape, min(shape), *(prod(shape),) * 4)
     rows |= {layer.name: _factored(layer) for layer in factored_layers(model)}
-    return Ranks(tuple(rows.values()))
+    return RankReport(tuple(rows.values()))
 
 
-def _low_rank(name: str, module: LowRankLinear) -> Rank:
+def _low_rank(name: str, module: LowRankLinear) -> MatrixRank:
     shape = module.out_features, module.in_features
     width = module.right.out_features
     weights = width * sum(shape)
     if module.diagonal is None:
-        return Rank(name, shape, width, *(weights,) * 4)
+        return MatrixRank(name, shape, width, *(weights,) * 4)
     rank = int(torch.count_nonzero(module.diagonal.weight))
     after = min(rank * sum(shape), prod(shape))
-    return Rank(name, shape, rank, weights + width, weights + width, after, after)
+    return MatrixRank(name, shape, rank, weights + width, weights + width, after, after)
 
 
-def _factored(layer: Layer) -> Rank:
+def _factored(layer: Layer) -> MatrixRank:
     out, inputs = layer.effective_weight.shape
-    width, diagonal = parts(layer)[0].shape[1], parts(layer)[2]
+    left, _, diagonal = factors_of(layer)
+    width = left.shape[1]
     rank = width if diagonal is None else int(torch.count_nonzero(diagonal.weight))
     now = width * (out + inputs) + (0 if diagonal is None else width)
-    # Multiplied out before it is used; only a Linear can run as two thin ones.
+    dense = out * inputs
+    # The layer uses the dense matrix. After compact_, only a Linear uses the two factors.
     after = rank * (out + inputs)
-    whole = out * inputs
-    smallest = min(after, whole)
-    after, macs = (smallest, smallest) if isinstance(layer.module, nn.Linear) else (after, whole)
-    return Rank(layer.name, (out, inputs), rank, now, whole, after, macs)
+    smaller = min(after, dense)
+    after, macs = (smaller, smaller) if isinstance(layer.module, nn.Linear) else (after, dense)
+    return MatrixRank(layer.name, (out, inputs), rank, now, dense, after, macs)

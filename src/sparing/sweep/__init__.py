@@ -1,12 +1,11 @@
-"""Sweeps: one recipe at many settings, and which of them nothing beats in accuracy and cost at once.
+"""Hyperparameter sweeps: train one recipe with many settings and find the Pareto front.
 
-A sweep is an Optuna study of two objectives: accuracy on the validation part, up, and nonzero weights or
-MACs, down. A worker is a process that takes trial after trial from the study's database, each a run
-directory of its own; as many may work on one study as can reach the database. Workers tell the database
-that they live. The trial of one that went silent is given to the next, which continues its run where it
-finds its directory.
+A sweep is an Optuna study with two objectives: maximize the validation accuracy and minimize the nonzero
+weights or the MACs. A worker is a process that takes trials from the study's database and trains each of
+them in its own run directory. Any number of workers can share one database. Workers send heartbeats to
+it; if they stop, the next free worker continues the trial, in the same run directory if it can access it.
 
-Needs the extra `sparing[sweep]`.
+Requires the extra `sparing[sweep]`.
 """
 
 from sparing.sweep.file import Range, Sweep, load_sweep

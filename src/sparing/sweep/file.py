@@ -1,4 +1,4 @@
-"""The YAML file of a sweep: a recipe, and which of its keys to search."""
+"""Sweep files (YAML): a recipe and the keys to search."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,95 +16,102 @@ from sparing.train.run import check_fits, what_is_computed
 
 
 class Range(Part):
-    """Every number between two, both included; whole numbers if both ends are."""
+    """Search range with inclusive bounds. It holds integers if `low`, `high` and `step` are integers."""
 
     low: int | float
     high: int | float
     log: bool = False
-    """As many trials in each decade."""
+    """Sample uniformly on a logarithmic scale."""
     step: int | float | None = Field(default=None, gt=0)
-    """Only `low`, `low + step`, and so on."""
+    """Restrict the values to `low`, `low + step`, `low + 2 * step`, ..."""
 
     @property
-    def whole(self) -> bool:
-        """Whether it is one of whole numbers."""
+    def is_integer(self) -> bool:
+        """Whether the range holds integers."""
         return all(isinstance(number, int) for number in (self.low, self.high, self.step or 1))
 
     @model_validator(mode="after")
-    def _has_numbers(self) -> "Range":
+    def _check_bounds(self) -> "Range":
         if not self.low < self.high:
             raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
         if self.log and self.low <= 0:
-            raise ValueError(f"log: true needs low above 0, got {self.low:g}")
+            raise ValueError(f"log: true requires low > 0, got {self.low:g}")
         if self.log and self.step is not None:
-            raise ValueError("step and log: true exclude each other")
+            raise ValueError("step cannot be combined with log: true")
         return self
 
 
 class Sweep(Part):
-    """What to try, on which recipe."""
+    """Recipe, search space and objective of a sweep."""
 
     recipe: dict[str, Any]
-    """The recipe; in a file, its path as seen from there."""
+    """The recipe. A sweep file may give its path instead, relative to the sweep file."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the recipe to change in every trial, with dots, and their values."""
+    """Recipe keys, in dotted form, and the values they have in every trial."""
     search: dict[str, Range | list[Any]] = Field(min_length=1)
-    """Keys of the recipe to search, with dots: a range, or a list of values to choose from."""
+    """Recipe keys to search, in dotted form, each with a range or a list of values."""
     objective: Literal["nonzero", "macs"] = "nonzero"
-    """What shall be low, beside the error."""
+    """Cost to minimize: nonzero weights or MACs."""
     trials: int = Field(default=20, ge=1)
-    """How many in all, over all workers."""
+    """Total number of trials of all workers."""
 
     @field_validator("set")
     @classmethod
-    def _values(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {key: _plain(key, value) for key, value in values.items()}
+    def _check_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: _json_value(key, value) for key, value in values.items()}
 
     @field_validator("search", mode="before")
     @classmethod
-    def _spaces(cls, search: Any) -> Any:
-        # Here, since an error inside a union of types is explained once for each of them.
-        return {key: _space(str(key), value) for key, value in search.items()} if isinstance(search, dict) else search
+    def _parse_search(cls, search: Any) -> Any:
+        # Parsed here because pydantic would report an error in a union once for each of its types.
+        return (
+            {key: _parse_space(str(key), value) for key, value in search.items()}
+            if isinstance(search, dict)
+            else search
+        )
 
     def recipe_with(self, values: Mapping[str, str]) -> Recipe:
-        """The recipe of one trial. No dense baseline is trained beside it.
+        """Return the recipe of one trial, without a dense baseline.
 
         Args:
-            values: the keys of `search`, and values as YAML.
+            values: for each key of `search`, its value as YAML.
 
         Raises:
-            InputError: the recipe has no such key, or refuses the value.
+            InputError: a key is unknown, or a value is invalid.
         """
-        # Parents first: `method` would undo `method.init`.
+        # Parents first, because setting `method` would overwrite `method.init`.
         changes = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
         changes += [f"{key}={values[key]}" for key in sorted(values, key=lambda key: key.count("."))]
         return build_recipe(self.recipe, [*changes, "dense_baseline=false"], "recipe of the sweep")
 
     def check(self) -> None:
-        """Build what the ends of every range and every listed value lead to, each beside the others' first.
+        """Check that both ends of every range and every listed value can be trained.
+
+        Each value is checked together with the first value of all other keys, by building the data, the
+        model and the method. Nothing is trained.
 
         Raises:
-            InputError: one of them cannot be trained; it is named.
+            InputError: a value cannot be trained. The message names its key.
         """
-        first = {key: ends(space)[0] for key, space in self.search.items()}
+        first = {key: representative_values(space)[0] for key, space in self.search.items()}
         data: dict[str, Any] = {}
         for key, space in self.search.items():
-            for value in ends(space):
+            for value in representative_values(space):
                 try:
                     recipe = self.recipe_with(first | {key: value})
                     name = recipe.data.model_dump_json()
                     data[name] = data.get(name) or build_data(recipe.data)
                     if not data[name].size("validation"):
                         raise InputError(
-                            f"data {recipe.data.name!r} has no validation part, by which a sweep judges its trials"
+                            f"data {recipe.data.name!r} has no validation set, which a sweep needs to compare trials"
                         )
                     check_fits(recipe, data[name], Ranks(torch.device("cpu")))
                 except InputError as error:
-                    raise InputError(f"search.{key}, at {value}: {error}") from error
+                    raise InputError(f"search.{key} = {value}: {error}") from error
 
-    def what_is_searched(self) -> dict[str, Any]:
-        """All that has to be the same for trials to be of one study; how many is not part of it."""
-        recipe = self.recipe_with({key: ends(space)[0] for key, space in self.search.items()})
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that must be equal for all trials of a study. `trials` is not one of them."""
+        recipe = self.recipe_with({key: representative_values(space)[0] for key, space in self.search.items()})
         return {**self.model_dump(mode="json", include={"search", "objective"}), "recipe": what_is_computed(recipe)}
 
 
@@ -112,8 +119,8 @@ def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep from a YAML file.
 
     Raises:
-        InputError: the file, or that of its recipe, is missing or is no YAML; a key is unknown (the
-            nearest known one is named), or a value of the wrong type or out of range.
+        InputError: the sweep file or its recipe file is missing or not valid YAML; a key is unknown; a
+            value has the wrong type or is out of range.
     """
     path = Path(path)
     content = read_mapping(path, "sweep")
@@ -125,27 +132,27 @@ def load_sweep(path: str | Path) -> Sweep:
         raise InputError(f"sweep {path}: {explain(error, Sweep)}") from error
 
 
-def _space(key: str, value: Any) -> Any:
+def _parse_space(key: str, value: Any) -> Any:
     if isinstance(value, list):
         if not value:
-            raise ValueError(f"{key}: an empty list leaves nothing to choose")
-        return _plain(key, value)
+            raise ValueError(f"{key}: the list of values must not be empty")
+        return _json_value(key, value)
     if not isinstance(value, dict):
-        raise ValueError(f"{key}: write a range, {{low: ..., high: ...}}, or a list of values, got {value!r}")
+        raise ValueError(f"{key}: must be a range {{low: ..., high: ...}} or a list of values, got {value!r}")
     try:
         return Range.model_validate(value)
     except ValidationError as error:
         raise ValueError(f"{key}: {explain(error, Range)}") from error
 
 
-def _plain(key: str, value: Any) -> Any:
+def _json_value(key: str, value: Any) -> Any:
     try:
         json.dumps(value)
     except TypeError as error:
-        raise ValueError(f"{key}: a value must be of numbers, text, lists and mappings ({error})") from error
+        raise ValueError(f"{key}: values may only contain numbers, strings, lists and mappings ({error})") from error
     return value
 
 
-def ends(space: Range | Sequence[Any]) -> list[str]:
-    """The values to check before anything is trained, as YAML."""
+def representative_values(space: Range | Sequence[Any]) -> list[str]:
+    """Return both ends of a range, or all values of a list, as YAML."""
     return [repr(space.low), repr(space.high)] if isinstance(space, Range) else [json.dumps(value) for value in space]

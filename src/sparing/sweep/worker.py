@@ -1,4 +1,4 @@
-"""A worker: takes trials from a study, trains them, and leaves the tables and the figure of all of them."""
+"""Worker of a sweep: takes trials from a study, trains them and writes the result tables and the figure."""
 
 import csv
 import io
@@ -17,8 +17,8 @@ from rich.table import Table
 from sparing.errors import InputError
 from sparing.files import atomic_write, write_text
 from sparing.plots import pareto_front
-from sparing.sweep.file import Range, Sweep, ends
-from sparing.sweep.study import open_study, queue_again, run_of
+from sparing.sweep.file import Range, Sweep, representative_values
+from sparing.sweep.study import open_study, requeue, run_number
 from sparing.train.distributed import from_torchrun
 from sparing.train.log import read_history
 from sparing.train.run import train_run
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial, Trial
 
-MEASURED = ("validation_accuracy", "sparsity", "weights", "nonzero", "macs", "seconds")
-"""What a trial tells of its `metrics.json`. Not the test accuracy: nothing is to be chosen by it."""
-LOOK_AGAIN = 5
-"""Seconds between two looks at the trials of others, when no other is left."""
+METRICS = ("validation_accuracy", "sparsity", "weights", "nonzero", "macs", "seconds")
+"""Keys of `metrics.json` that are stored in the study. The test accuracy must not be used to select trials."""
+POLL_INTERVAL = 5
+"""Seconds between two checks of the trials of other workers, if no trial is left to start."""
 
 
 def run_sweep(
@@ -41,100 +41,100 @@ def run_sweep(
     trials: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Work on a sweep until all its trials are finished, those of other workers included.
+    """Run trials of a sweep until all trials are finished, including those of other workers.
 
     Args:
-        sweep: what to try.
-        out: the directory of the study; its last part is the study's name in the database.
-        storage: URL of the database; None is the SQLite file `study.db` of the directory.
-        trials: how many in all, instead of the sweep's number.
-        console: where to print; None prints nothing.
+        sweep: recipe, search space and objective.
+        out: the study directory. Its last component is the name of the study in the database.
+        storage: URL of the database. None uses the SQLite file `study.db` in the study directory.
+        trials: total number of trials; replaces the sweep's own number.
+        console: console for progress output. None prints nothing.
 
     Returns:
-        "trials", a mapping for each; "front", those of them that no other beats in both objectives,
-        from the lowest cost up.
+        A dict with "trials", a list with one dict per trial, and "front", the trials of the Pareto front
+        in order of increasing cost.
 
     Raises:
-        InputError: Optuna is not installed; a value that is searched cannot be trained; the database
-            cannot be reached, or holds a study of this name of another sweep.
+        InputError: Optuna is not installed; a value of the search space cannot be trained; the database
+            cannot be reached, or contains a study of another sweep under this name.
 
-    Source: multi-objective tree-structured Parzen estimator; Akiba et al., "Optuna", KDD 2019.
+    Reference: multi-objective tree-structured Parzen estimator; Akiba et al., "Optuna", KDD 2019.
     """
     if from_torchrun():
-        raise InputError("a sweep is not started by torchrun: start `sparing sweep` itself, once for each GPU")
+        raise InputError("sweeps do not run under torchrun: start `sparing sweep` once for each GPU")
     sweep.check()
     with open_study(sweep, Path(out), storage) as study:
         return _Worker(sweep, study, Path(out), trials or sweep.trials, console or Console(quiet=True)).work()
 
 
-class _TooManyError(Exception):
-    """A trial that another worker had begun as the last at the same moment."""
+class _SurplusTrialError(Exception):
+    """Raised for a trial that exceeds the total because another worker started the last one at the same time."""
 
 
 class _Worker:
-    """One process at work on a study."""
+    """State of one worker process."""
 
-    def __init__(self, sweep: Sweep, study: "optuna.Study", out: Path, wanted: int, console: Console) -> None:
+    def __init__(self, sweep: Sweep, study: "optuna.Study", out: Path, total: int, console: Console) -> None:
         self.sweep = sweep
         self.study = study
         self.out = out
-        self.wanted = wanted
+        self.total = total
         self.console = console
         self.rows: list[dict[str, Any]] = []
         self.front: list[dict[str, Any]] = []
-        self.given_away = False
+        self.trial_lost = False
 
     def work(self) -> dict[str, Any]:
-        """Take trials until none is left, and wait for those of others, who may die."""
+        """Run trials until none is left, then wait for other workers and take over trials of dead ones."""
         import optuna
 
         with Live(get_renderable=self._table, console=self.console, refresh_per_second=1, transient=True):
             while True:
-                self._read()
-                self._write()
+                self._refresh()
+                self._write_results()
                 states = [row["state"] for row in self.rows]
-                if "waiting" in states or len(states) < self.wanted:
-                    self._take()
+                if "waiting" in states or len(states) < self.total:
+                    self._run_next_trial()
                 elif "running" in states:
-                    time.sleep(LOOK_AGAIN)
+                    time.sleep(POLL_INTERVAL)
                     optuna.storages.fail_stale_trials(self.study)
                 else:
                     break
         self.console.print(self._table())
         return {"trials": self.rows, "front": self.front}
 
-    def _take(self) -> None:
-        """Take the next trial, and see it to its end."""
-        self.given_away = False
+    def _run_next_trial(self) -> None:
+        """Take the next trial from the study and train it."""
+        self.trial_lost = False
         try:
-            catch = (InputError, torch.OutOfMemoryError, _TooManyError)
-            self.study.optimize(self._run, n_trials=1, catch=catch)
-        except ValueError:  # Optuna's, about a trial that ended behind its back
-            if not self.given_away:
+            catch = (InputError, torch.OutOfMemoryError, _SurplusTrialError)
+            self.study.optimize(self._objective, n_trials=1, catch=catch)
+        except ValueError:  # raised by Optuna if another worker has already finished the trial
+            if not self.trial_lost:
                 raise
 
-    def _run(self, trial: "Trial") -> tuple[float, float]:
-        """Optuna's objective."""
+    def _objective(self, trial: "Trial") -> tuple[float, float]:
+        """Train a trial and return its validation accuracy and cost."""
         import optuna
 
         try:
             return self._train(trial)
         except optuna.exceptions.UpdateFinishedTrialError:
-            # A computer that slept, say: its trial was taken for dead.
-            self.given_away = True
-            run = run_of(trial)
-            self.console.print(f"trial {run}: given to another worker, as this one was silent for too long")
+            # The heartbeats stopped for too long, for example because the machine was suspended.
+            self.trial_lost = True
+            run = run_number(trial)
+            self.console.print(f"trial {run}: taken over by another worker, because this worker missed its heartbeats")
             raise
 
     def _train(self, trial: "Trial") -> tuple[float, float]:
-        run = run_of(trial)
-        if run == trial.number and self._begun_before(run) >= self.wanted:
+        run = run_number(trial)
+        if run == trial.number and self._started_before(run) >= self.total:
             trial.set_user_attr("too_many", True)
-            raise _TooManyError
+            raise _SurplusTrialError
         try:
             values = {key: _suggest(trial, key, space) for key, space in self.sweep.search.items()}
             trial.set_user_attr("host", socket.gethostname())
-            self._read()
+            self._refresh()
             metrics = train_run(self.sweep.recipe_with(values), self._directory(run), resume=True)
         except (InputError, torch.OutOfMemoryError) as error:
             reason = str(error).splitlines()[0]
@@ -142,10 +142,10 @@ class _Worker:
             self.console.print(f"trial {run} failed: {reason}", highlight=False, soft_wrap=True)
             raise
         except KeyboardInterrupt:
-            queue_again(self.study, trial, trial.user_attrs)
+            requeue(self.study, trial, trial.user_attrs)
             raise
         assert metrics is not None
-        for key in MEASURED:
+        for key in METRICS:
             trial.set_user_attr(key, metrics[key])
         self.console.print(
             f"trial {run}: validation accuracy {100 * metrics['validation_accuracy']:.2f} %  "
@@ -156,42 +156,43 @@ class _Worker:
         )
         return metrics["validation_accuracy"], metrics[self.sweep.objective]
 
-    def _begun_before(self, run: int) -> int:
+    def _started_before(self, run: int) -> int:
+        """Return the number of runs with a lower number."""
         trials = self.study.get_trials(deepcopy=False)
-        return len({run_of(t) for t in trials if run_of(t) < run and "too_many" not in t.user_attrs})
+        return len({run_number(t) for t in trials if run_number(t) < run and "too_many" not in t.user_attrs})
 
     def _directory(self, run: int) -> Path:
         return self.out / "trials" / f"{run:04d}"
 
-    def _read(self) -> None:
-        """Take over what the database knows of all workers' trials."""
+    def _refresh(self) -> None:
+        """Read the trials of all workers from the database."""
         attempts = {
-            run_of(trial): trial
-            for trial in self.study.get_trials(deepcopy=False)  # by number, so that the last attempt stays
+            run_number(trial): trial
+            for trial in self.study.get_trials(deepcopy=False)  # in order of number: the last attempt of a run wins
             if "too_many" not in trial.user_attrs
         }
         self.rows = [self._row(attempts[run]) for run in sorted(attempts)]
-        # Of these rows and not study.best_trials, which looks again: another worker may have finished one since.
-        self.front = _unbeaten([row for row in self.rows if row["state"] == "finished"], self.sweep.objective)
+        # Not study.best_trials: it reads the database again, where another worker may have finished a trial since.
+        self.front = _pareto_front([row for row in self.rows if row["state"] == "finished"], self.sweep.objective)
 
     def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
         state = {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
-        error = trial.user_attrs.get("error", "its worker died" if state == "failed" else None)
+        error = trial.user_attrs.get("error", "the worker died" if state == "failed" else None)
         return {
-            "trial": run_of(trial),
+            "trial": run_number(trial),
             "state": state,
-            **{key: trial.user_attrs.get(key) for key in MEASURED},
+            **{key: trial.user_attrs.get(key) for key in METRICS},
             "host": trial.user_attrs.get("host"),
             "error": error,
             **{key: trial.params.get(key) for key in self.sweep.search},
         }
 
-    def _write(self) -> None:
-        """Leave the tables and the figure in the directory; each worker of it writes all of them."""
+    def _write_results(self) -> None:
+        """Write the tables and the figure of all trials. Every worker writes the same files."""
         for name, rows in (("trials", self.rows), ("front", self.front)):
             text = io.StringIO()
             table = csv.DictWriter(
-                text, ["trial", "state", *MEASURED, "host", "error", *self.sweep.search], lineterminator="\n"
+                text, ["trial", "state", *METRICS, "host", "error", *self.sweep.search], lineterminator="\n"
             )
             table.writeheader()
             table.writerows(rows)
@@ -204,42 +205,42 @@ class _Worker:
                 pareto_front(points, front, cost).savefig(temporary, format="png", dpi=120)
 
     def _table(self) -> Table:
-        """The front, and what is running."""
+        """Return a table of the Pareto front and the running trials."""
         states = [row["state"] for row in self.rows]
         counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "waiting", "failed")]
-        table = Table(title=f"{', '.join(counts)}, of {max(self.wanted, len(states))} trials; the front:", box=None)
+        table = Table(title=f"{', '.join(counts)}, of {max(self.total, len(states))} trials; Pareto front:", box=None)
         for heading in ("trial", "validation accuracy", self.sweep.objective, "sparsity", *self.sweep.search):
             table.add_column(heading, justify="right", overflow="fold")
         for row in self.front:
             table.add_row(
                 str(row["trial"]), f"{100 * row['validation_accuracy']:.2f} %", f"{row[self.sweep.objective]:,}",
-                f"{100 * row['sparsity']:.2f} %", *(_short(row[key]) for key in self.sweep.search),
+                f"{100 * row['sparsity']:.2f} %", *(_format(row[key]) for key in self.sweep.search),
             )  # fmt: skip
         for row in self.rows:
             if row["state"] == "running":
                 history = read_history(self._directory(row["trial"]))
                 epoch = f"epoch {history[-1]['epoch']}" if history else "running"
-                table.add_row(str(row["trial"]), epoch, "", "", *(_short(row[key]) for key in self.sweep.search))
+                table.add_row(str(row["trial"]), epoch, "", "", *(_format(row[key]) for key in self.sweep.search))
         return table
 
 
-def _unbeaten(rows: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
-    """Those that no other beats in validation accuracy or cost without losing in the other, from the lowest cost up."""
+def _pareto_front(rows: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Return the rows that no other row dominates in validation accuracy and cost, by increasing cost."""
     points = [(row["validation_accuracy"], -row[cost]) for row in rows]
-    beaten = [any(all(map(ge, other, point)) and other != point for other in points) for point in points]
-    front = [row for row, is_beaten in zip(rows, beaten, strict=True) if not is_beaten]
+    dominated = [any(all(map(ge, other, point)) and other != point for other in points) for point in points]
+    front = [row for row, is_dominated in zip(rows, dominated, strict=True) if not is_dominated]
     return sorted(front, key=lambda row: row[cost])
 
 
 def _suggest(trial: "Trial", key: str, space: Range | Sequence[Any]) -> str:
-    """What Optuna would try, as YAML."""
+    """Return Optuna's suggestion for a key, as YAML."""
     if not isinstance(space, Range):
-        # As text: Optuna's choices are plain values, a recipe's may be a whole method.
-        return str(trial.suggest_categorical(key, ends(space)))
-    if space.whole:
+        # As text, because Optuna's choices must be scalars, while a recipe's value may be a mapping.
+        return str(trial.suggest_categorical(key, representative_values(space)))
+    if space.is_integer:
         return repr(trial.suggest_int(key, int(space.low), int(space.high), step=int(space.step or 1), log=space.log))
     return repr(trial.suggest_float(key, space.low, space.high, step=space.step, log=space.log))
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sparing.data import DATASETS, Data
+from sparing.data import DATASETS, SplitDataset
 from sparing.decay import e_folds, weight_decay_for
 from sparing.errors import InputError, SparsityWarning, nearest
 from sparing.methods import STR
 from sparing.models import MODELS
 from sparing.param_groups import param_groups
-from sparing.sparsify import Sparsifier, sparsify_
+from sparing.sparsifier import Sparsifier
+from sparing.sparsify import sparsify_
 from sparing.threshold import MAPS
 from sparing.train.recipe import Data as DataSpec
 from sparing.train.recipe import Model, Optimizer, Recipe, build_method
@@ -26,7 +27,7 @@ LEAST_THRESHOLD = 1e-3
 """Trained weights are mostly larger than this, so a lower threshold prunes nearly none."""
 
 
-def build_data(spec: DataSpec) -> Data:
+def build_data(spec: DataSpec) -> SplitDataset:
     """The data set a recipe names.
 
     Raises:
@@ -94,7 +95,7 @@ def build_sparsifier(
     """
     if recipe.method is None:
         return None
-    return sparsify_(model, build_method(recipe.method, steps, input_size), recipe.select)
+    return sparsify_(model, build_method(recipe.method, input_size), recipe.select, steps)
 
 
 def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
@@ -103,7 +104,7 @@ def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
     The loss only holds s back, so what decay does alone is the most it can come to; the values that
     suit one data set leave s where it was on a smaller one.
     """
-    method = build_method(recipe.method, steps=10**9, input_size=(1,)) if recipe.method else None
+    method = build_method(recipe.method, input_size=(1,)) if recipe.method else None
     if not isinstance(method, STR) or method.sparsity is not None or method.macs is not None:
         return
     spec, rates = recipe.optimizer, recipe.learning_rates(steps_an_epoch)
@@ -130,7 +131,7 @@ def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     groups = param_groups(model, spec.weight_decay, spec.threshold_weight_decay, spec.norm_weight_decay)
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
-    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
 def pick_device(name: str) -> torch.device:

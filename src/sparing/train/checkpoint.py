@@ -9,7 +9,7 @@ from torch import Tensor
 from sparing.errors import CheckpointError
 from sparing.files import atomic_write
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from sparing.data import Data
+from sparing.data import SplitDataset
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
+from sparing.sparsifier import Sparsifier
 from sparing.train.build import build_model, build_optimizer, build_sparsifier, warn_if_nothing_prunes
 from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from sparing.train.distributed import Ranks
@@ -39,7 +40,7 @@ class Fitted:
 
 
 def fit(
-    recipe: Recipe, data: Data, ranks: Ranks, out: Path, console: Console, stop_after: int | None = None
+    recipe: Recipe, data: SplitDataset, ranks: Ranks, out: Path, console: Console, stop_after: int | None = None
 ) -> Fitted | None:
     """Train as the recipe says, from the run's checkpoint if it has one, else from the start.
 
@@ -80,8 +81,6 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     average = AveragedModel(model, multi_avg_fn=_moving_average(recipe.ema), use_buffers=True) if recipe.ema else None
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    if sparsifier is not None:
-        stateful["sparsifier"] = sparsifier
     if average is not None:
         stateful["average"] = average
 
@@ -118,13 +117,10 @@ def fit(
         began = time.perf_counter()
         model.train()
         batches = log.progress(train, epoch, schedule.epochs, recipe.data.batch_size) if log else train
-        for index, batch in enumerate(batches):
-            if sparsifier is not None:
-                # By batches: a step that fp16 skips for an overflow is part of the schedule, too.
-                sparsifier.step = (epoch - 1) * len(train) + index
+        for batch in batches:
             optimizer.zero_grad()
-            # Summed on the device: reading it every step would make a GPU wait.
-            total_loss += backward(run_model, batch, recipe, ranks, scaler)
+            # Summed on the device: reading it at every step would make a GPU wait.
+            total_loss += backward(run_model, batch, recipe, ranks, scaler, sparsifier)
             examples += len(batch[-1])
             if recipe.clip_grad_norm is not None:
                 scaler.unscale_(optimizer)
@@ -147,6 +143,8 @@ def fit(
                 "clip_grad_norm; the checkpoint of the epoch before is kept"
             )
         if sparsifier is not None:
+            if epoch == schedule.epochs:
+                sparsifier.finish()  # an fp16 scaler may have skipped steps
             sparsifier.warn_collapsed()
         ranks.share_buffers(trained)
         result = evaluate(trained, validation, ranks) if validation is not None else None
@@ -199,7 +197,12 @@ def fit(
 
 
 def backward(
-    model: nn.Module, batch: tuple[Tensor, ...], recipe: Recipe, ranks: Ranks, scaler: torch.amp.GradScaler
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    recipe: Recipe,
+    ranks: Ranks,
+    scaler: torch.amp.GradScaler,
+    sparsifier: Sparsifier | None = None,
 ) -> Tensor:
     """Leave the gradient of the mean loss over the global batch in the parameters.
 
@@ -221,7 +224,11 @@ def backward(
             with torch.autocast(ranks.device.type, AMP.get(recipe.amp), enabled=recipe.amp != "none"):
                 logits = model(*inputs)
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
-            scaler.scale(loss * (ranks.count / n)).backward()
+            objective = loss * (ranks.count / n)
+            if sparsifier is not None and last:
+                # In full on every rank: the ranks average their gradients.
+                objective = objective + sparsifier.penalty()
+            scaler.scale(objective).backward()
         total += loss.detach()
     return total
 

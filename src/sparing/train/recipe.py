@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sparing.data import DATASETS
 from sparing.errors import InputError, nearest
-from sparing.methods import METHODS, STR
+from sparing.method import Method
+from sparing.methods import STR, find_method
 from sparing.models import MODELS
+from sparing.patterns import NM, Block, Filters, Pattern, Unstructured
 from sparing.schedules import warmup_cosine, warmup_drops
-from sparing.sparsify import Method
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -67,6 +68,8 @@ class Optimizer(Part):
     """Peak learning rate."""
     momentum: Momentum = 0.9
     """Of SGD; not used by adamw."""
+    nesterov: bool = False
+    """Nesterov momentum, for SGD."""
     betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
     """Of AdamW; not used by sgd."""
     weight_decay: NotNegative = 1e-4
@@ -85,7 +88,9 @@ class Schedule(Part):
     update: Literal["step", "epoch"] = "step"
     """How often the learning rate moves; the paper moves it once an epoch."""
     drops: list[Positive] | None = None
-    """Epochs after which the learning rate is divided by ten, in place of the cosine."""
+    """Epochs after which the learning rate drops, in place of the cosine."""
+    drop_factor: float = Field(default=0.1, gt=0, lt=1)
+    """What a drop multiplies the learning rate by."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Schedule":
@@ -107,7 +112,7 @@ class Schedule(Part):
         unit = steps_an_epoch if self.update == "step" else 1
         warmup = round(self.warmup_epochs * unit)
         if self.drops is not None:
-            return warmup_drops(position, [drop * unit for drop in self.drops], warmup)
+            return warmup_drops(position, [drop * unit for drop in self.drops], warmup, self.drop_factor)
         return warmup_cosine(position, self.epochs * unit, warmup)
 
     def factors(self, steps_an_epoch: int) -> list[float]:
@@ -123,7 +128,8 @@ class Recipe(Part):
     model: Model
     data: Data
     method: dict[str, Any] | None = None
-    """`name` of `sparing.METHODS` and the method's arguments; left out for a dense run.
+    """`name` of `sparing.METHODS`, or an import path such as `my_package.methods:TopKAST`, and the method's arguments;
+    left out for a dense run. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`.
 
     `{name: str, for_sparsity: 0.9}` lets `STR.for_schedule` choose the weight decay of the thresholds,
     for about that sparsity at the end of this run; `init` may stand beside it.
@@ -155,7 +161,7 @@ class Recipe(Part):
     def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
         if method is not None and "for_sparsity" not in method:
             # The real numbers follow from the data; what is wrong at any length is refused here.
-            build_method(method, steps=10**9, input_size=(1,))
+            build_method(method, input_size=(1,))
         return method
 
     @model_validator(mode="after")
@@ -202,7 +208,7 @@ class Recipe(Part):
         init = {"init": spec["init"]} if "init" in spec else {}
         method, decay = STR.for_schedule(sparsity, rates, self.momentum, **init)
         spec |= {"init": method.init}
-        build_method(spec, steps=10**9, input_size=(1,))
+        build_method(spec, input_size=(1,))
         optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": float(f"{decay:.6g}")})
         return self.model_copy(update={"method": spec, "optimizer": optimizer})
 
@@ -215,31 +221,49 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def build_method(spec: Mapping[str, Any], steps: int, input_size: tuple[int, ...] | None = None) -> Method:
-    """The method that a recipe's `method:` describes.
+PATTERNS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "block": Block, "nm": NM, "filters": Filters}
+"""The patterns, by the name a recipe uses."""
+
+
+def build_method(spec: Mapping[str, Any], input_size: tuple[int, ...] | None = None) -> Method:
+    """Build the method that the `method:` of a recipe describes.
 
     Args:
         spec: its name and arguments.
-        steps: optimizer steps of the run, for methods that follow a schedule; `steps` in the recipe
-            itself goes before.
-        input_size: the shape of one input, for methods that count MACs; likewise.
+        input_size: the shape of one input, for a target in MACs; `input_size` in the recipe itself takes precedence.
 
     Raises:
         InputError: the name is missing or unknown, or the method refuses its arguments.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
-    if name is None:
-        raise InputError(f"method needs a name; choose from {', '.join(METHODS)}")
-    method = METHODS[_one_of(name, METHODS)]
-    fields = [field.name for field in dataclasses.fields(method)]
+    if not isinstance(name, str):
+        raise InputError("method needs a name, such as str or gmp; `sparing methods` lists them")
+    method = find_method(name)
+    fields = {field.name: field for field in dataclasses.fields(method)}
     for key in arguments:
         if key not in fields:
             raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
-    for key, value in (("steps", steps), ("input_size", input_size)):
-        if key in fields:
-            arguments.setdefault(key, value)
+    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in arguments]
+    if missing:
+        raise InputError(f"method {name!r} needs {missing[0]}=")
+    if arguments.get("macs") is not None and "input_size" in fields:
+        arguments.setdefault("input_size", input_size)
+    if "pattern" in arguments:
+        arguments["pattern"] = _build_pattern(arguments["pattern"])
     return method(**arguments)
+
+
+def _build_pattern(spec: Any) -> Pattern:
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
+    name = arguments.pop("name", None)
+    if name not in PATTERNS:
+        raise InputError(f"method.pattern: unknown pattern {name!r}; {nearest(str(name), PATTERNS)}")
+    known = [field.name for field in dataclasses.fields(PATTERNS[name])]  # type: ignore[arg-type]
+    for key in arguments:
+        if key not in known:
+            raise InputError(f"method.pattern: {name!r} has no argument {key!r}; {nearest(str(key), known)}")
+    return PATTERNS[name](**arguments)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import nn
 
 import sparing
-from sparing.data import Data, check_part
+from sparing.data import SplitDataset, check_split
 from sparing.errors import CheckpointError, InputError
 from sparing.export import compressed
 from sparing.files import atomic_write, write_text
-from sparing.macs import count_uses
+from sparing.macs import count_applications
 from sparing.methods import STR
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
@@ -90,7 +90,7 @@ def _train(
     return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
-def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> Recipe:
+def check_fits(recipe: Recipe, data: SplitDataset, ranks: Ranks) -> Recipe:
     """Go through a run without computing anything.
 
     Returns:
@@ -109,12 +109,18 @@ def check_fits(recipe: Recipe, data: Data, ranks: Ranks) -> Recipe:
     recipe = recipe.settled(len(data.training(recipe.data.batch_size, recipe.seed)))
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
     build_sparsifier(recipe, trial, recipe.schedule.epochs * steps, data.input_size)
-    count_uses(trial, data.input_size)
+    count_applications(trial, data.input_size)
     return recipe
 
 
 def _finish(
-    recipe: Recipe, data: Data, ranks: Ranks, out: Path, fitted: Fitted, test: Evaluation, dense: dict[str, Any] | None
+    recipe: Recipe,
+    data: SplitDataset,
+    ranks: Ranks,
+    out: Path,
+    fitted: Fitted,
+    test: Evaluation,
+    dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write what a finished run leaves behind; its metrics last."""
     account = report(fitted.model, data.input_size)
@@ -155,7 +161,7 @@ def _finish(
     return metrics
 
 
-def _compacted(model: nn.Module, data: Data) -> dict[str, Any]:
+def _compacted(model: nn.Module, data: SplitDataset) -> dict[str, Any]:
     """What low ranks are worth: the ranks, and the counts after `sparing.rnn.compact_`."""
     found = ranks_of(model)
     if not found.rows:
@@ -241,19 +247,23 @@ def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple
             # On the meta device, as in load_run.
             sparsify_(model.to("meta"), STR(), thresholded)
             model = model.to_empty(device="cpu")
-        model.load_state_dict(state)
+        # The files of `sparing convert` hold no clock: their run is over.
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [key for key in missing if not key.endswith("_extra_state")] + unexpected
+        if wrong:
+            raise InputError(f"keys that are missing or unexpected: {', '.join(wrong[:3])}")
     except (InputError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"checkpoint {path}: does not fit the recipe's {recipe.model.name} ({reason})") from error
     return _evaluate(model, data, recipe.device, part)
 
 
-def _evaluate(model: nn.Module, data: Data, wanted: str, part: str) -> tuple[Evaluation, Report]:
+def _evaluate(model: nn.Module, data: SplitDataset, wanted: str, part: str) -> tuple[Evaluation, Report]:
     try:
         device = pick_device(wanted)
     except InputError:  # trained on another machine
         device = pick_device("auto")
-    chosen = check_part(part)
+    chosen = check_split(part)
     if not data.size(chosen):
         raise InputError(f"the data has no {part} part")
     data = data.to(device)

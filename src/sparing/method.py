@@ -1,0 +1,184 @@
+"""The contract of a method, and the base class of methods that rank weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparing.budget import Allocation, Budget, check_target
+from sparing.errors import InputError
+from sparing.layers import Layer
+from sparing.parametrizations import Sparse
+from sparing.patterns import NM, Pattern, Unstructured
+from sparing.schedules import Updates, check_positions
+
+if TYPE_CHECKING:
+    from sparing.sparsifier import Sparsifier
+
+
+Optimizers = tuple[Optimizer, ...]
+"""All optimizers that train the model, in the order in which they step."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Abstract: a way to train a sparse network. A subclass is a frozen dataclass and its own configuration.
+
+    `sparsify_` calls `prepare` and `parametrizations` once. Once `Sparsifier.attach` was called, the hooks run
+    around every optimizer step that is taken; a step that a gradient scaler skips is not seen. The method itself
+    has no state: what a checkpoint needs is a parameter or buffer of the parametrizations. The length of the run
+    is an argument of `sparsify_`, not of the method.
+
+    Examples:
+        A method that prunes the smaller half of each layer after the first step:
+
+        >>> from sparing.parametrizations import Mask
+        >>> class Halve(Method):
+        ...     name = "halve"
+        ...     def parametrizations(self, layers, plan):
+        ...         return {name: Mask(layer.weight.detach().isfinite()) for name, layer in layers.items()}
+        ...     def after_step(self, sparsifier, optimizers):
+        ...         if sparsifier.step == 1:
+        ...             for layer, part in sparsifier.each(Mask):
+        ...                 size = layer.weight.detach().abs()
+        ...                 part.mask.copy_(size > size.median())
+        >>> Halve() == Halve()
+        True
+    """
+
+    name: ClassVar[str]
+
+    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Any:
+        """Return what follows from method, model and length of the run: `Sparsifier.plan`.
+
+        It is called before anything is changed and may refuse with `InputError`. A checkpoint need not hold it.
+        """
+        return None
+
+    @abstractmethod
+    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+        """Return a parametrization for every layer, by the layer's name, on the device of its weight."""
+
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        """Act just before the optimizer moves the weights; the gradients are there (see `Sparsifier.unscale`)."""
+
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        """Act just after the optimizer has moved the weights; `sparsifier.step` counts this step."""
+
+    def penalty(self, sparsifier: Sparsifier) -> Tensor:
+        """Return the term that the method adds to the loss, differentiable; see `Sparsifier.penalty`."""
+        raise NotImplementedError
+
+    def goal(self, plan: Any) -> tuple[int, Mapping[str, int] | None] | None:
+        """Return what the layers may cost at the end, and the cost of one weight by layer (None: 1 each).
+
+        None without a target.
+        """
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and arguments in plain values, for checkpoints: equal for equal methods."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"method": self.name, **{key: json.loads(json.dumps(v, default=_plain)) for key, v in fields.items()}}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a `Ranking` method resolves for one model and length of run: how many weights to keep, and when to act."""
+
+    allocation: Allocation
+    updates: Updates | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Method):
+    """Abstract: a method that ranks weights and keeps the best; score and schedule are the subclass's.
+
+    Args:
+        sparsity: target sparsity, a fraction in [0, 1): of each layer with budget="uniform", of all layers together
+            otherwise. Leave it out with a Budget or an N:M pattern.
+        budget: "uniform", "erk", "global" (the best of all layers together), a `Budget`, a budget file, or the name
+            of a published budget.
+        pattern: which weights are pruned together: `Unstructured()`, `Block(n)`, `NM(n, m)` or `Filters()`.
+
+    A subclass with a schedule has the fields `end` and, if it needs them, `begin` and `every`; they are checked and
+    resolved here.
+
+    Attributes:
+        takes_global: whether budget="global" is supported.
+        takes_nm: whether the pattern `NM` is supported.
+        moves_between_layers: whether units move between layers, and must have one size.
+        after_ramp: whether updates go on after the ramp, to the end of the run.
+
+    Raises:
+        InputError: the target is missing, contradictory or out of range; the method does not support the budget or
+            the pattern.
+    """
+
+    takes_global: ClassVar[bool] = True
+    takes_nm: ClassVar[bool] = True
+    moves_between_layers: ClassVar[bool] = False
+    after_ramp: ClassVar[bool] = False
+
+    sparsity: float | None = None
+    budget: Budget | str = "uniform"
+    pattern: Pattern = Unstructured()
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        check_positions(self, *(field for field in ("begin", "end", "phase") if hasattr(self, field)))
+        if not isinstance(self.pattern, Pattern):
+            raise InputError(
+                f"{who}: pattern must be Unstructured(), Block(n), NM(n, m) or Filters(), got {self.pattern!r}"
+            )
+        if isinstance(self.pattern, NM):
+            if not self.takes_nm:
+                raise InputError(
+                    f"{who}: {self.pattern} is not supported: the method chooses how many weights a group keeps"
+                )
+            if self.sparsity not in (None, self.pattern.sparsity):
+                raise InputError(
+                    f"{who}: {self.pattern} has sparsity {self.pattern.sparsity:g}, got sparsity={self.sparsity!r}"
+                )
+            return
+        check_target(who, self.sparsity, self.budget)
+        if self.budget == "global" and not self.takes_global:
+            raise InputError(
+                f"{who}: budget='global' is not supported: it starts from random masks, which need a sparsity for each "
+                "layer; choose 'uniform', 'erk' or a Budget"
+            )
+
+    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Plan:
+        allocation = Allocation.resolve(layers, self.pattern, self.sparsity, self.budget)
+        sizes = {units.weights for units in allocation.units.values()}
+        if self.moves_between_layers and len(sizes) > 1:
+            raise InputError(
+                f"{type(self).__name__}: {self.pattern} makes groups of {min(sizes)} to {max(sizes)} weights; groups "
+                "move between layers and must have one size: use Block(n), or leave layers out with select="
+            )
+        return Plan(allocation, self.updates(steps))
+
+    def updates(self, steps: int | None) -> Updates | None:
+        """Return when masks or thresholds are updated; None for a method without the field `end`."""
+        if not hasattr(self, "end"):
+            return None
+        begin, every = getattr(self, "begin", 0), getattr(self, "every", 1)
+        return Updates.resolve(self, begin, self.end, every, steps, self.after_ramp)
+
+    def goal(self, plan: Any) -> tuple[int, Mapping[str, int] | None] | None:
+        return plan.allocation.goal, None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    return getattr(value, "__qualname__", None) or repr(value)

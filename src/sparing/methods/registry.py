@@ -1,0 +1,85 @@
+"""The table of methods, from the name a recipe uses to the class, and how methods of other packages are found."""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from sparing.errors import InputError, nearest
+from sparing.method import Method
+from sparing.methods.acdc import ACDC
+from sparing.methods.continuous_sparsification import ContinuousSparsification
+from sparing.methods.dnw import DNW
+from sparing.methods.dsr import DSR
+from sparing.methods.dst import DST
+from sparing.methods.feather import Feather
+from sparing.methods.gmp import GMP
+from sparing.methods.grasp import GraSP
+from sparing.methods.rigl import RigL
+from sparing.methods.set import SET
+from sparing.methods.snfs import SNFS
+from sparing.methods.snip import SNIP
+from sparing.methods.spartan import Spartan
+from sparing.methods.st3 import ST3, ST3Sigma
+from sparing.methods.static_random import StaticRandom
+from sparing.methods.str import STR
+from sparing.methods.str_feather import STRFeather
+from sparing.methods.variational_dropout import VariationalDropout
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        STR,
+        STRFeather,
+        GMP,
+        RigL,
+        DNW,
+        DSR,
+        SET,
+        SNFS,
+        VariationalDropout,
+        DST,
+        ContinuousSparsification,
+        StaticRandom,
+        SNIP,
+        GraSP,
+        ST3,
+        ST3Sigma,
+        Feather,
+        ACDC,
+        Spartan,
+    )
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method of a name: of `METHODS`, of the entry point group "sparing.methods", or an import path.
+
+    A package offers a method under a name of its own with, in its pyproject.toml,
+    `[project.entry-points."sparing.methods"]` and `top_kast = "my_package.methods:TopKAST"`.
+
+    Args:
+        name: such as "rigl", or "my_package.methods:TopKAST".
+
+    Raises:
+        InputError: there is no such method; the nearest name is suggested.
+
+    Examples:
+        >>> find_method("sparing.methods.rigl:RigL") is find_method("rigl")
+        True
+    """
+    if name in METHODS:
+        return METHODS[name]
+    offered = {point.name: point for point in entry_points(group="sparing.methods")}
+    module, colon, attribute = name.partition(":")
+    try:
+        if name in offered:
+            found = offered[name].load()
+        elif colon:
+            found = getattr(import_module(module), attribute)
+        else:
+            known = [*METHODS, *offered]
+            raise InputError(f"unknown method {name!r}; {nearest(name, known)}, or an import path module:Class")
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"method {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"method {name!r} is {found!r}, which is not a subclass of sparing.Method")
+    return found

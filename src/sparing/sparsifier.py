@@ -1,0 +1,239 @@
+"""The sparsifier: the clock of a sparse run, and the link between method, model and optimizer."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparing.errors import InputError, SparsityWarning
+from sparing.goal import goal_reached, make_clock, warn_missed_target
+from sparing.layers import Layer
+from sparing.method import Method
+from sparing.optimizers import gradient_scale, is_priming, is_skipped, unwrap, with_hook
+from sparing.parametrizations import Clock, Sparse
+
+Kind = TypeVar("Kind", bound=Sparse)
+
+
+class Sparsifier:
+    """The sparsified layers of a model, the clock of the run, and the link to the optimizer; made by `sparsify_`.
+
+    Thresholds, masks and the count of steps are in `model.state_dict()`; the sparsifier itself saves nothing.
+
+    Attributes:
+        model: the model.
+        method: the method it is trained with.
+        layers: the sparsified layers by name, found once.
+        plan: what the method resolved for this model and length of run.
+        optimizers: those it is attached to.
+
+    Examples:
+        >>> sparsifier = sparsify_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), STR(init=-5.0))
+        >>> list(sparsifier.layers), sparsifier.step
+        (['0', '2'], 0)
+    """
+
+    WATCH_EVERY = 100
+    """Optimizer steps between two looks for layers that have lost every weight."""
+
+    def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
+        self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
+        self.optimizers: tuple[Optimizer, ...] = ()
+        self._handles: list[Any] = []
+        self._counts = self._penalized = True
+        self._warned: set[str] = set()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken; steps that a gradient scaler skipped are not among them."""
+        return self.clock.step
+
+    @property
+    def steps(self) -> int | None:
+        """Length of the run in optimizer steps; None if it was not given."""
+        return self.clock.steps
+
+    def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
+        """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
+        for layer in self.layers.values():
+            if isinstance(part := layer.parametrization, kind):
+                yield layer, part
+
+    @property
+    def progress(self) -> float:
+        """How far the sparsity ramp is at this step, in [0, 1]; of a method with a schedule."""
+        done: float = self.plan.updates.progress(self.clock.step, self.clock.start)
+        return done
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Copy a mask into each layer, given by the layer's name; of a method with `Masked` parametrizations."""
+        for name, mask in masks.items():
+            self.layers[name].parametrization.mask.copy_(mask)  # type: ignore[union-attr, operator]
+
+    def attach(self, *optimizers: Any) -> None:
+        """Let the method act around `optimizer.step()`, through torch's own optimizer hooks.
+
+        A second call moves over to the new optimizers, for a second phase of training.
+
+        Args:
+            optimizers: all that train the model, in the order in which they step: the method acts before the first
+                and after the last. A wrapper such as accelerate's is looked through.
+
+        Raises:
+            InputError: no optimizer is given, or they do not hold a threshold or dense weight of a sparsified layer.
+        """
+        inner = tuple(unwrap(optimizer) for optimizer in optimizers)
+        if not inner:
+            raise InputError("attach() needs the optimizer that trains the model")
+        held = {id(p) for optimizer in inner for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            for what, p in (("dense weight", layer.weight), *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+                if p.requires_grad and id(p) not in held:
+                    raise InputError(
+                        f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
+                        "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
+                    )
+        self.optimizers = inner
+        self._hook()
+
+    def penalty(self) -> Tensor:
+        """Return the term to add to the loss: `loss = loss + sparsifier.penalty()`; zero for most methods.
+
+        With gradient accumulation, add it to one of the losses, or to each divided by their number.
+        """
+        self._penalized = True
+        if not self._regularizes or not self._active():
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return self.method.penalty(self)
+
+    def unscale(self, gradient: Tensor) -> Tensor:
+        """Return a gradient without the scale of a GradScaler, which leaves it to a fused optimizer to unscale."""
+        scale = gradient_scale(self.optimizers)
+        return gradient if scale is None else gradient / scale
+
+    def finish(self) -> None:
+        """End the run: perform the updates that are due in the steps that were not taken, and check the target.
+
+        Call it after the last step where a gradient scaler may have skipped some. It changes masks and thresholds
+        only, and does nothing in a run that took all of its steps.
+        """
+        while self._active() and self.clock.steps is not None and self.clock.step < self.clock.steps:
+            self.clock.step += 1
+            self.method.after_step(self, self.optimizers)
+        warn_missed_target(self.model)
+
+    def retarget(self, method: Method, steps: int | None = None) -> None:
+        """Continue with another target or length: the step count starts again at 0, the ramp at today's sparsity.
+
+        Args:
+            method: of the class of the present one.
+            steps: length of the new run.
+
+        Raises:
+            InputError: the method is of another class, or does not fit the model.
+        """
+        if type(method) is not type(self.method):
+            raise InputError(
+                f"retarget() changes the arguments of {self.method.name!r}, not the method, to {method.name!r}: call "
+                "densify_() and sparsify_() for that"
+            )
+        plan = method.prepare(self.model, self.layers, steps)
+        start = goal_reached(self.layers, method.goal(plan))
+        self.method, self.plan = method, plan
+        vars(self.clock).update(vars(make_clock(method, plan, steps, start)))
+
+    def collapsed(self) -> list[str]:
+        """Return the names of the sparsified layers in which every effective weight is zero."""
+        if not self._active() or any(layer.weight.is_meta for layer in self.layers.values()):
+            return []
+        with torch.no_grad():
+            # Stacked, so that a GPU is waited for once, not for each layer.
+            active = torch.stack([_whole((layer.effective_weight != 0).any()).cpu() for layer in self.layers.values()])
+        return [name for name, some in zip(self.layers, active.tolist(), strict=True) if not some]
+
+    def warn_collapsed(self) -> None:
+        """Warn about layers that have lost every weight, once for each of them."""
+        new = [name for name in self.collapsed() if name not in self._warned]
+        self._warned.update(new)
+        if new:
+            warnings.warn(
+                f"step {self.step}: every weight of {', '.join(map(self._describe, new[:3]))}"
+                f"{f' and {len(new) - 3} more layers' if len(new) > 3 else ''} is zero, so only biases pass. Lower the "
+                "target sparsity (STR: the weight decay of the thresholds, or init), or leave layers out with select=",
+                SparsityWarning,
+                stacklevel=2,
+            )
+
+    def _describe(self, name: str) -> str:
+        layer = self.layers[name]
+        largest, threshold = float(layer.weight.detach().abs().max()), layer.threshold
+        over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
+        return f"{name!r} (largest |weight| {largest:.3g}{over})"
+
+    @property
+    def _regularizes(self) -> bool:
+        return type(self.method).penalty is not Method.penalty
+
+    def _active(self) -> bool:
+        if self.clock.stale:
+            self.layers = {name: layer for name, layer in self.layers.items() if layer.parametrization is not None}
+            self.clock.stale = False
+        return bool(self.layers)
+
+    def _hook(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self.optimizers:
+            self._handles.append(self.optimizers[0].register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizers[-1].register_step_post_hook(self._after_step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied optimizer has lost its hooks.
+        vars(self).update(state)
+        self._hook()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._counts = self._active() and not is_skipped(optimizer) and not is_priming(self.optimizers)
+        if not self._counts or type(self.method).before_step is Method.before_step:
+            return None
+        # The optimizer itself is the first positional argument.
+        closure = kwargs.get("closure") or next((arg for arg in args[1:] if callable(arg)), None)
+        if closure is None:
+            self.method.before_step(self, self.optimizers)
+            return None
+        # The closure computes the gradients within the step.
+        closure = with_hook(closure, lambda: self.method.before_step(self, self.optimizers))
+        return (args[0], closure), {key: value for key, value in kwargs.items() if key != "closure"}
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._counts:
+            return
+        clock = self.clock
+        clock.step += 1
+        self.method.after_step(self, self.optimizers)
+        if clock.step % self.WATCH_EVERY == 0:
+            self.warn_collapsed()
+        if clock.step == clock.steps:
+            warn_missed_target(self.model)
+        if self._regularizes and not self._penalized:
+            self._penalized = True  # warn once in a row, not at every step
+            warnings.warn(
+                f"{self.method.name} adds a term to the loss, and step {clock.step} was taken without it: train with "
+                "loss = loss + sparsifier.penalty()",
+                SparsityWarning,
+                stacklevel=2,
+            )
+        else:
+            self._penalized = False
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor gathered from the ranks that FSDP2 (`fully_shard`) has spread it over."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()  # type: ignore[no-any-return]
