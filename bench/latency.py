@@ -61,7 +61,7 @@ def network(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", default=NAMES, choices=NAMES, metavar="MODEL/BUDGET")
-    parser.add_argument("--contestant", nargs="+", default=list(latency.CONTESTANTS), choices=list(latency.CONTESTANTS))
+    parser.add_argument("--backend", nargs="+", default=list(latency.BACKENDS), choices=list(latency.BACKENDS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn", type=float, default=0.5, help="seconds a turn is meant to last")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
@@ -79,7 +79,7 @@ def main():
         torch.manual_seed(0)
         measured = latency.measure(
             network(name), (1, 3, 224, 224), batches=options.batch, threads=options.threads,
-            contestants=options.contestant, rounds=options.rounds, turn=options.turn,
+            backends=options.backend, rounds=options.rounds, turn=options.turn,
             sweep=latency.SWEEP if name in SWEPT and not options.no_sweep else (),
         )  # fmt: skip
         print(f"\n{name}\n{measured}", flush=True)

@@ -347,7 +347,7 @@ def test_bench_prints_and_writes_its_measurements(place, monkeypatch):
 
     if not all(map(find_spec, ("MNN", "onnx", "onnxscript", "onnxruntime"))):
         pytest.skip("sparing[export] is not installed")
-    quick = functools.partial(latency.measure, contestants=("ONNX Runtime",), sweep=(), rounds=1, turn=0.001)
+    quick = functools.partial(latency.measure, backends=("ONNX Runtime",), sweep=(), rounds=1, turn=0.001)
     monkeypatch.setattr(latency, "measure", quick)
     done = sparing("bench", "runs/recipe", "--threads", "1", "--batch", "3", "--json", cwd=place)
     output = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Compressed files: every bit comes back, the size is near the bound, and damage is refused."""
+"""Compressed files: lossless round trip, size near the entropy bound, errors for damaged files."""
 
 import copy
 import json
@@ -18,8 +18,6 @@ import sparing
 from sparing.export import compressed
 from sparing.export.compressed import DTYPES, INTEGERS, Compressed, entropy_bound, load, save
 
-FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
-
 
 def bits(tensor):
     return tensor.contiguous().reshape(-1).view(INTEGERS[tensor.element_size()])
@@ -34,13 +32,14 @@ def assert_same(loaded, saved):
 
 
 def random_sparse(shape, density, dtype=torch.float32):
-    return torch.where(torch.rand(shape) < density, torch.randn(shape), 0.0).to(dtype)  # a product would make −0.0
+    # torch.where, because multiplying by a mask would create −0.0.
+    return torch.where(torch.rand(shape) < density, torch.randn(shape), 0.0).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("density", [0, 0.003, 0.1, 0.6, 1])
-def test_every_bit_comes_back(tmp_path, dtype, density):
-    raw = torch.randint(-128, 128, (37, 11, dtype.itemsize), dtype=torch.int8)  # NaNs and infinities among them
+def test_round_trip_is_lossless(tmp_path, dtype, density):
+    raw = torch.randint(-128, 128, (37, 11, dtype.itemsize), dtype=torch.int8)  # includes NaN and infinity
     if dtype is torch.bool:
         raw = raw % 2
     tensor = raw.view(dtype)[..., 0] if dtype.itemsize > 1 else raw[..., 0].contiguous().view(dtype)
@@ -51,7 +50,7 @@ def test_every_bit_comes_back(tmp_path, dtype, density):
     assert_same(load(tmp_path / "file"), saved)
 
 
-def test_odd_numbers_come_back():
+def test_round_trip_of_special_values():
     odd = torch.tensor([0x7FC00001, -1, 0x7F800000, -0x80000000, 1, 0], dtype=torch.int32).view(torch.float32)
     saved = {
         "odd": odd.repeat(100),
@@ -67,7 +66,7 @@ def test_odd_numbers_come_back():
 
 @given(data=st.data())
 @settings(max_examples=150)
-def test_any_runs_come_back(data):
+def test_round_trip_of_random_positions(data):
     n = data.draw(st.integers(0, 6000))
     live = data.draw(st.lists(st.integers(0, max(n - 1, 0)), max_size=min(n, 40), unique=True))
     tensor = torch.zeros(n)
@@ -82,7 +81,7 @@ def _own_directory(tmp_path, monkeypatch):
 
 
 def thresholded(budget):
-    """ResNet-50's weights, normal and thresholded to a published budget."""
+    """Return random normal ResNet-50 weights, thresholded to a published budget."""
     with torch.device("meta"):
         layers = sparing.layers.find_layers(sparing.models.resnet50())
     shares = sparing.Budget.published(budget)
@@ -94,8 +93,8 @@ def thresholded(budget):
     }
 
 
-@pytest.mark.parametrize("budget", ["resnet50-str-90.23", "resnet50-str-98.98"])  # all five in bench/export_size.py
-def test_the_size_is_near_the_entropy_of_the_published_networks(budget):
+@pytest.mark.parametrize("budget", ["resnet50-str-90.23", "resnet50-str-98.98"])  # bench/export_size.py has all five
+def test_size_is_near_the_entropy_bound_for_published_budgets(budget):
     state = thresholded(budget)
     save(state, "resnet50.safetensors")
     assert Path("resnet50.safetensors").stat().st_size <= 1.02 * entropy_bound(state)
@@ -103,19 +102,19 @@ def test_the_size_is_near_the_entropy_of_the_published_networks(budget):
 
 
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.05, 0.12, 0.2, 0.5, 0.9, 1.0])
-def test_no_density_costs_much_more_than_it_must(density):
+def test_size_is_near_the_entropy_bound_for_every_density(density):
     state = {"weight": random_sparse((1000, 1000), density)}
     save(state, "one.safetensors")
     assert Path("one.safetensors").stat().st_size <= 1.03 * entropy_bound(state) + 1000
 
 
-def test_a_dense_tensor_costs_its_bytes():
+def test_dense_tensor_has_little_overhead():
     save({"dense": torch.randn(1000)}, "dense.safetensors")
     assert Path("dense.safetensors").stat().st_size < 4400
 
 
 @pytest.mark.parametrize("values", [torch.bfloat16, torch.float16])
-def test_rounded_values_are_the_rounded_weights(values):
+def test_rounded_values(values):
     state = {"weight": random_sparse((300, 300), 0.1), "dense": torch.randn(30, 30), "bias": torch.randn(300)}
     save(state, "half.safetensors", values=values)
     expected = {"weight": state["weight"].to(values).float(), "dense": state["dense"].to(values).float()}
@@ -124,7 +123,7 @@ def test_rounded_values_are_the_rounded_weights(values):
     assert Path("half.safetensors").stat().st_size < 0.7 * Path("full.safetensors").stat().st_size
 
 
-def test_tied_tensors_are_written_once_and_come_back_tied():
+def test_tied_tensors_are_written_once_and_tied_again():
     weight = torch.randn(100, 100)
     state = {"first": weight, "second": weight, "part": weight[:50], "flat": weight.view(-1)}
     save(state, "tied.safetensors")
@@ -134,7 +133,7 @@ def test_tied_tensors_are_written_once_and_come_back_tied():
     assert_same(loaded, state)
 
 
-def test_names_cannot_collide():
+def test_tensor_names_do_not_collide():
     state = {"a": random_sparse((99, 99), 0.1), "a/values": torch.ones(3), "a/runs": torch.ones(2), "": torch.ones(1)}
     save(state, "names.safetensors")
     assert_same(load("names.safetensors"), state)
@@ -155,7 +154,7 @@ def test_tensors_are_read_one_at_a_time(monkeypatch):
         file["c"]
 
 
-def test_the_same_state_gives_the_same_bytes():
+def test_same_state_dict_gives_the_same_bytes():
     state = {"a": random_sparse((99, 99), 0.1), "b": torch.ones(3)}
     save(state, "1")
     save(state, "2")
@@ -177,7 +176,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sparse_network_comes_back(name):
+def test_round_trip_of_a_sparse_network(name):
     model = MODELS[name]()
     sparing.sparsify_(model, sparing.STR(init=-3.5))
     expected = sparing.dense_state_dict(model)
@@ -190,22 +189,24 @@ def test_a_sparse_network_comes_back(name):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"extra": {"a": 1}}, "entry 'extra' of the state_dict is a dict, not a tensor"),
-        ({"c": torch.ones(2, dtype=torch.complex128)}, "'c' is torch.complex128"),
-        ({"s": torch.eye(3).to_sparse()}, "'s' is torch.float32 of layout torch.sparse_coo"),
+        ({"extra": {"a": 1}}, "entry 'extra' of the state dict must be a tensor, got dict"),
+        ({"c": torch.ones(2, dtype=torch.complex128)}, "'c' has dtype torch.complex128"),
+        ({"s": torch.eye(3).to_sparse()}, "'s' has dtype torch.float32 and layout torch.sparse_coo"),
         ({"m": torch.ones(2, device="meta")}, "'m' is on the meta device"),
     ],
 )
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(state, message):
+def test_invalid_tensor_raises_before_the_file_is_written(state, message):
     with pytest.raises(sparing.InputError, match=re.escape(message)):
         save(state, "refused.safetensors")
     assert not list(Path().iterdir())
 
 
-def test_values_too_large_or_of_another_kind_are_refused():
-    with pytest.raises(sparing.InputError, match="'w' holds numbers too large for torch.float16"):
+def test_overflow_and_invalid_values_raise():
+    with pytest.raises(sparing.InputError, match="'w' overflows torch.float16"):
         save({"w": torch.full((2, 2), 1e6)}, "x", values=torch.float16)
-    with pytest.raises(sparing.InputError, match="values=torch.int8 is none of"):
+    with pytest.raises(
+        sparing.InputError, match="values must be None, torch.bfloat16 or torch.float16, got torch.int8"
+    ):
         save({"w": torch.ones(2, 2)}, "x", values=torch.int8)
     with pytest.raises(sparing.InputError, match="nowhere/x cannot be written: No such file"):
         save({"w": torch.ones(2, 2)}, "nowhere/x")
@@ -218,52 +219,52 @@ STATE = {
 }
 
 
-def whole_file():
+def valid_file():
     save(STATE, "whole.safetensors")
     return Path("whole.safetensors").read_bytes()
 
 
-def one_sentence(error):
+def assert_one_line(error):
     assert "\n" not in str(error)
 
 
-def refused_or_right(content):
+def assert_error_or_same(content):
     Path("mutated.safetensors").write_bytes(content)
     try:
         loaded = load("mutated.safetensors")
     except sparing.CheckpointError as error:
-        one_sentence(error)
-    else:  # a changed space between two words of JSON changes nothing
+        assert_one_line(error)
+    else:  # changed whitespace in JSON has no effect
         assert_same(loaded, STATE)
 
 
 @given(data=st.data())
 @settings(max_examples=150)
-def test_a_damaged_file_is_refused(data):
-    content = bytearray(whole_file())
+def test_damaged_file_raises(data):
+    content = bytearray(valid_file())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    refused_or_right(bytes(content))
+    assert_error_or_same(bytes(content))
 
 
 @given(length=st.integers(0, 4000))
-def test_a_truncated_file_is_refused(length):
-    content = whole_file()
+def test_truncated_file_raises(length):
+    content = valid_file()
     Path("cut.safetensors").write_bytes(content[: length % len(content)])
     with pytest.raises(sparing.CheckpointError, match="unreadable or truncated"):
         load("cut.safetensors")
 
 
 @given(content=st.binary(max_size=300))
-def test_noise_is_refused(content):
+def test_random_bytes_raise(content):
     Path("noise.safetensors").write_bytes(content)
     with pytest.raises(sparing.CheckpointError):
         load("noise.safetensors")
 
 
-def forge(change):
-    """The whole file with a header changed by someone who knows how to compute a checksum."""
-    content = whole_file()
+def with_header(change):
+    """Return the bytes of the file with a modified header and a valid checksum."""
+    content = valid_file()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     head = json.loads(header["__metadata__"]["sparing.compressed"])
@@ -285,18 +286,18 @@ values = st.recursive(
 
 @given(data=st.data())
 @settings(max_examples=150)
-def test_a_forged_header_is_refused_without_a_large_allocation(data):
+def test_manipulated_header_raises_without_a_large_allocation(data):
     key = data.draw(st.sampled_from(["dtype", "values", "shape", "encoding", "bits", "crc32"]))
     if key == "shape":
         new = data.draw(st.lists(st.integers(-3, 2**66), max_size=4) | values)
     else:
         new = data.draw(st.sampled_from([*DTYPES, "dense", "runs"]) | st.integers(-2, 70) | values)
-    Path("forged.safetensors").write_bytes(forge(lambda head: head["tensors"]["weight"].__setitem__(key, new)))
+    Path("forged.safetensors").write_bytes(with_header(lambda head: head["tensors"]["weight"].__setitem__(key, new)))
     with mock.patch("torch.zeros", wraps=torch.zeros) as zeros:
         try:
             loaded = load("forged.safetensors")
         except sparing.CheckpointError as error:
-            one_sentence(error)
+            assert_one_line(error)
         else:
             assert loaded["weight"].numel() == 1200
     made = [call.args[0] for call in zeros.call_args_list]
@@ -306,57 +307,59 @@ def test_a_forged_header_is_refused_without_a_large_allocation(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda head: head.update(version=2), "has version 2 of the format; this sparing reads version 1"),
+        (lambda head: head.update(version=2), "format version 2 is not supported; this sparing reads version 1"),
         (lambda head: head.update(tensors=[]), "header is damaged"),
-        (lambda head: head["tensors"]["weight"].update(shape=[10**11, [None]]), "its shape is no list of lengths"),
+        (lambda head: head["tensors"]["weight"].update(shape=[10**11, [None]]),
+         "the shape is not a list of non-negative integers"),
         (lambda head: head["tensors"].update(weight="absent"), "header is damaged"),
         (lambda head: head["tensors"].update(weight=3), "header is damaged"),
-        (lambda head: head["tensors"]["weight"].update(shape=[10**9, 9]), "'weight' is damaged .its runs cover 1200"),
-        (lambda head: head["tensors"]["bias"].update(shape=[5, 1]), "'bias' is damaged .its shape is"),
+        (lambda head: head["tensors"]["weight"].update(shape=[10**9, 9]),
+         "'weight' is damaged .the runs cover 1200 of 9000000000"),
+        (lambda head: head["tensors"]["bias"].update(shape=[5, 1]), "'bias' is damaged .the stored shape is"),
     ],
 )  # fmt: skip
-def test_refusals_say_what_is_wrong(change, message):
-    Path("forged.safetensors").write_bytes(forge(change))
+def test_error_names_the_cause(change, message):
+    Path("forged.safetensors").write_bytes(with_header(change))
     with pytest.raises(sparing.CheckpointError, match=message):
         load("forged.safetensors")
 
 
-def test_values_of_another_dtype_of_the_same_size_are_refused():
-    Path("other.safetensors").write_bytes(whole_file().replace(b'"dtype":"F32"', b'"dtype":"I32"'))
-    with pytest.raises(sparing.CheckpointError, match="its values are torch.int32, not float32"):
+def test_values_of_another_dtype_of_the_same_size_raise():
+    Path("other.safetensors").write_bytes(valid_file().replace(b'"dtype":"F32"', b'"dtype":"I32"'))
+    with pytest.raises(sparing.CheckpointError, match="the values have dtype torch.int32, expected float32"):
         load("other.safetensors")
 
 
-def test_a_shape_that_turned_in_the_header_is_refused():
-    content = whole_file()
+def test_changed_shape_in_the_header_raises():
+    content = valid_file()
     assert b"[40, 30]" in content
     Path("turned.safetensors").write_bytes(content.replace(b"[40, 30]", b"[30, 40]"))
-    with pytest.raises(sparing.CheckpointError, match="its header is damaged"):
+    with pytest.raises(sparing.CheckpointError, match="the header is damaged"):
         load("turned.safetensors")
 
 
 @pytest.mark.parametrize(("values", "bits"), [(1, 0), (3, 0), (2, 9), (2, -1), (99, 8)])
-def test_runs_that_lead_elsewhere_are_refused(values, bits):
+def test_inconsistent_runs_raise(values, bits):
     entry, parts = compressed._encode(torch.zeros(500).index_fill_(0, torch.tensor([3, 70]), 1.0))
     assert compressed._positions(parts["runs"], 2, entry["bits"], 500).tolist() == [3, 70]
     bitmask = compressed._pack(torch.zeros(10, dtype=torch.uint8).index_fill_(0, torch.tensor([2, 4, 9]), 1))
     assert compressed._positions(bitmask, 2, 0, 9).tolist() == [2, 4]
-    with pytest.raises(ValueError, match=r"runs|not possible"):
+    with pytest.raises(ValueError, match=r"runs|bits must be in \[0, 8\]"):
         compressed._positions(bitmask, values, bits, 9)
 
 
-def test_other_files_are_refused():
+def test_other_and_missing_files_raise():
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, "plain.safetensors")
-    with pytest.raises(sparing.CheckpointError, match="was not written by sparing.export.compressed"):
+    with pytest.raises(sparing.CheckpointError, match="not written by sparing.export.compressed"):
         load("plain.safetensors")
     with pytest.raises(sparing.CheckpointError, match="there is no such file"):
         load("absent.safetensors")
 
 
-def test_a_killed_write_leaves_the_old_file(monkeypatch):
-    before = whole_file()
+def test_failed_write_keeps_the_old_file(monkeypatch):
+    before = valid_file()
     state = copy.copy(STATE)
 
     def fail(tensors, path, metadata):
@@ -370,7 +373,7 @@ def test_a_killed_write_leaves_the_old_file(monkeypatch):
     assert [path.name for path in Path().iterdir()] == ["whole.safetensors"]
 
 
-def test_the_reader_of_the_documentation_agrees():
+def test_reader_in_the_documentation_agrees():
     page = Path(compressed.__file__).parents[3].joinpath("docs/format.md").read_text()
     reader = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL).group(1)
     assert len(reader.splitlines()) < 60
@@ -396,7 +399,7 @@ def test_the_reader_of_the_documentation_agrees():
             assert array.tobytes() == expected[name].numpy().tobytes(), name
 
 
-def test_what_is_loaded_lazily_can_be_saved_again(tmp_path):
+def test_lazily_loaded_file_can_be_saved_again(tmp_path):
     state = {f"layer{index}": torch.randn(64, 64) for index in range(6)}
     compressed.save(state, tmp_path / "first.safetensors")
     compressed.save(Compressed(tmp_path / "first.safetensors"), tmp_path / "second.safetensors")

@@ -1,4 +1,4 @@
-"""Sparse convolutions compute what torch's do, and stand where they were faster."""
+"""Sparse convolutions: outputs match PyTorch, and they replace dense convolutions only where they are faster."""
 
 import shutil
 from pathlib import Path
@@ -22,9 +22,9 @@ def _own_directory(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Every convolution that is tried is made sparse."""
-    monkeypatch.setattr(native, "_fastest", lambda first, second, rounds: (2.0, 1.0))
+def sparse_is_faster(monkeypatch):
+    """Make the sparse convolution win every measurement."""
+    monkeypatch.setattr(native, "_min_times", lambda first, second, rounds: (2.0, 1.0))
 
 
 def convolve(x, weight, bias, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
@@ -35,8 +35,8 @@ def convolve(x, weight, bias, residual=None, stride=(1, 1), padding=(0, 0), dila
 @pytest.mark.parametrize(
     ("size", "kernel", "geometry"),
     [
-        ((14, 14), (1, 1), {}),  # a plane that is no whole number of vectors, copied
-        ((16, 16), (1, 1), {}),  # one that is, read where it is
+        ((14, 14), (1, 1), {}),  # number of pixels not a multiple of the vector length: the image is copied
+        ((16, 16), (1, 1), {}),  # multiple of the vector length: the image is read without a copy
         ((1, 1), (1, 1), {}),
         ((9, 12), (1, 1), {"padding": (1, 2)}),
         ((9, 13), (1, 1), {"stride": (2, 2)}),
@@ -45,16 +45,16 @@ def convolve(x, weight, bias, residual=None, stride=(1, 1), padding=(0, 0), dila
         ((32, 33), (7, 7), {"stride": (2, 2), "padding": (3, 3)}),
         ((13, 17), (3, 5), {"stride": (3, 1), "padding": (0, 2)}),
         ((13, 17), (3, 3), {"stride": (2, 3), "padding": (2, 1), "dilation": (2, 3)}),
-        ((2, 3), (3, 3), {"padding": (4, 4)}),  # more padding than image
+        ((2, 3), (3, 3), {"padding": (4, 4)}),  # padding larger than the image
         ((1, 90), (1, 5), {"padding": (0, 2)}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (3, 2)])
-def test_a_sparse_convolution_is_the_convolution(size, kernel, geometry, batch, threads):
+def test_sparse_convolution_matches_conv2d(size, kernel, geometry, batch, threads):
     torch.manual_seed(0)
     weight = torch.randn(7, 70, *kernel) * (torch.rand(7, 70, *kernel) < 0.2)
-    weight[3] = 0  # a filter without weights is its bias
+    weight[3] = 0  # the output of an all-zero filter is its bias
     x, bias = torch.randn(batch, 70, *size), torch.randn(7)
     expected = F.conv2d(x, weight, bias, **geometry)
     residual = torch.randn_like(expected)
@@ -69,20 +69,20 @@ def test_a_sparse_convolution_is_the_convolution(size, kernel, geometry, batch, 
         torch.set_num_threads(before)
 
 
-def test_what_is_no_number_stays_none():
+def test_relu_keeps_nan():
     x = torch.full((1, 1, 4, 4), float("nan"))
     assert convolve(x, torch.ones(1, 1, 1, 1), torch.zeros(1), relu=True).isnan().all()
 
 
-def test_other_images_are_refused_before_memory_is_read():
+def test_other_image_size_or_dtype_raises():
     *compressed, geometry = native.compress(torch.ones(1, 2, 3, 3), (32, 32), (1, 1), (0, 0), (1, 1))
     for wrong in (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 32, 32).double()):
-        with pytest.raises(sparing.InputError, match=r"this network takes \[2, 32, 32\] images in float32, and these"):
+        with pytest.raises(sparing.InputError, match=r"must have shape \[N, 2, 32, 32\] and dtype torch.float32, got"):
             native.sparse_conv2d(wrong, *compressed, torch.zeros(1), None, geometry, False)
 
 
 class Block(nn.Module):
-    """Convolutions in every company they may keep."""
+    """Model with convolutions before and after batch normalization, sums, ReLU, pooling and depthwise convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -95,8 +95,8 @@ class Block(nn.Module):
 
     def forward(self, x, scale):
         x = self.pool(self.stem(x))
-        y = F.relu(self.first(x) + self.second(x))  # one of them has the other for its residual
-        y = self.second(x) + y.mean((2, 3), keepdim=True)  # of another shape: no residual
+        y = F.relu(self.first(x) + self.second(x))  # one convolution is the residual of the other
+        y = self.second(x) + y.mean((2, 3), keepdim=True)  # another shape: not a residual
         z = self.depthwise(y)
         return self.last(z) * scale, z + self.second(y)[:, :, 1:-1, 1:-1]
 
@@ -114,7 +114,7 @@ def sparse_block():
     return model.eval()
 
 
-def test_a_network_with_them_computes_the_same(always):
+def test_accelerated_network_outputs_match(sparse_is_faster):
     model, example = sparse_block(), {"scale": torch.ones(1, 1, 1, 1), "x": torch.randn(1, 3, 30, 30)}
     written = native.save(model, "block.pt2", example)
     assert written.error < 1e-5
@@ -123,29 +123,29 @@ def test_a_network_with_them_computes_the_same(always):
     assert "batch_norm" not in loaded.code
     assert loaded.code.count("sparing.max_pool2d") == 2
     plain = network.plain(model)
-    for batch in (1, 4):  # the batch size is free
+    for batch in (1, 4):  # the batch size is dynamic
         args, kwargs = network.random_inputs(example, batch)
         expected = network.outputs(plain, args, kwargs)
-        assert network.largest_error(expected, network.outputs(loaded, args, kwargs)) < 1e-5
-    with Process("torch_sparse", "block.pt2", threads=1) as process:  # keywords, in the order of the example
+        assert network.max_relative_error(expected, network.outputs(loaded, args, kwargs)) < 1e-5
+    with Process("torch_sparse", "block.pt2", threads=1) as process:  # keyword inputs, in the order of the example
         got = process.run([tensor.numpy() for tensor in kwargs.values()])
-    assert network.largest_error(expected, got) < 1e-5
+    assert network.max_relative_error(expected, got) < 1e-5
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment of a process is not to be read")
-@pytest.mark.parametrize(("given", "tunables"), [(None, HUGE_PAGES), ("", "")])
-def test_a_timed_runtime_has_large_pages_unless_told_otherwise(monkeypatch, given, tunables):
-    if given is None:
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment of a process cannot be read")
+@pytest.mark.parametrize(("setting", "tunables"), [(None, HUGE_PAGES), ("", "")])
+def test_process_uses_huge_pages_unless_glibc_tunables_is_set(monkeypatch, setting, tunables):
+    if setting is None:
         monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     else:
-        monkeypatch.setenv("GLIBC_TUNABLES", given)
+        monkeypatch.setenv("GLIBC_TUNABLES", setting)
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), "linear.pt2")
     with Process("torch_eager", "linear.pt2", threads=1) as process:
         environment = Path(f"/proc/{process._process.pid}/environ").read_text().split("\0")
     assert f"GLIBC_TUNABLES={tunables}" in environment
 
 
-def test_each_convolution_is_measured_where_it_may_be_sparse(always):
+def test_every_supported_convolution_is_timed(sparse_is_faster):
     example = {"scale": torch.ones(1, 1, 1, 1), "x": torch.randn(1, 3, 30, 30)}
     graph, choices = native.accelerate(sparse_block(), example)
     assert [(choice.name, choice.sparse) for choice in choices] == [
@@ -156,15 +156,15 @@ def test_each_convolution_is_measured_where_it_may_be_sparse(always):
         ("second.0.weight", True),
     ]
     assert all(0.75 < choice.sparsity < 0.85 and choice.dense_seconds == 2 for choice in choices)
-    assert graph.code.count("aten.conv2d") == 2, "the depthwise one, and that whose padding is a word"
-    assert graph.code.count("relu") == 0, "every ReLU is part of a convolution"
+    assert graph.code.count("aten.conv2d") == 2, "the depthwise convolution and the one with padding='same'"
+    assert graph.code.count("relu") == 0, "every ReLU is fused into a convolution"
 
 
-def test_convolutions_stay_dense_where_that_was_faster_or_they_have_few_zeros(monkeypatch):
+def test_slower_and_dense_convolutions_are_not_replaced(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
     with torch.no_grad():
         model[0].weight[:6] = 0
-    monkeypatch.setattr(native, "_fastest", lambda first, second, rounds: (1.0, 2.0))
+    monkeypatch.setattr(native, "_min_times", lambda first, second, rounds: (1.0, 2.0))
     graph, (first, second) = native.accelerate(model, (1, 3, 9, 9))
     assert (first.sparse, first.dense_seconds, first.sparse_seconds) == (False, 1.0, 2.0)
     assert (second.sparse, second.sparsity, second.dense_seconds) == (False, 0, None)
@@ -173,30 +173,33 @@ def test_convolutions_stay_dense_where_that_was_faster_or_they_have_few_zeros(mo
     torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_measuring_really_measures():
+def test_min_times_alternates_and_measures():
     calls = []
-    first, second = native._fastest(lambda: calls.append(1), lambda: calls.append(2), 3)
+    first, second = native._min_times(lambda: calls.append(1), lambda: calls.append(2), 3)
     assert 0 < first < 1
     assert 0 < second < 1
     assert calls == [1, 1, 2, 2] * 3
 
 
 @pytest.mark.parametrize(
-    ("compiler", "says"),
-    [("absent++", "take a C\\+\\+ compiler, and absent\\+\\+ is not installed"), ("false", "false cannot compile")],
+    ("compiler", "message"),
+    [
+        ("absent++", r"C\+\+ compiler 'absent\+\+' not found; install GCC or Clang, or set CXX"),
+        ("false", r"C\+\+ compiler 'false' cannot compile native.cpp: exit status 1"),
+    ],
 )
-def test_without_a_compiler_that_works_it_says_so(monkeypatch, compiler, says):
+def test_missing_or_failing_compiler_raises(monkeypatch, compiler, message):
     monkeypatch.setenv("CXX", compiler)
     native.library.cache_clear()
-    with pytest.raises(sparing.InputError, match=says):
+    with pytest.raises(sparing.InputError, match=message):
         native.accelerate(nn.Conv2d(3, 3, 3), (1, 3, 9, 9))
-    with pytest.raises(sparing.InputError, match=says):
+    with pytest.raises(sparing.InputError, match=message):
         native.save(nn.Conv2d(3, 3, 3), "no.pt2", (1, 3, 9, 9))
     assert not list(Path().iterdir())
     monkeypatch.undo()
     native.library.cache_clear()
 
 
-def test_where_it_cannot_be_written_it_says_so():
+def test_unwritable_path_raises():
     with pytest.raises(sparing.InputError, match="nowhere/no.pt2 cannot be written: No such file"):
         native.save(nn.Conv2d(3, 3, 3), "nowhere/no.pt2", (1, 3, 9, 9))

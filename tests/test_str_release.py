@@ -1,4 +1,4 @@
-"""Checkpoints of the 2020 release, against networks written out once more in its layout and its arithmetic."""
+"""Conversion of checkpoints of the 2020 STR release, compared with a reimplementation of its networks."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from test_cli import sparing as run_cli
 
 
 class STRConv(nn.Conv2d):
-    """The release's layer: S = sign(W) · relu(|W| − sigmoid(s)), with s of shape (1, 1)."""
+    """Convolution of the release: effective weight sign(W) · relu(|W| − sigmoid(s)), with s of shape (1, 1)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -32,7 +32,7 @@ class STRConv(nn.Conv2d):
 
 
 def old_block(conv, inputs, width, stride, bottleneck):
-    """A residual block; its parts are named as the release names them."""
+    """Return a residual block with the module names of the release."""
     outputs = 4 * width if bottleneck else width
     block = nn.Module()
     if bottleneck:
@@ -105,7 +105,7 @@ OLD = {
 
 
 def trained(net):
-    """As if after training: every number another, no two thresholds alike, activations of ordinary size."""
+    """Initialize as if after training: random statistics, a different threshold per layer, activations of order 1."""
     thresholds = 0
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -118,14 +118,14 @@ def trained(net):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if isinstance(module, STRConv):
                 thresholds += 1
-                # Of the size of the layer's weights, so that some of them live.
+                # Of the order of the weights, so that some of them stay active.
                 size = float(module.weight.detach().std()) * (0.5 + 0.01 * thresholds)
                 module.sparseThreshold.data.fill_(size).logit_()
     return net.eval()
 
 
 def save(net, path, *, old_format=True):
-    """The file that the release's main.py writes."""
+    """Write a checkpoint in the format of main.py of the release."""
     state = {f"module.{key}": tensor for key, tensor in net.state_dict().items()}
     content = {
         "epoch": 100,
@@ -133,19 +133,19 @@ def save(net, path, *, old_format=True):
         "state_dict": state,
         "best_acc1": 74.31,
         "curr_acc1": 74.2,
-        # Its learning rate is computed with NumPy.
+        # The release computes the learning rate with NumPy.
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "momentum": 0.875}]},
     }
     torch.save(content, path, _use_new_zipfile_serialization=not old_format)
     if old_format:
-        # As NumPy called itself in 2020.
+        # The module name of NumPy in 2020.
         path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of every architecture, the network it was written from, and what that network says."""
-    folder = tmp_path_factory.mktemp("official")
+    """Write a checkpoint of each architecture, with an input and the outputs of its network."""
+    folder = tmp_path_factory.mktemp("release")
     torch.manual_seed(0)
     for arch, build in OLD.items():
         net = trained(build(STRConv))
@@ -157,9 +157,9 @@ def folder(tmp_path_factory):
 
 
 def outputs(model, folder, arch):
-    x, wanted = torch.load(folder / f"{arch}-outputs.pt")
+    x, expected = torch.load(folder / f"{arch}-outputs.pt")
     with torch.no_grad():
-        return model.eval()(x), wanted
+        return model.eval()(x), expected
 
 
 def zeros(state):
@@ -168,7 +168,7 @@ def zeros(state):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_converted_network_computes_what_the_old_one_did(folder, arch):
+def test_converted_network_outputs_match(folder, arch):
     state = convert(folder / f"{arch}.pth", arch)
     assert 0.3 < zeros(state) < 0.9
     model = sparing.models.MODELS[arch]()
@@ -179,7 +179,7 @@ def test_a_converted_network_computes_what_the_old_one_did(folder, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kept_thresholds_load_into_the_sparsified_network(folder, arch):
+def test_kept_thresholds_load_into_a_sparsified_model(folder, arch):
     state = convert(folder / f"{arch}.pth", arch, keep_thresholds=True)
     model = sparing.models.MODELS[arch]()
     sparing.sparsify_(model, STR())
@@ -194,18 +194,18 @@ def test_kept_thresholds_load_into_the_sparsified_network(folder, arch):
     assert all(torch.equal(mine[key], dense[key]) for key in dense)
 
 
-def test_a_dense_compatible_file_is_taken_as_it_is(tmp_path):
+def test_weights_without_thresholds_are_not_changed(tmp_path):
     net = trained(OLD["mobilenet_v1"](nn.Conv2d))
     save(net, tmp_path / "dense.pth", old_format=False)
     state = convert(tmp_path / "dense.pth", "mobilenet_v1")
     sparing.models.mobilenet_v1().load_state_dict(state, strict=True)
     assert torch.equal(state["fc.weight"], net.fc.weight[:, :, 0, 0])
     assert torch.equal(state["model.3.3.weight"], net.model[3][3].weight)
-    with pytest.raises(InputError, match="holds no thresholds to keep"):
+    with pytest.raises(InputError, match="has no thresholds; convert it without keeping thresholds"):
         convert(tmp_path / "dense.pth", "mobilenet_v1", keep_thresholds=True)
 
 
-def test_a_first_layer_left_dense_stays_dense(tmp_path):
+def test_layer_without_a_threshold_stays_dense(tmp_path):
     net = trained(OLD["resnet18"](STRConv))
     first = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
     net.conv1 = first
@@ -216,14 +216,14 @@ def test_a_first_layer_left_dense_stays_dense(tmp_path):
     model.load_state_dict(convert(tmp_path / "first.pth", "resnet18", keep_thresholds=True), strict=True)
 
 
-def test_a_bare_state_dict_and_other_numbers_of_classes(tmp_path):
+def test_plain_state_dict_and_other_number_of_classes(tmp_path):
     net = trained(old_mobilenet(STRConv, classes=7))
     torch.save(net.state_dict(), tmp_path / "bare.pth")
     sparing.models.mobilenet_v1(num_classes=7).load_state_dict(convert(tmp_path / "bare.pth", "mobilenet_v1"))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_torchvision_loads_the_backbone(folder, arch, torchvision_models):
+def test_converted_resnet_loads_into_torchvision(folder, arch, torchvision_models):
     model = getattr(torchvision_models, arch)(weights=None)
     model.load_state_dict(with_bias(convert(folder / f"{arch}.pth", arch), arch), strict=True)
     new, old = outputs(model, folder, arch)
@@ -234,7 +234,7 @@ def test_torchvision_loads_the_backbone(folder, arch, torchvision_models):
 def torchvision_models():
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    # Its operators need CUDA libraries to load, and without them its import fails for want of these two.
+    # The operators of torchvision need CUDA libraries. Without these, its import fails unless two schemas are defined.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in (
         "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -246,17 +246,17 @@ def torchvision_models():
         warnings.simplefilter("ignore")
         from torchvision import models
     yield models
-    del library  # and with it the operators
+    del library  # unregisters the schemas
 
 
-def test_what_has_no_counterpart_elsewhere_is_refused(folder):
-    with pytest.raises(InputError, match="have no network with the layers of 'mobilenet_v1'"):
+def test_with_bias_rejects_mobilenet_and_thresholds(folder):
+    with pytest.raises(InputError, match="have no equivalent of 'mobilenet_v1'; choose a ResNet"):
         with_bias({}, "mobilenet_v1")
-    with pytest.raises(InputError, match="with thresholds is for sparing alone"):
+    with pytest.raises(InputError, match="torchvision and timm cannot load thresholds"):
         with_bias(convert(folder / "resnet18.pth", "resnet18", keep_thresholds=True), "resnet18")
 
 
-def test_a_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
+def test_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
     net = trained(old_mobilenet(STRConv, classes=10))
     save(net, tmp_path / "old.pth")
     images = Images(torch.randint(0, 256, (10, 3, 224, 224), dtype=torch.uint8), torch.arange(10))
@@ -282,46 +282,49 @@ def test_a_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
 
 
 class Opaque:
-    """A class that a pickle names: reading it would run code."""
+    """Class in a pickle. Loading it would run code."""
 
 
 def changed(change):
-    """A way to spoil the state dict of a good MobileNetV1 checkpoint."""
+    """Return a function that modifies the state dict of a valid MobileNetV1 checkpoint."""
 
-    def spoil(content):
+    def modify(content):
         change(content["state_dict"])
         return content
 
-    return spoil
+    return modify
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("modify", "message"),
     [
-        (changed(lambda s: s.pop("module.fc.weight")), r"is not a mobilenet_v1 \(it lacks 'fc.weight'\)$"),
-        (changed(lambda s: s.pop("module.model.4.1.running_var")), "it lacks 'model.4.1.running_var'"),
-        (changed(lambda s: s.update({"module.fc.bias": torch.zeros(1000)})), r"it has also 'fc.bias'\)"),
+        (changed(lambda s: s.pop("module.fc.weight")), r"is not a mobilenet_v1 \(missing key 'fc.weight'\)$"),
+        (changed(lambda s: s.pop("module.model.4.1.running_var")), "missing key 'model.4.1.running_var'"),
+        (changed(lambda s: s.update({"module.fc.bias": torch.zeros(1000)})), r"unexpected key 'fc.bias'\)"),
         (changed(lambda s: s.update({"module.model.0.0.weight": torch.zeros(32, 3, 5, 5)})),
-         r"'model.0.0.weight' has shape \(32, 3, 5, 5\), not \(32, 3, 3, 3\)"),
+         r"'model.0.0.weight' has shape \(32, 3, 5, 5\), expected \(32, 3, 3, 3\)"),
         (changed(lambda s: s.update({"module.fc.weight": torch.zeros(1000)})), "'fc.weight' has shape"),
-        (changed(lambda s: s.update({"module.model.0.1.sparseThreshold": torch.zeros(2)})), "not one s"),
-        (changed(lambda s: s.update({"module.model.0.9.sparseThreshold": torch.zeros(1, 1)})), "there is no weight"),
-        (lambda content: {**content, "state_dict": {}}, "holds no 'state_dict' of tensors"),
-        (lambda content: [1, 2], "holds no 'state_dict' of tensors"),
-        (lambda content: {**content, "args": Opaque()}, "holds more than tensors and plain values, .*Opaque for one"),
+        (changed(lambda s: s.update({"module.model.0.1.sparseThreshold": torch.zeros(2)})),
+         "must be a floating point tensor with one element"),
+        (changed(lambda s: s.update({"module.model.0.9.sparseThreshold": torch.zeros(1, 1)})),
+         "layer 'model.0.9' has a threshold but no weight"),
+        (lambda content: {**content, "state_dict": {}}, "has no 'state_dict' of tensors"),
+        (lambda content: [1, 2], "has no 'state_dict' of tensors"),
+        (lambda content: {**content, "args": Opaque()},
+         "has objects other than tensors and plain values, such as .*Opaque"),
     ],
 )  # fmt: skip
-def test_a_file_that_does_not_fit_is_refused_in_one_sentence(folder, tmp_path, spoil, message):
+def test_invalid_checkpoint_raises_a_one_line_error(folder, tmp_path, modify, message):
     content = torch.load(folder / "mobilenet_v1.pth", weights_only=False)
-    torch.save(spoil(content), tmp_path / "spoilt.pth")
+    torch.save(modify(content), tmp_path / "modified.pth")
     with pytest.raises(CheckpointError, match=message) as error:
-        convert(tmp_path / "spoilt.pth", "mobilenet_v1")
+        convert(tmp_path / "modified.pth", "mobilenet_v1")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("old_format", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(tmp_path, old_format, share):
+def test_truncated_file_raises(tmp_path, old_format, share):
     save(old_mobilenet(STRConv, classes=2), tmp_path / "whole.pth", old_format=old_format)
     data = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "part.pth").write_bytes(data[: int(share * len(data))])
@@ -329,8 +332,8 @@ def test_a_truncated_file_is_refused(tmp_path, old_format, share):
         convert(tmp_path / "part.pth", "mobilenet_v1")
 
 
-def test_files_of_another_kind_are_refused(folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is not a resnet18 \(.*\); it is a resnet50$"):
+def test_other_architectures_and_files_raise(folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is not a resnet18 \(.*\); the checkpoint is a resnet50$"):
         convert(folder / "resnet50.pth", "resnet18")
     with pytest.raises(InputError, match="unknown architecture 'resnet5'; did you mean 'resnet50'"):
         convert(folder / "resnet50.pth", "resnet5")
@@ -344,14 +347,14 @@ def test_files_of_another_kind_are_refused(folder, tmp_path):
             convert(tmp_path / name, "resnet18")
 
 
-def test_the_command_writes_what_convert_gives(folder, tmp_path):
+def test_convert_command_writes_the_converted_state_dict(folder, tmp_path):
     old = str(folder / "resnet18.pth")
     done = run_cli("convert", old, "--arch", "resnet18", "--out", "dense.safetensors", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    wanted, written = convert(old, "resnet18"), load_file(tmp_path / "dense.safetensors")
-    assert wanted.keys() == written.keys()
-    assert all(torch.equal(wanted[key], written[key]) for key in wanted)
+    expected, written = convert(old, "resnet18"), load_file(tmp_path / "dense.safetensors")
+    assert expected.keys() == written.keys()
+    assert all(torch.equal(expected[key], written[key]) for key in expected)
     model = sparing.models.resnet18()
     model.load_state_dict(written)
     total = sparing.report(model).total
@@ -361,7 +364,7 @@ def test_the_command_writes_what_convert_gives(folder, tmp_path):
     assert load_file(tmp_path / "s.safetensors")["fc.parametrizations.weight.0.s"].shape == (1,)
     done = run_cli("convert", old, "--arch", "resnet18", "--out", "tv.safetensors", "--names", "torchvision",
                    cwd=tmp_path)  # fmt: skip
-    assert load_file(tmp_path / "tv.safetensors").keys() == wanted.keys() | {"fc.bias"}
+    assert load_file(tmp_path / "tv.safetensors").keys() == expected.keys() | {"fc.bias"}
     done = run_cli("convert", old, "--arch", "resnet50", "--out", "x.safetensors", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert not (tmp_path / "x.safetensors").exists()

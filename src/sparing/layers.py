@@ -187,3 +187,24 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
         {}
     """
     return {name: layer for name, layer in find_layers(model).items() if layer.parametrization is not None}
+
+
+def filter_shape(layer: Layer) -> tuple[int, ...]:
+    """Return the shape with one number per filter (output channel or row) that broadcasts to the weight of a layer.
+
+    Raises:
+        InputError: the layer is a transposed convolution of several groups.
+
+    Examples:
+        >>> filter_shape(find_layers(nn.Conv2d(3, 8, 5))["weight"])
+        (8, 1, 1, 1)
+    """
+    shape = tuple(layer.weight.shape)
+    if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
+        return shape[:1] + (1,) * (len(shape) - 1)
+    if layer.module.groups != 1:
+        raise InputError(
+            f"layer {layer.name!r} is a transposed convolution of {layer.module.groups} groups, whose filters are not "
+            "slices of its weight: one threshold per filter is not supported; leave it out with select="
+        )
+    return (1, shape[1]) + (1,) * (len(shape) - 2)

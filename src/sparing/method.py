@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from sparing.sparsifier import Sparsifier
 
 
+Layers = Mapping[str, Layer]
+"""The layers to sparsify, by name."""
+
+Parametrizations = dict[str, Sparse]
+"""A parametrization for each layer, by the layer's name."""
+
 Optimizers = tuple[Optimizer, ...]
 """All optimizers that train the model, in the order in which they step."""
 
@@ -31,10 +37,10 @@ Optimizers = tuple[Optimizer, ...]
 class Method(ABC):
     """Abstract: a way to train a sparse network. A subclass is a frozen dataclass and its own configuration.
 
-    `sparsify_` calls `prepare` and `parametrizations` once. Once `Sparsifier.attach` was called, the hooks run
-    around every optimizer step that is taken; a step that a gradient scaler skips is not seen. The method itself
-    has no state: what a checkpoint needs is a parameter or buffer of the parametrizations. The length of the run
-    is an argument of `sparsify_`, not of the method.
+    `sparsify_` calls `prepare` and `parametrizations` once. Once `Sparsifier.attach` was called, the hooks run around
+    every optimizer step that is taken; a step that a gradient scaler skips is not seen. The method itself has no
+    state: what a checkpoint needs is a parameter or buffer of the parametrizations. The length of the run is an
+    argument of `sparsify_`, not of the method.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -55,7 +61,7 @@ class Method(ABC):
 
     name: ClassVar[str]
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Any:
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Return what follows from method, model and length of the run: `Sparsifier.plan`.
 
         It is called before anything is changed and may refuse with `InputError`. A checkpoint need not hold it.
@@ -63,7 +69,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         """Return a parametrization for every layer, by the layer's name, on the device of its weight."""
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
@@ -114,7 +120,7 @@ class Ranking(Method):
     Attributes:
         takes_global: whether budget="global" is supported.
         takes_nm: whether the pattern `NM` is supported.
-        moves_between_layers: whether units move between layers, and must have one size.
+        equal_units: whether units must have one size in all layers: they move between layers, or compete.
         after_ramp: whether updates go on after the ramp, to the end of the run.
 
     Raises:
@@ -124,7 +130,7 @@ class Ranking(Method):
 
     takes_global: ClassVar[bool] = True
     takes_nm: ClassVar[bool] = True
-    moves_between_layers: ClassVar[bool] = False
+    equal_units: ClassVar[bool] = False
     after_ramp: ClassVar[bool] = False
 
     sparsity: float | None = None
@@ -155,13 +161,13 @@ class Ranking(Method):
                 "layer; choose 'uniform', 'erk' or a Budget"
             )
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Plan:
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Plan:
         allocation = Allocation.resolve(layers, self.pattern, self.sparsity, self.budget)
         sizes = {units.weights for units in allocation.units.values()}
-        if self.moves_between_layers and len(sizes) > 1:
+        if self.equal_units and len(sizes) > 1:
             raise InputError(
-                f"{type(self).__name__}: {self.pattern} makes groups of {min(sizes)} to {max(sizes)} weights; groups "
-                "move between layers and must have one size: use Block(n), or leave layers out with select="
+                f"{type(self).__name__}: {self.pattern} makes groups of {min(sizes)} to {max(sizes)} weights, and they "
+                "must have one size in all layers: use Block(n), or leave layers out with select="
             )
         return Plan(allocation, self.updates(steps))
 

@@ -5,7 +5,7 @@ run as extra state. So it is saved, moved and copied with the model.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -146,9 +146,12 @@ class SoftThreshold(LearnedThreshold):
         return soft_threshold(weight, self.threshold())
 
 
-def learned_number(shape: tuple[int, ...], start: float, weight: Tensor) -> nn.Parameter:
-    """Return the s of a `LearnedThreshold`: trained if the weight is, float32 whatever its dtype (see `Sparse`)."""
-    s = torch.full(shape, float(start), dtype=torch.float32, device=weight.device)
+def learned_number(shape: Sequence[int], start: float, weight: Tensor) -> nn.Parameter:
+    """Return a learned parameter of a parametrization: trained if the weight is, float32 whatever its dtype.
+
+    In bf16 a training step of an s near −10 would be lost to rounding; see `Sparse`.
+    """
+    s = torch.full(tuple(shape), float(start), dtype=torch.float32, device=weight.device)
     return nn.Parameter(s, requires_grad=weight.requires_grad)
 
 

@@ -25,7 +25,7 @@ from sparing.errors import InputError
 from sparing.layers import Layer, find_layers
 from sparing.macs import Example, count_applications
 from sparing.masks import count_kept
-from sparing.method import Method, Optimizers
+from sparing.method import Layers, Method, Optimizers
 from sparing.parametrizations import LearnedThreshold
 from sparing.patterns import NM, Pattern, Units, Unstructured
 from sparing.schedules import Updates, check_positions
@@ -133,7 +133,7 @@ class Rescaling(Method):
         if self.input_size is None:
             raise InputError(f"{who}: macs={macs!r} needs input_size=, the shape of one input such as (1, 3, 224, 224)")
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> ResolvedTarget | None:
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> ResolvedTarget | None:
         units = {name: self.pattern.units(layer) for name, layer in layers.items()}
         if not self.targeted:
             return None
@@ -196,7 +196,7 @@ class Rescaling(Method):
 
 # --8<-- [start:rescale]
 @torch.no_grad()
-def rescale(layers: Mapping[str, Layer], target: ResolvedTarget, wanted: int) -> None:
+def rescale(layers: Layers, target: ResolvedTarget, wanted: int) -> None:
     """Rescale all s, s_l ← ρ · s_l, so that the layers have the wanted cost.
 
     Args:

@@ -1,7 +1,7 @@
-"""From a trained network to something smaller on disk and faster to run.
+"""Export trained networks to smaller files and faster runtimes.
 
-`compressed` needs torch and safetensors alone (and NumPy, as safetensors does to write); every other
-module names in its own docstring what it needs of the extra `sparing[export]`.
+`compressed` requires only torch and safetensors (and NumPy, which safetensors uses to write files). Every other
+module names the packages of the extra `sparing[export]` that it requires.
 """
 
 from sparing.export import compressed

@@ -1,12 +1,12 @@
-"""Files as small as the network is sparse: safetensors that leave out the zeros.
+"""Compressed files: safetensors that store only the nonzero values of each tensor.
 
-    bytes of a tensor = bytes of its nonzero values + bytes of the runs of zeros between them
+    bytes of a tensor = bytes of its nonzero values + bytes of the encoded runs of zeros between them
 
-A run of r zeros is written in a Rice code of b bits: r >> b zeros and a one, and the low b bits of r.
-For b = 0 that is a bitmask of the tensor; larger b is shorter where few weights live. Each tensor
-takes the b that is shortest for it, or stays dense where that is shorter still. The code comes
-within a few percent of the entropy of the positions, so the file is about as small as can be:
-`entropy_bound` says how small that is. `docs/format.md` has the format, and a reader without sparing.
+A run of r zeros is written in a Rice code with parameter b: r >> b zero bits, a one bit, and the low b bits of r.
+With b = 0 the code is a bitmask of the tensor; a larger b is shorter at high sparsity. Each tensor uses the b that
+gives the shortest code, or is stored dense if that takes fewer bytes. The size of the code is within a few percent
+of the entropy of the positions; `entropy_bound` computes this lower bound. `docs/format.md` specifies the format and
+has a reader that does not require sparing.
 
 Source: Rice and Plaunt, "Adaptive variable-length coding for efficient compression of spacecraft
 television data", IEEE Transactions on Communication Technology, 1971; Golomb, "Run-length encodings",
@@ -28,12 +28,12 @@ from sparing.files import atomic_write
 
 VERSION = 1
 
-# A run never takes fewer than (run >> MOST_BITS) bits, so a reader never makes more than 2048 elements
-# of one byte, whatever a file claims.
-MOST_BITS = 8
+# A run of r zeros takes at least (r >> MAX_BITS) bits, so one byte of a file decodes to at most 2048 elements.
+# This limits how much memory a damaged or malicious file can make the reader allocate.
+MAX_BITS = 8
 
-# What a second entry in the header costs, about: tensors that would save less stay dense.
-ENTRY = 128
+# Approximate size in bytes of one more entry in the safetensors header. Tensors that would save less are stored dense.
+ENTRY_BYTES = 128
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -43,29 +43,30 @@ DTYPES = {
         torch.bool,
     )
 }  # fmt: skip
-"""What a file can hold, by the name it has there."""
+"""Supported dtypes by their name in the file."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes an element: what a tensor is looked at as, so that −0.0 and every NaN count as values."""
+"""Bytes per element → integer dtype. Viewed as integers, −0.0 and every NaN count as nonzero values."""
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype | None = None) -> None:
-    """Write a state_dict without its zeros, whole or not at all.
+    """Write a state dict to a compressed file, atomically.
 
-    Every bit is kept, so −0.0 is a value like any other. A weight multiplied by a mask is full of
-    them; `torch.where(mask, weight, 0.0)`, or adding 0.0, makes them zeros. sparing's own methods make none.
+    The file is lossless with `values=None`. Negative zero (−0.0) is stored as a value. Multiplying a weight by a mask
+    creates −0.0; `torch.where(mask, weight, 0.0)` or adding 0.0 turns it into 0.0. The methods of sparing create no
+    −0.0.
 
     Args:
-        state_dict: tensors by name, of a densified model or of `sparing.dense_state_dict`. Tensors that
-            are one and the same under several names are written once.
-        path: the file.
-        values: None keeps every bit. `torch.bfloat16` or `torch.float16` rounds the floating point
-            tensors of two dimensions and more, the weights, to it; vectors such as biases and the
-            statistics of normalization keep every bit all the same.
+        state_dict: tensors by name, from a densified model or from `sparing.dense_state_dict`. Tied tensors are
+            written once.
+        path: output file.
+        values: None stores the values without loss. `torch.bfloat16` or `torch.float16` rounds floating point
+            tensors with two or more dimensions (the weights) to that dtype. Tensors with fewer dimensions, such as
+            biases and normalization statistics, are always stored without loss.
 
     Raises:
-        InputError: an entry is not a dense tensor of one of `DTYPES` on a real device; `values` is none
-            of the three; a weight is too large for `values`; the file cannot be written.
+        InputError: an entry is not a dense tensor with a dtype in `DTYPES`, or is on the meta device; `values` is not
+            supported; a weight overflows `values`; the file cannot be written.
 
     Examples:
         >>> weight = torch.where(torch.rand(1000, 1000) < 0.01, 1.5, 0.0)
@@ -79,42 +80,48 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
     from safetensors.torch import save_file
 
     if values not in (None, torch.bfloat16, torch.float16):
-        raise InputError(f"values={values} is none of None, torch.bfloat16 and torch.float16")
-    parts: dict[str, Tensor] = {}
+        raise InputError(f"values must be None, torch.bfloat16 or torch.float16, got {values}")
+    arrays: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
-    # Held until the end: a mapping that makes its tensors on demand would reuse the address that tells ties.
+    # dict() keeps all tensors alive: a lazy mapping could free a tensor and reuse its address, which looks like a tie.
     for name, tensor in dict(state_dict).items():
-        _check(name, tensor)
+        _check_tensor(name, tensor)
         tensor = tensor.detach()
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in first:
-            entries[name] = first[place]
+        storage = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and storage in first:
+            entries[name] = first[storage]
             continue
-        first[place] = name
-        # Cloned, since safetensors refuses tensors that share memory, as views do.
+        first[storage] = name
+        # Clone because safetensors rejects tensors that share memory.
         stored = _round(name, tensor.cpu().clone(memory_format=torch.contiguous_format), values)
-        entry, made = _encode(stored)
+        entry, encoded = _encode(stored)
         entries[name] = {
             "dtype": _name(tensor.dtype), "values": _name(stored.dtype), "shape": list(tensor.shape), **entry,
-            "crc32": _checksum(made.values()),
+            "crc32": _checksum(encoded.values()),
         }  # fmt: skip
-        parts |= {f"{name}/{kind}": part for kind, part in made.items()}
-    head = json.dumps({"version": VERSION, "crc32": crc32(_canonical(entries)), "tensors": entries})
+        arrays |= {f"{name}/{kind}": array for kind, array in encoded.items()}
+    header = json.dumps({"version": VERSION, "crc32": crc32(_canonical(entries)), "tensors": entries})
     try:
         with atomic_write(path) as temporary:
-            save_file(parts, temporary, metadata={"sparing.compressed": head})
+            save_file(arrays, temporary, metadata={"sparing.compressed": header})
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """Read all of a file: the state_dict that was saved, zeros included, on the CPU.
+    """Read a compressed file as a dense state dict on the CPU.
 
-    Equal to the last bit for what was saved with `values=None`.
+    The result is bit-identical to the saved state dict if it was saved with `values=None`. Tied tensors are tied again.
+
+    Args:
+        path: a file written by `save`.
+
+    Returns:
+        Dense tensors by name, with their original shapes and dtypes.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not one of ours or of a newer version.
+        CheckpointError: the file is missing, damaged, in another format or of a newer version.
 
     Examples:
         >>> save({"scale": torch.tensor(-0.0)}, "scale.safetensors")
@@ -122,23 +129,22 @@ def load(path: str | Path) -> dict[str, Tensor]:
         {'scale': tensor(-0.)}
         >>> Path("scale.safetensors").unlink()
     """
-    lazy = Compressed(path)
-    whole = {name: lazy[name] for name in lazy if lazy.same_as(name) is None}
-    return {name: whole[lazy.same_as(name) or name] for name in lazy}
+    file = Compressed(path)
+    tensors = {name: file[name] for name in file if file.same_as(name) is None}
+    return {name: tensors[file.same_as(name) or name] for name in file}
 
 
 class Compressed(Mapping[str, Tensor]):
-    """A file opened, its tensors by name; each is read and decoded when it is asked for.
+    """Open a compressed file as a mapping that reads and decodes each tensor on access.
 
-    `model.load_state_dict(Compressed(path))` works, and so does taking one tensor out of a file that
-    would not fit into memory.
+    Use it to read single tensors from a file that does not fit into memory, or pass it to `model.load_state_dict`.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file written by `save`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not one of ours or of a newer version; on
-            opening, or on reading a tensor that is damaged.
+        CheckpointError: the file is missing, damaged, in another format or of a newer version. A damaged tensor
+            raises it on access.
 
     Examples:
         >>> save({"weight": torch.eye(100)}, "eye.safetensors")
@@ -158,36 +164,36 @@ class Compressed(Mapping[str, Tensor]):
             self._file: Any = safe_open(str(self.path), framework="pt")
             metadata = self._file.metadata() or {}
         except (OSError, SafetensorError, ValueError) as error:
-            raise self._refusal(f"unreadable or truncated ({error})") from error
+            raise self._error(f"unreadable or truncated ({error})") from error
         if "sparing.compressed" not in metadata:
-            raise self._refusal("was not written by sparing.export.compressed")
+            raise self._error("not written by sparing.export.compressed")
         try:
-            head = json.loads(metadata["sparing.compressed"])
-            version, entries = head["version"], head["tensors"]
+            header = json.loads(metadata["sparing.compressed"])
+            version, entries = header["version"], header["tensors"]
             stored = {name for name, entry in entries.items() if isinstance(entry, dict)}
             intact = all(name in stored or entry in stored for name, entry in entries.items())
-            intact = intact and head["crc32"] == crc32(_canonical(entries))
+            intact = intact and header["crc32"] == crc32(_canonical(entries))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._refusal("its header is damaged") from error
+            raise self._error("the header is damaged") from error
         if version != VERSION:
-            raise self._refusal(f"has version {version} of the format; this sparing reads version {VERSION}")
+            raise self._error(f"format version {version} is not supported; this sparing reads version {VERSION}")
         if not intact:
-            raise self._refusal("its header is damaged")
+            raise self._error("the header is damaged")
         self._entries: dict[str, Any] = entries
 
     def same_as(self, name: str) -> str | None:
-        """The name under which the tensor is stored, if that is another one."""
+        """Return the name under which a tied tensor is stored, or None if `name` is stored itself."""
         entry = self._entries[name]
         return entry if isinstance(entry, str) else None
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
-        stored = self.same_as(name) or name  # a KeyError here is the caller's
+        stored = self.same_as(name) or name  # outside the try block: an unknown name raises KeyError
         try:
             return self._decode(stored)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, OSError, SafetensorError) as error:
-            raise self._refusal(f"tensor {name!r} is damaged ({_first_line(error)})") from error
+            raise self._error(f"tensor {name!r} is damaged ({_first_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -198,67 +204,71 @@ class Compressed(Mapping[str, Tensor]):
     def _decode(self, name: str) -> Tensor:
         entry = self._entries[name]
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        # Before anything is multiplied by it: a number times a list is a list as long.
+        # Check before prod(shape): an integer times a nested list allocates a list of that length.
         if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
-            raise ValueError("its shape is no list of lengths")
-        made = {kind: self._file.get_tensor(f"{name}/{kind}") for kind in KINDS[entry["encoding"]]}
-        if _checksum(made.values()) != entry["crc32"]:
-            raise ValueError("its checksum differs")
-        if made["values"].dtype != DTYPES[entry["values"]]:
-            raise ValueError(f"its values are {made['values'].dtype}, not {entry['values']}")
-        stored: Tensor = made["values"].to(dtype)
+            raise ValueError("the shape is not a list of non-negative integers")
+        arrays = {kind: self._file.get_tensor(f"{name}/{kind}") for kind in ARRAYS[entry["encoding"]]}
+        if _checksum(arrays.values()) != entry["crc32"]:
+            raise ValueError("checksum mismatch")
+        if arrays["values"].dtype != DTYPES[entry["values"]]:
+            raise ValueError(f"the values have dtype {arrays['values'].dtype}, expected {entry['values']}")
+        stored: Tensor = arrays["values"].to(dtype)
         if entry["encoding"] == "dense":
             if list(stored.shape) != shape:
-                raise ValueError(f"its shape is {list(stored.shape)}, not {shape}")
+                raise ValueError(f"the stored shape is {list(stored.shape)}, expected {shape}")
             return stored
-        where = _positions(made["runs"], stored.numel(), entry["bits"], prod(shape))
-        whole = torch.zeros(prod(shape), dtype=INTEGERS[dtype.itemsize])
-        whole[where] = stored.view(whole.dtype)
-        return whole.view(dtype).reshape(shape)
+        positions = _positions(arrays["runs"], stored.numel(), entry["bits"], prod(shape))
+        dense = torch.zeros(prod(shape), dtype=INTEGERS[dtype.itemsize])
+        dense[positions] = stored.view(dense.dtype)
+        return dense.view(dtype).reshape(shape)
 
-    def _refusal(self, why: str) -> CheckpointError:
-        return CheckpointError(f"compressed file {self.path}: {why}")
+    def _error(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"compressed file {self.path}: {reason}")
 
 
 def entropy_bound(state_dict: Mapping[str, Tensor]) -> float:
-    """The bytes below which no file can go on average, if zeros are anywhere and values are anything.
+    """Return the minimum average size of a lossless file in bytes.
 
         Σ over tensors of n · H(d) / 8 + bytes of the nonzero values,    H(d) = −d log₂ d − (1 − d) log₂(1 − d)
 
-    n is the number of elements and d the share of them that is not zero.
+    n is the number of elements of a tensor and d its density, the fraction of nonzero elements. The bound assumes
+    zeros at random positions and incompressible values.
+
+    Args:
+        state_dict: tensors by name.
 
     Examples:
-        >>> entropy_bound({"weight": torch.tensor([0.0, 1.0])})  # one bit an element, one value
+        >>> entropy_bound({"weight": torch.tensor([0.0, 1.0])})  # one bit per element, one value of 4 bytes
         4.25
     """
     total = 0.0
     for tensor in state_dict.values():
         n = tensor.numel()
-        live = int(torch.count_nonzero(tensor))
-        total += live * tensor.element_size()
-        if 0 < live < n:
-            total -= (live * log2(live / n) + (n - live) * log2(1 - live / n)) / 8
+        nonzero = int(torch.count_nonzero(tensor))
+        total += nonzero * tensor.element_size()
+        if 0 < nonzero < n:
+            total -= (nonzero * log2(nonzero / n) + (n - nonzero) * log2(1 - nonzero / n)) / 8
     return total
 
 
-KINDS = {"dense": ("values",), "runs": ("runs", "values")}
-"""The parts a tensor is stored in, by encoding."""
+ARRAYS = {"dense": ("values",), "runs": ("runs", "values")}
+"""Encoding → the arrays that store a tensor."""
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(name: str, tensor: Any) -> None:
+def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
-        raise InputError(f"entry {name!r} of the state_dict is a {type(tensor).__name__}, not a tensor")
+        raise InputError(f"entry {name!r} of the state dict must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or _name(tensor.dtype) not in DTYPES:
         raise InputError(
-            f"tensor {name!r} is {tensor.dtype} of layout {tensor.layout}; "
-            f"only strided tensors can be saved, of {', '.join(DTYPES)}"
+            f"tensor {name!r} has dtype {tensor.dtype} and layout {tensor.layout}; "
+            f"supported are strided tensors of {', '.join(DTYPES)}"
         )
     if tensor.is_meta:
-        raise InputError(f"tensor {name!r} is on the meta device and has no numbers to save")
+        raise InputError(f"tensor {name!r} is on the meta device and has no values to save")
 
 
 def _round(name: str, tensor: Tensor, values: torch.dtype | None) -> Tensor:
@@ -266,73 +276,79 @@ def _round(name: str, tensor: Tensor, values: torch.dtype | None) -> Tensor:
         return tensor
     rounded = tensor.to(values)
     if bool((torch.isfinite(tensor) & ~torch.isfinite(rounded)).any()):
-        raise InputError(f"tensor {name!r} holds numbers too large for {values}; save with values=None or bfloat16")
+        raise InputError(f"tensor {name!r} overflows {values}; save with values=None or values=torch.bfloat16")
     return rounded
 
 
 def _encode(tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The cheapest way to store a tensor: what the header says of it, and the parts."""
+    """Encode a tensor in the fewest bytes. Return its header entry and the arrays that store it."""
     flat = tensor.reshape(-1)
-    # Every bit counts: −0.0 is no zero here.
-    (where,) = torch.nonzero(flat.view(INTEGERS[tensor.element_size()]), as_tuple=True)
-    edges = torch.cat([where.new_tensor([-1]), where, where.new_tensor([flat.numel()])])
-    runs = edges.diff() - 1  # before each value, and after the last
-    bits, cost = min(((b, _cost(runs, b)) for b in range(MOST_BITS + 1)), key=lambda pair: pair[1])
-    if cost + where.numel() * tensor.element_size() + ENTRY >= tensor.numel() * tensor.element_size():
+    # Compare bits: −0.0 is stored as a value.
+    (positions,) = torch.nonzero(flat.view(INTEGERS[tensor.element_size()]), as_tuple=True)
+    edges = torch.cat([positions.new_tensor([-1]), positions, positions.new_tensor([flat.numel()])])
+    runs = edges.diff() - 1  # zeros before each value, and after the last
+    bits, size = min(((b, _encoded_bytes(runs, b)) for b in range(MAX_BITS + 1)), key=lambda pair: pair[1])
+    if size + positions.numel() * tensor.element_size() + ENTRY_BYTES >= tensor.numel() * tensor.element_size():
         return {"encoding": "dense"}, {"values": tensor}
     unary = torch.zeros(int((runs >> bits).sum()) + len(runs), dtype=torch.uint8)
     unary[(runs >> bits).cumsum(0) + torch.arange(len(runs))] = 1
     low = (runs[:, None] >> torch.arange(bits)) & 1
     coded = torch.cat([_pack(unary), _pack(low.reshape(-1).to(torch.uint8))])
-    # Indexed as integers: not every dtype can be indexed.
-    live = flat.view(INTEGERS[tensor.element_size()])[where].view(tensor.dtype)
-    return {"encoding": "runs", "bits": bits}, {"runs": coded, "values": live}
+    # View as integers because torch does not support indexing for every dtype.
+    values = flat.view(INTEGERS[tensor.element_size()])[positions].view(tensor.dtype)
+    return {"encoding": "runs", "bits": bits}, {"runs": coded, "values": values}
 
 
-def _cost(runs: Tensor, bits: int) -> int:
-    """The bytes that the runs take."""
+def _encoded_bytes(runs: Tensor, bits: int) -> int:
+    """Return the size of the encoded runs in bytes."""
     unary = int((runs >> bits).sum()) + len(runs)
     return -(-unary // 8) + -(-bits * len(runs) // 8)
 
 
 def _positions(coded: Tensor, values: int, bits: int, elements: int) -> Tensor:
-    """Where the values belong, read off the coded runs.
+    """Decode runs into the flat positions of the values.
+
+    Args:
+        coded: encoded runs, uint8.
+        values: expected number of values.
+        bits: parameter b of the Rice code.
+        elements: expected number of elements of the tensor.
 
     Raises:
-        ValueError: the runs do not lead to exactly so many values in so many elements.
+        ValueError: the runs do not match the number of values or of elements.
     """
-    if not 0 <= bits <= MOST_BITS:
-        raise ValueError(f"{bits} bits a run are not possible")
+    if not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be in [0, {MAX_BITS}], got {bits}")
     split = len(coded) - -(-bits * (values + 1) // 8)
     if split < 0:
-        raise ValueError("its runs are too short")
+        raise ValueError("the runs are truncated")
     (ones,) = torch.nonzero(_unpack(coded[:split]), as_tuple=True)
     if len(ones) != values + 1:
-        raise ValueError(f"it has {values} values and {len(ones)} runs")
+        raise ValueError(f"{values} values need {values + 1} runs, got {len(ones)} runs")
     low = _unpack(coded[split:])[: bits * len(ones)].reshape(len(ones), bits)
     runs = ones.diff(prepend=ones.new_tensor([-1])) - 1 << bits
     runs |= (low.to(torch.int64) << torch.arange(bits)).sum(1)
     edges = (runs + 1).cumsum(0) - 1
     if int(edges[-1]) != elements:
-        raise ValueError(f"its runs cover {int(edges[-1])} elements of {elements}")
+        raise ValueError(f"the runs cover {int(edges[-1])} of {elements} elements")
     return edges[:-1]
 
 
 def _pack(bits: Tensor) -> Tensor:
-    """Eight bits a byte, the first in the lowest place."""
-    whole = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
-    return (whole << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    """Pack eight bits per byte, least significant bit first."""
+    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor) -> Tensor:
     return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
 
 
-def _checksum(parts: Any) -> int:
-    check = 0
-    for part in parts:
-        check = crc32(part.reshape(-1).view(torch.uint8).numpy(), check)
-    return check
+def _checksum(arrays: Any) -> int:
+    checksum = 0
+    for array in arrays:
+        checksum = crc32(array.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def _canonical(entries: Any) -> bytes:

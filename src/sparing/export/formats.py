@@ -1,4 +1,4 @@
-"""The formats of `sparing export`, by name."""
+"""Table of the file formats of `sparing export`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +16,18 @@ Save = Callable[[nn.Module, Path, Example], Written]
 
 
 def save_compressed(model: nn.Module, path: Path, example: Example) -> Written:
-    """The weights without their zeros; the example is not needed."""
+    """Write the effective weights to a compressed file. The example is not used."""
     compressed.save(dense_state_dict(model), path)
     return Written(path, path.stat().st_size, 0.0)
 
 
 def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
-    """The weights with their zeros, for any reader of safetensors; the example is not needed."""
+    """Write the dense effective weights to an ordinary safetensors file. The example is not used."""
     from safetensors.torch import save_file
 
-    # Cloned, since safetensors refuses tensors that share memory.
+    # Clone because safetensors rejects tensors that share memory.
     state: dict[str, Tensor] = {
-        name: t.detach().cpu().contiguous().clone() for name, t in dense_state_dict(model).items()
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense_state_dict(model).items()
     }
     try:
         with atomic_write(path) as temporary:
@@ -45,4 +45,4 @@ FORMATS: dict[str, tuple[str, Save]] = {
     "torch": ("model.pt2", native.save),
     "openvino": ("model.xml", openvino.save),
 }
-"""Name → the file's name in a run directory, and the function that writes it."""
+"""Format name → default file name in a run directory, and the function that writes the file."""

@@ -1,12 +1,13 @@
-"""How fast a sparse network is, beside the same network dense in the runtimes people ship.
+"""Latency of a sparse network against dense baselines in common runtimes.
 
-All contestants execute one and the same trained network: torch with the convolutions of `native` and MNN with
-its sparse kernels, the others with the zeros as numbers. Each is loaded into a process of its own, is checked
-against torch, and then they take turns, round by round, so that the machine's drift hits all of them alike.
+All backends run the same trained network: PyTorch with the sparse convolutions of `native` and MNN with its sparse
+kernels skip the zeros, the dense baselines do not. Each backend is loaded in a separate process and its outputs are
+checked against PyTorch. The backends are then timed in interleaved rounds, so that a change in the speed of the machine
+affects all of them.
 
-    ratio of a round = seconds of the rival / seconds of the fastest sparse one        above 1: sparse is faster
+    ratio of a round = seconds of the backend / seconds of the fastest sparse backend    above 1: sparse is faster
 
-What is given is the median over the rounds, with the lowest and the highest.
+The results are the median, minimum and maximum over the rounds.
 """
 
 import json
@@ -27,14 +28,14 @@ from torch import nn
 
 from sparing.errors import InputError
 from sparing.export import mnn, native, onnx
-from sparing.export.network import PACKAGES, TOLERANCE, largest_error, outputs, plain, random_inputs, require
+from sparing.export.network import PACKAGES, TOLERANCE, max_relative_error, outputs, plain, random_inputs, require
 from sparing.export.runtimes import Process, UnavailableError
 from sparing.layers import find_layers
 from sparing.macs import Example
 
 SPARSE = "MNN sparse"
 
-CONTESTANTS = {
+BACKENDS = {
     SPARSE: ("mnn", "sparse.mnn"),
     "torch sparse": ("torch_sparse", "sparse.pt2"),
     "MNN dense": ("mnn", "dense.mnn"),
@@ -44,31 +45,31 @@ CONTESTANTS = {
     "torch eager": ("torch_eager", "network.pt2"),
     "torch compiled": ("torch_compiled", "network.pt2"),
 }
-"""By name: the runtime, and the file it reads. The first is always there."""
+"""Backend name → runtime and the file that it loads. The first is always measured."""
 
-SPARSE_ONES = (SPARSE, "torch sparse")
+SPARSE_BACKENDS = (SPARSE, "torch sparse")
 
-FP32_RIVALS = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "torch eager", "torch compiled")
+FP32_BASELINES = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "torch eager", "torch compiled")
 
 SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant at one batch size and number of threads.
+    """Latency of one backend for one batch size and number of threads.
 
     Attributes:
-        name: of the contestant.
-        batch: inputs an execution.
-        threads: that the runtime may use.
-        seconds: of one execution, the median over the rounds; None if there are none.
-        lowest: of the rounds.
-        highest: of the rounds.
-        ratio: seconds of this contestant / seconds of the fastest sparse one, the median over the rounds.
-        ratio_lowest: of the rounds.
-        ratio_highest: of the rounds.
-        error: the largest difference of its outputs to torch's, as a fraction of the largest output.
-        note: why it was not measured.
+        name: backend name.
+        batch: batch size.
+        threads: number of threads that the runtime may use.
+        seconds: seconds per forward pass, median over the rounds; None if not measured.
+        lowest: minimum of `seconds` over the rounds.
+        highest: maximum of `seconds` over the rounds.
+        ratio: seconds of this backend / seconds of the fastest sparse backend, median over the rounds.
+        ratio_lowest: minimum of `ratio` over the rounds.
+        ratio_highest: maximum of `ratio` over the rounds.
+        error: maximum relative error against PyTorch.
+        note: reason if the backend was not measured.
     """
 
     name: str
@@ -86,17 +87,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Latency:
-    """What `measure` found.
+    """Result of `measure`.
 
     Attributes:
-        rows: a contestant at a batch size and a number of threads each.
-        sweep: for batch 1 and one thread, sparsity → how many times as fast MNN sparse is as the
-            fastest fp32 rival, had every weight matrix and kernel that sparsity at random places; empty
-            if not measured.
-        sparsity: of the network's weights.
-        machine: processor, logical processors, versions.
-        rounds: how many turns each contestant had.
-        sizes: bytes of the files that were timed.
+        rows: one row per backend, batch size and number of threads.
+        sweep: sparsity → speedup of MNN sparse over the fastest fp32 baseline of MNN dense, ONNX Runtime and OpenVINO,
+            for batch 1, one thread, and uniform sparsity with zeros at random positions; empty if not measured.
+        sparsity: sparsity of the network's weights, in [0, 1].
+        machine: processor name, number of logical processors, package versions.
+        rounds: number of rounds.
+        sizes: file name → size in bytes.
     """
 
     rows: tuple[Timing, ...]
@@ -107,49 +107,60 @@ class Latency:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[int, int], list[Timing]]:
-        """The rows by (batch, threads)."""
+        """Return the rows grouped by (batch, threads)."""
         groups: dict[tuple[int, int], list[Timing]] = {}
         for row in self.rows:
             groups.setdefault((row.batch, row.threads), []).append(row)
         return groups
 
     def verdict(self, batch: int, threads: int) -> str:
-        """In one sentence, whether the zeros pay off here."""
+        """Compare the fastest sparse backend with the dense baselines in one or two sentences.
+
+        Args:
+            batch: a batch size that was measured.
+            threads: a number of threads that was measured.
+        """
         rows = {row.name: row for row in self.groups()[batch, threads] if row.ratio is not None}
-        rivals = [rows[name] for name in FP32_RIVALS if name in rows]
-        sparse = [rows[name] for name in SPARSE_ONES if name in rows]
-        if not sparse or not rivals:
-            return "Not measured: it takes one sparse and one dense runtime."
+        baselines = [rows[name] for name in FP32_BASELINES if name in rows]
+        sparse = [rows[name] for name in SPARSE_BACKENDS if name in rows]
+        if not sparse or not baselines:
+            return "Not measured: requires at least one sparse backend and one dense fp32 baseline."
         fastest = min(sparse, key=lambda row: row.ratio or 0).name
-        best = min(rivals, key=lambda row: row.ratio or 0)
+        best = min(baselines, key=lambda row: row.ratio or 0)
         bf16 = rows.get("OpenVINO bf16")
         if (best.ratio or 0) > 1:
-            text = f"{fastest} is {best.ratio:.2f} times as fast as the fastest dense fp32 rival, {best.name}"
+            text = f"{fastest} is {best.ratio:.2f}x faster than the fastest dense fp32 baseline, {best.name}"
         else:
-            text = f"Sparse loses: {best.name}, dense, is {1 / (best.ratio or 1):.2f} times as fast"
+            ratio = 1 / (best.ratio or 1)
+            text = f"{fastest} is {ratio:.2f}x slower than the fastest dense fp32 baseline, {best.name}"
         if bf16 is None or bf16.ratio is None:
             return f"{text}; bf16 was not measured."
         if bf16.ratio > 1:
-            return f"{text}. It is {bf16.ratio:.2f} times as fast as dense bf16."
-        return f"{text}. Dense bf16, OpenVINO's, is {1 / bf16.ratio:.2f} times as fast as sparse."
+            return f"{text}. It is {bf16.ratio:.2f}x faster than dense bf16 (OpenVINO)."
+        return f"{text}. It is {1 / bf16.ratio:.2f}x slower than dense bf16 (OpenVINO)."
 
     def break_even(self) -> str:
-        """In one sentence, below which sparsity not to bother."""
+        """Describe the break-even sparsity in one sentence."""
         if not self.sweep:
-            return "Below which sparsity zeros no longer pay was not measured."
+            return "Break-even sparsity was not measured."
+        conditions = "batch 1, one thread, zeros at random positions"
         losing = [sparsity for sparsity, ratio in self.sweep.items() if ratio <= 1]
         winning = [sparsity for sparsity in self.sweep if sparsity > max(losing, default=-1)]
         if not winning:
-            return f"At batch 1 and one thread no sparsity up to {100 * max(self.sweep):g} % pays on this network."
+            return f"Break-even sparsity is above {100 * max(self.sweep):g} % ({conditions})."
         least = min(winning)
-        bound = f"from {100 * max(losing):g} % down it does not pay" if losing else "less was not measured"
-        gain = f"{100 * least:g} % at random places pays ({self.sweep[least]:.2f} times)"
-        return f"At batch 1 and one thread {gain}; {bound}."
+        if losing:
+            bound = f"between {100 * max(losing):g} and {100 * least:g} %"
+        else:
+            bound = f"at most {100 * least:g} %, the lowest that was measured"
+        return (
+            f"Break-even sparsity is {bound} ({conditions}); speedup of {self.sweep[least]:.2f}x at {100 * least:g} %."
+        )
 
     def bars(self) -> dict[str, dict[str, tuple[float, float, float]]]:
-        """What was measured, as `sparing.plots.latency_bars` takes it."""
+        """Return the measured times as the argument of `sparing.plots.latency_bars`."""
         return {
-            f"batch {batch}, {_threads(threads)}": {
+            f"batch {batch}, {_format_threads(threads)}": {
                 row.name: (row.seconds, row.lowest, row.highest)
                 for row in rows
                 if row.seconds is not None and row.lowest is not None and row.highest is not None
@@ -158,17 +169,17 @@ class Latency:
         }
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """Return all fields as JSON."""
         content = asdict(self) | {"sweep": {str(sparsity): ratio for sparsity, ratio in self.sweep.items()}}
         return json.dumps(content, indent=2)
 
     def __str__(self) -> str:
         lines = [f"{self.machine['processor']}, {self.rounds} rounds, sparsity {100 * self.sparsity:.2f} %"]
         for (batch, threads), rows in self.groups().items():
-            lines += ["", f"batch {batch}, {_threads(threads)}"]
-            lines.append(f"{'':<16}{'ms':>9}{'lowest':>9}{'highest':>9}   of the fastest sparse")
+            lines += ["", f"batch {batch}, {_format_threads(threads)}"]
+            lines.append(f"{'':<16}{'ms':>9}{'min':>9}{'max':>9}   time / fastest sparse (min to max)")
             for row in sorted(rows, key=lambda row: (row.seconds is None, row.seconds)):
-                lines.append(_line(row))
+                lines.append(_format_row(row))
             lines.append(self.verdict(batch, threads))
         return "\n".join([*lines, "", self.break_even()])
 
@@ -179,81 +190,87 @@ def measure(
     *,
     batches: Sequence[int] = (1, 16),
     threads: Sequence[int] | None = None,
-    contestants: Sequence[str] = tuple(CONTESTANTS),
+    backends: Sequence[str] = tuple(BACKENDS),
     sweep: Sequence[float] = SWEEP,
     rounds: int = 7,
     turn: float = 0.3,
 ) -> Latency:
-    """Time a sparse network in MNN and in torch, and dense in their rivals, in turns.
+    """Measure the latency of a network in sparse backends and dense baselines, in interleaved rounds.
 
-    A rival that is not installed, or cannot execute the network, has a row that says so.
+    If a backend is not installed or cannot run the network, the `note` of its rows gives the reason.
 
     Args:
-        model: sparsified or plain; it is left as it is.
+        model: a sparsified or plain model; it is not modified.
         example: as for `sparing.export.onnx.save`.
         batches: batch sizes.
-        threads: numbers of threads; None measures 1 and as many as the machine has processors.
-        contestants: names of `CONTESTANTS`, with or without MNN sparse, which is always there.
-        sweep: sparsities at which to look for the point from which zeros pay; () leaves it out.
-        rounds: turns of each contestant.
-        turn: seconds a turn is meant to last; one execution at least.
+        threads: numbers of threads; None measures 1 and the number of logical processors.
+        backends: keys of `BACKENDS`. MNN sparse is always measured.
+        sweep: sparsities, in [0, 1], at which to search for the break-even sparsity; () skips the search.
+        rounds: number of rounds; each backend is measured once per round.
+        turn: target duration in seconds of one measurement, which has at least one forward pass.
+
+    Returns:
+        A `Latency`; `print` shows it as a table.
 
     Raises:
-        InputError: onnx, onnxscript or mnn is missing; a name is none of the contestants; the model
-            cannot be exported.
+        InputError: onnx, onnxscript or mnn is missing; a backend is unknown; the model cannot be exported.
 
     Examples:
         >>> print(measure(model, (1, 3, 224, 224), batches=[1], threads=[1]))  # doctest: +SKIP
     """
     require("onnx", "onnxscript", "MNN")
-    for name in contestants:
-        if name not in CONTESTANTS:
-            raise InputError(f"contestant {name!r} is not known; choose from {', '.join(CONTESTANTS)}")
-    names = [name for name in CONTESTANTS if name in {SPARSE, *contestants}]
+    for name in backends:
+        if name not in BACKENDS:
+            raise InputError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    names = [name for name in BACKENDS if name in {SPARSE, *backends}]
     threads = threads or sorted({1, os.cpu_count() or 1})
     network = plain(model)
     rows: list[Timing] = []
     with tempfile.TemporaryDirectory(prefix="sparing-") as folder:
-        failed = _write(network, example, Path(folder), {CONTESTANTS[name][1] for name in names})
-        files = {name: (CONTESTANTS[name][0], Path(folder, CONTESTANTS[name][1])) for name in names}
+        failed = _write_files(network, example, Path(folder), {BACKENDS[name][1] for name in names})
+        files = {name: (BACKENDS[name][0], Path(folder, BACKENDS[name][1])) for name in names}
         sizes = {
             path.name: path.stat().st_size
             for path in Path(folder).iterdir()
             if path.suffix in (".onnx", ".mnn", ".pt2")
         }
         for count in threads:
-            rows += _race(files, failed, network, example, batches, count, rounds, turn)
-        ratios = _sweep(Path(folder), names, failed, network, example, sweep, rounds, turn) if sweep else {}
+            rows += _measure_backends(files, failed, network, example, batches, count, rounds, turn)
+        speedups = _sweep(Path(folder), names, failed, network, example, sweep, rounds, turn) if sweep else {}
     layers = find_layers(network).values()
     weights, nonzero = sum(layer.weight.numel() for layer in layers), sum(layer.nonzero() for layer in layers)
-    return Latency(tuple(rows), ratios, 1 - nonzero / max(weights, 1), machine(), rounds, sizes)
+    return Latency(tuple(rows), speedups, 1 - nonzero / max(weights, 1), machine(), rounds, sizes)
 
 
 def available() -> bool:
-    """Whether what `measure_briefly` needs is installed."""
+    """Return whether the packages that `measure_briefly` requires are installed."""
     return all(find_spec(name) is not None for name in ("MNN", "onnx", "onnxscript", "onnxruntime"))
 
 
 def measure_briefly(model: nn.Module, example: Example) -> str:
-    """In one line and a few seconds: MNN sparse against ONNX Runtime dense.
+    """Measure MNN sparse against ONNX Runtime dense in a few seconds. Return the result as one line.
+
+    Args:
+        model: a sparsified or plain model; it is not modified.
+        example: as for `sparing.export.onnx.save`.
 
     Raises:
         InputError: as `measure`.
     """
     measured = measure(
-        model, example, batches=(1,), threads=(1,), contestants=("ONNX Runtime",), sweep=(), rounds=5, turn=0.05
+        model, example, batches=(1,), threads=(1,), backends=("ONNX Runtime",), sweep=(), rounds=5, turn=0.05
     )
     sparse, dense = measured.rows
     if sparse.seconds is None or dense.seconds is None or dense.ratio is None:
         return f"not measured ({sparse.note or dense.note})"
     return (
         f"{1000 * sparse.seconds:.2f} ms sparse in MNN, {1000 * dense.seconds:.2f} ms dense in ONNX Runtime "
-        f"({dense.ratio:.2f} times as fast)"
+        f"(speedup of {dense.ratio:.2f}x)"
     )
 
 
-def _write(network: nn.Module, example: Example, folder: Path, wanted: set[str]) -> dict[str, str]:
-    """Write the files the contestants read; what cannot be written is returned with the reason."""
+def _write_files(network: nn.Module, example: Example, folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Write the files that the backends load. Return file name → reason for each file that cannot be written."""
     failed: dict[str, str] = {}
     source = folder / "network.onnx"
     onnx.export(network, example).save(source)
@@ -276,7 +293,7 @@ def _write(network: nn.Module, example: Example, folder: Path, wanted: set[str])
     return failed
 
 
-def _race(
+def _measure_backends(
     files: Mapping[str, tuple[str, Path]],
     failed: Mapping[str, str],
     network: nn.Module,
@@ -286,6 +303,7 @@ def _race(
     rounds: int,
     turn: float,
 ) -> Iterator[Timing]:
+    """Load each backend in a process, check its outputs, time all of them. Yield one `Timing` per backend and batch."""
     notes = {name: failed[path.name] for name, (_, path) in files.items() if path.name in failed}
     with ExitStack() as stack:
         processes: dict[str, Process] = {}
@@ -302,17 +320,17 @@ def _race(
             errors: dict[str, float] = {}
             for name, process in list(processes.items()):
                 try:
-                    errors[name] = largest_error(expected, process.run(inputs))
+                    errors[name] = max_relative_error(expected, process.run(inputs))
                 except UnavailableError as error:
                     notes[name] = str(error)
                     processes.pop(name).close()
                     continue
-                # The files of a sweep, named by their sparsity, hold other weights than what was expected.
-                if name in CONTESTANTS and not errors[name] <= _allowed(name):
-                    notes[name] = f"gives other outputs than torch: {errors[name]:.2g} of the largest"
+                # Do not check the files of a sweep (named by their sparsity): they have other weights.
+                if name in BACKENDS and not errors[name] <= _tolerance(name):
+                    notes[name] = f"output mismatch with PyTorch: maximum relative error {errors[name]:.2g}"
                     processes.pop(name).close()
-            seconds = _turns(processes, inputs, rounds, turn)
-            sparse = [seconds[name] for name in SPARSE_ONES if name in seconds]
+            seconds = _interleaved_times(processes, inputs, rounds, turn)
+            sparse = [seconds[name] for name in SPARSE_BACKENDS if name in seconds]
             reference = min(sparse, key=statistics.median, default=None)
             for name in files:
                 if name in seconds:
@@ -321,13 +339,15 @@ def _race(
                     yield Timing(name, batch, threads, note=notes[name])
 
 
-def _allowed(name: str) -> float:
-    """The largest difference to torch, of the largest output; bf16 keeps 8 bits, layer after layer."""
+def _tolerance(name: str) -> float:
+    """Return the allowed maximum relative error; bf16 has 8 significant bits and rounds in every layer."""
     return 0.1 if name == "OpenVINO bf16" else TOLERANCE
 
 
-def _turns(processes: Mapping[str, Process], inputs: list[Any], rounds: int, turn: float) -> dict[str, list[float]]:
-    """The median seconds of every turn of every process."""
+def _interleaved_times(
+    processes: Mapping[str, Process], inputs: list[Any], rounds: int, turn: float
+) -> dict[str, list[float]]:
+    """Return the median seconds per forward pass of each process in each round."""
     counts = {}
     for name, process in processes.items():
         process.time(inputs, 1)
@@ -335,7 +355,7 @@ def _turns(processes: Mapping[str, Process], inputs: list[Any], rounds: int, tur
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     for index in range(rounds):
         for name in list(processes) if index % 2 == 0 else reversed(list(processes)):
-            # Idle since its last turn, a process finds cold caches: the first execution does not count.
+            # Discard the first forward pass: the caches are cold after the other processes ran.
             seconds[name].append(statistics.median(processes[name].time(inputs, counts[name] + 1)[1:]))
     return seconds
 
@@ -343,7 +363,7 @@ def _turns(processes: Mapping[str, Process], inputs: list[Any], rounds: int, tur
 def _timing(
     name: str, batch: int, threads: int, seconds: list[float], sparse: list[float] | None, error: float
 ) -> Timing:
-    ratios = [mine / theirs for mine, theirs in zip(seconds, sparse, strict=True)] if sparse else []
+    ratios = [own / reference for own, reference in zip(seconds, sparse, strict=True)] if sparse else []
     return Timing(
         name, batch, threads, statistics.median(seconds), min(seconds), max(seconds),
         statistics.median(ratios) if ratios else None, min(ratios, default=None), max(ratios, default=None), error,
@@ -360,25 +380,25 @@ def _sweep(
     rounds: int,
     turn: float,
 ) -> dict[float, float]:
-    """Sparsity at random places → how many times as fast as the fastest of the quick fp32 rivals."""
-    rivals = {name: CONTESTANTS[name] for name in names if name in ("MNN dense", "ONNX Runtime", "OpenVINO fp32")}
-    files = {name: (runtime, folder / file) for name, (runtime, file) in rivals.items()}
+    """Return sparsity → speedup of MNN sparse over the fastest of three fp32 baselines."""
+    baselines = {name: BACKENDS[name] for name in names if name in ("MNN dense", "ONNX Runtime", "OpenVINO fp32")}
+    files = {name: (runtime, folder / file) for name, (runtime, file) in baselines.items()}
     for sparsity in sparsities:
-        thinned = folder / f"{sparsity}.onnx"
-        _thin(folder / "network.onnx", thinned, sparsity)
+        sparse = folder / f"{sparsity}.onnx"
+        _write_random_sparse(folder / "network.onnx", sparse, sparsity)
         try:
-            mnn.convert(thinned, thinned.with_suffix(".mnn"))
+            mnn.convert(sparse, sparse.with_suffix(".mnn"))
         except InputError:
             return {}
-        files[str(sparsity)] = ("mnn", thinned.with_suffix(".mnn"))
-    rows = {row.name: row for row in _race(files, failed, network, example, [1], 1, rounds, turn)}
-    dense = [row.seconds for name, row in rows.items() if name in rivals and row.seconds is not None]
+        files[str(sparsity)] = ("mnn", sparse.with_suffix(".mnn"))
+    rows = {row.name: row for row in _measure_backends(files, failed, network, example, [1], 1, rounds, turn)}
+    dense = [row.seconds for name, row in rows.items() if name in baselines and row.seconds is not None]
     timed = {sparsity: rows[str(sparsity)].seconds for sparsity in sparsities}
     return {sparsity: min(dense) / seconds for sparsity, seconds in timed.items() if dense and seconds is not None}
 
 
-def _thin(source: Path, target: Path, sparsity: float) -> None:
-    """The network with normal weights, of which this share is zero at random places."""
+def _write_random_sparse(source: Path, target: Path, sparsity: float) -> None:
+    """Write the network with random normal weights and zeros at random positions, at a uniform sparsity."""
     import numpy
     import onnx as package
 
@@ -388,17 +408,17 @@ def _thin(source: Path, target: Path, sparsity: float) -> None:
         weight = package.numpy_helper.to_array(initializer)
         if weight.ndim < 2 or weight.dtype != numpy.float32:
             continue
-        drawn = random.normal(0, weight[weight != 0].std() if weight.any() else 1.0, weight.shape)
-        drawn[random.random(weight.shape) < sparsity] = 0
-        initializer.CopyFrom(package.numpy_helper.from_array(drawn.astype(numpy.float32), initializer.name))
+        sampled = random.normal(0, weight[weight != 0].std() if weight.any() else 1.0, weight.shape)
+        sampled[random.random(weight.shape) < sparsity] = 0
+        initializer.CopyFrom(package.numpy_helper.from_array(sampled.astype(numpy.float32), initializer.name))
     package.save(model, target)
 
 
-def _threads(count: int) -> str:
+def _format_threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _line(row: Timing) -> str:
+def _format_row(row: Timing) -> str:
     if row.seconds is None or row.lowest is None or row.highest is None:
         return f"{row.name:<16}{row.note}"
     text = f"{row.name:<16}{1000 * row.seconds:>9.3f}{1000 * row.lowest:>9.3f}{1000 * row.highest:>9.3f}"
@@ -408,14 +428,14 @@ def _line(row: Timing) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, how many there are, and the versions of what computes."""
+    """Return the processor name, the number of logical processors and the package versions."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        named = [
+        names = [
             line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
-        processor = named[0] if named else processor
+        processor = names[0] if names else processor
     versions = {"torch": str(torch.__version__)}
     for package in PACKAGES.values():
         try:

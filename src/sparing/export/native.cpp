@@ -1,18 +1,18 @@
-// The product of a sparse kernel with an image; see native.py for the equation. Vectors are those of GCC and Clang,
-// of a fixed length: the compiler makes of them whatever the processor has.
+// Sparse convolution; see native.py for the equation. Uses the vector extension of GCC and Clang with a fixed length,
+// which the compiler maps to the vector instructions of the processor.
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 
 constexpr int LANES = 16;
-constexpr int LONGEST = 7;  // vectors a tile: with AVX2 they fill 14 of its 16 registers
+constexpr int LONGEST = 7;  // maximum vectors per tile: with AVX2 they use 14 of the 16 registers
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
 struct Shape {
     int64_t batch, channels, height, width, filters, out_height, out_width;
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_x;
-    int64_t copies, phases, rows, phase;  // of a channel as `spread` lays it out; `phase` is the floats of one
+    int64_t copies, phases, rows, phase;  // layout of one channel made by `spread`; `phase` is the floats per phase
     int64_t blocks, relu, threads;
 };
 
@@ -24,8 +24,8 @@ struct Weights {
 static inline Vector load(const float* at) { return *(const Vector*)at; }
 static inline void store(float* at, Vector vector) { *(Vector*)at = vector; }
 
-// Filters first to last at the pixels [begin, begin + N * LANES), of which there may be fewer. Channels come in
-// blocks, whose pixels of a tile stay in a near cache for one filter after another.
+// Compute filters [first, last) at the pixels [begin, begin + N * LANES), clipped to the image. The loop runs over
+// blocks of channels so that the pixels of a tile stay in the cache for all filters.
 template <int N>
 static void tile(const float* image, const float* residual, float* output, const Weights& w, const Shape& s,
                  int64_t begin, int64_t first, int64_t last) {
@@ -73,8 +73,8 @@ static void tile(const float* image, const float* residual, float* output, const
 using Tile = void (*)(const float*, const float*, float*, const Weights&, const Shape&, int64_t, int64_t, int64_t);
 constexpr Tile TILES[LONGEST + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>};
 
-// A channel with its padding, so that every weight reads neighbouring pixels for neighbouring outputs: a copy for
-// each column of the kernel, moved to where that reads, and in it the rows by their remainder modulo the stride.
+// Copy a channel with its padding so that every weight reads neighboring pixels for neighboring outputs. There is one
+// copy per kernel column, shifted by that column. In each copy the rows are grouped by row index modulo the stride.
 static void spread(const float* channel, float* layout, const Shape& s) {
     const int64_t columns = s.out_width, used = s.rows * columns;
     if (s.stride_y * s.stride_x * s.copies == 1 && s.rows == s.height && columns == s.width &&
@@ -84,7 +84,7 @@ static void spread(const float* channel, float* layout, const Shape& s) {
     }
     for (int64_t copy = 0; copy < s.copies; copy++) {
         const int64_t x = copy * s.dilation_x - s.padding_x;
-        // The columns whose pixel x + column * stride lies in the image.
+        // Columns [from, to): pixel x + column * stride is inside the image.
         const int64_t from = std::min(columns, x < 0 ? (-x + s.stride_x - 1) / s.stride_x : 0);
         const int64_t to = std::max(
             from, std::min(columns, x < s.width ? (s.width - x + s.stride_x - 1) / s.stride_x : 0));
@@ -119,8 +119,8 @@ extern "C" void sparse_conv2d(const float* input, const float* residual, float* 
     const int64_t channels = s.batch * s.channels, size = s.copies * s.phases * s.phase;
     const int64_t plane = s.out_height * s.out_width, vectors = (plane + LANES - 1) / LANES;
     const int64_t tiles = (vectors + LONGEST - 1) / LONGEST, parts = std::min(s.threads, s.filters);
-    // An image that lies as the layout would have it is read where it is. Else there is room behind the layout, since
-    // tiles read whole vectors.
+    // Read the image without a copy if it already has the required layout. Otherwise allocate extra space at the end of
+    // the layout, because tiles read whole vectors.
     const bool direct = size == s.height * s.width && size == plane;
     const int64_t lines = direct ? 0 : channels * size / LANES + 2;
     std::unique_ptr<Line[]> layout(new Line[lines]);
@@ -137,7 +137,8 @@ extern "C" void sparse_conv2d(const float* input, const float* residual, float* 
         for (int64_t n = 0; n < s.batch; n++)
             for (int64_t t = 0; t < tiles; t++)
                 for (int64_t part = 0; part < parts; part++) {
-                    const int64_t begin = t * vectors / tiles, end = (t + 1) * vectors / tiles;  // as even as can be
+                    // Tiles of nearly equal size.
+                    const int64_t begin = t * vectors / tiles, end = (t + 1) * vectors / tiles;
                     TILES[end - begin](images + n * s.channels * size,
                                        residual ? residual + n * s.filters * plane : nullptr,
                                        output + n * s.filters * plane, *weights, s, begin * LANES,

@@ -1,14 +1,15 @@
-"""Sparse convolutions in torch: compiled for the machine they run on, they multiply by nonzero weights alone.
+"""Sparse convolutions for PyTorch on CPUs, compiled for the machine they run on.
 
-    y[f, p] = b[f] + r[f, p] + Σ_j w[f, j] · x[o[f, j] + p]        and max(·, 0) where the network says so
+    y[f, p] = b[f] + r[f, p] + Σ_j w[f, j] · x[o[f, j] + p]        then max(·, 0) if a ReLU follows
 
-The image x is laid out with its padding, and once for each column of the kernel, so that pixel p of the output
-reads pixel p + o of it: a nonzero weight is a number w and an offset o, of its channel, row and column alike. A
-tile of neighbouring pixels is kept in registers while the weights of a filter go by. A batch normalization
-before, a residual r and a ReLU after it cost no pass of their own.
+f is the filter, p the output pixel, b the bias, r an optional residual. The sum runs over the nonzero weights w of the
+filter only. The image x is copied with its padding, once per kernel column, so that output pixel p reads input pixel
+p + o. One offset o per weight therefore encodes channel, row and column. A tile of neighboring pixels stays in
+registers while the loop runs over the weights of a filter. Batch normalization is folded into the weights, and the
+residual and the ReLU are applied in the same pass.
 
-Where zeros are few a dense convolution is faster, so each is measured. It takes a C++ compiler, `c++` or the
-one that CXX names: GCC, or Clang.
+A dense convolution is faster at low sparsity, so each convolution is timed. Requires a C++ compiler with OpenMP, GCC or
+Clang: `c++`, or the one named by the environment variable CXX.
 
 Source: Elsen et al., "Fast Sparse ConvNets", CVPR 2020, for 1×1; Park et al., "Faster CNNs with Direct Sparse
 Convolutions and Guided Pruning", ICLR 2017, for the offsets.
@@ -40,23 +41,23 @@ from sparing.macs import Example
 
 aten = torch.ops.aten
 
-# What aten.conv2d takes where a graph says nothing: x, weight, bias, stride, padding, dilation, groups.
+# Default arguments of aten.conv2d: x, weight, bias, stride, padding, dilation, groups.
 CONV2D = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 
-LANES, TILE = 16, 7 * 16  # pixels, as in native.cpp
-CACHE = 64 * 1024  # bytes that a tile of a block of channels may take: the nearest cache, and some of the next
+LANES, TILE = 16, 7 * 16  # pixels per vector and per tile, as in native.cpp
+CACHE = 64 * 1024  # maximum bytes of one tile of a block of channels: the L1 cache and a part of the L2 cache
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found out about one convolution.
+    """Measurement of one convolution.
 
     Attributes:
-        name: of its weight.
-        sparsity: of its weight.
-        dense_seconds: of torch's convolution, the fastest of the turns; None if it was not tried.
-        sparse_seconds: of the sparse one.
-        sparse: whether it is in the network now.
+        name: name of the weight.
+        sparsity: sparsity of the weight, in [0, 1].
+        dense_seconds: minimum seconds of the dense convolution; None if it was not timed.
+        sparse_seconds: minimum seconds of the sparse convolution; None if it was not timed.
+        sparse: whether the network uses the sparse convolution.
     """
 
     name: str
@@ -74,24 +75,25 @@ def accelerate(
     least_sparsity: float = 0.5,
     rounds: int = 20,
 ) -> tuple[fx.GraphModule, list[Choice]]:
-    """A network that computes what the model does, with sparse convolutions where those are faster here.
+    """Return a copy of the model with sparse convolutions where those are faster on this machine.
 
-    Every plain Conv2d that is sparse enough is timed both ways, in turns, on inputs of the shape it gets in
-    the model, with as many threads as torch uses now. Images keep their size, the batch size stays free.
+    Time every Conv2d without groups and with numeric padding, dense and sparse, in alternating order. The inputs have
+    the shape that the convolution gets in the model, and the number of threads is `torch.get_num_threads()`. The batch
+    size of the returned network is dynamic, the image size is fixed.
 
     Args:
-        model: sparsified or plain; it is left as it is.
+        model: a sparsified or plain model; it is not modified.
         example: as for `sparing.export.onnx.save`.
-        batch: the batch size to be fast for.
-        least_sparsity: convolutions below it are not tried.
-        rounds: turns of each.
+        batch: batch size to optimize for.
+        least_sparsity: minimum sparsity, in [0, 1]; convolutions below it are not timed.
+        rounds: number of measurements of each variant.
 
     Returns:
-        The network, for inference on the CPU, and a `Choice` for each Conv2d in it.
+        The network, for inference on the CPU, and a `Choice` for each Conv2d without groups and with numeric padding.
 
     Raises:
-        InputError: there is no C++ compiler, or it fails; torch cannot trace the model; the network
-            computes something else.
+        InputError: the C++ compiler is missing or fails; torch.export cannot trace the model; the outputs differ from
+            the model.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -106,9 +108,11 @@ def accelerate(
     choices = []
     for index, node in enumerate(list(graph_module.graph.nodes)):
         if node.target is aten.max_pool2d.default:
-            _pool(graph_module, node)
-        if node.target is aten.conv2d.default and _constant(node):
-            choices.append(_convolution(graph_module, node, f"convolution{index}", batch, least_sparsity, rounds))
+            _replace_max_pool(node)
+        if node.target is aten.conv2d.default and _is_supported(node):
+            choices.append(
+                _replace_convolution(graph_module, node, f"convolution{index}", batch, least_sparsity, rounds)
+            )
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -118,15 +122,23 @@ def accelerate(
 
 
 def save(model: nn.Module, path: str | Path, example: Example) -> Written:
-    """Write the network of `accelerate` as a program of torch.export, for `load`.
+    """Accelerate a model, check its outputs, and write it as a torch.export program.
 
     Args:
-        model: sparsified or plain; it is left as it is.
-        path: the file, `.pt2`.
+        model: a sparsified or plain model; it is not modified.
+        path: output file, `.pt2`.
         example: as for `sparing.export.onnx.save`.
 
+    Returns:
+        Path and size of the file, and the maximum relative error against the model on random inputs.
+
     Raises:
-        InputError: as `accelerate`; the file cannot be written.
+        InputError: as for `accelerate`; the file cannot be written.
+
+    Examples:
+        >>> save(nn.Conv2d(3, 8, 3), "model.pt2", (1, 3, 16, 16))  # doctest: +SKIP
+        >>> load("model.pt2")(torch.randn(1, 3, 16, 16)).shape  # doctest: +SKIP
+        torch.Size([1, 8, 14, 14])
     """
     program = trace(accelerate(model, example)[0], example)
     args, kwargs = random_inputs(example, batch=3)
@@ -141,10 +153,13 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The network in a file of `save`, for inference on the CPU.
+    """Load a network written by `save`, for inference on the CPU.
+
+    Args:
+        path: a file written by `save`.
 
     Raises:
-        InputError: there is no C++ compiler, or it fails.
+        InputError: the C++ compiler is missing or fails.
     """
     library()
     with open(path, "rb") as file:
@@ -169,24 +184,25 @@ class _Weights(ctypes.Structure):
 
 @cache
 def library() -> Callable[..., None]:
-    """native.cpp, compiled for this processor, once a process.
+    """Compile native.cpp for this processor, once per process. Return its function.
 
     Raises:
-        InputError: there is no C++ compiler, or it fails.
+        InputError: the C++ compiler is missing or fails.
     """
     name = os.environ.get("CXX", "c++")
     compiler = shutil.which(name)
     if compiler is None:
-        raise InputError(f"sparse convolutions take a C++ compiler, and {name} is not installed")
+        raise InputError(f"C++ compiler {name!r} not found; install GCC or Clang, or set CXX to the compiler")
     source = Path(__file__).with_name("native.cpp")
     with tempfile.TemporaryDirectory(prefix="sparing-") as folder:
-        made = Path(folder, "native.so")
+        output = Path(folder, "native.so")
         flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        done = subprocess.run([compiler, *flags, str(source), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, str(source), "-o", str(output)], capture_output=True, text=True)
         if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason given"]
-            raise InputError(f"{name} cannot compile sparse convolutions: {said[0].strip()}")
-        function = ctypes.CDLL(str(made)).sparse_conv2d
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            reason = lines[0].strip() if lines else f"exit status {done.returncode}"
+            raise InputError(f"C++ compiler {name!r} cannot compile native.cpp: {reason}")
+        function = ctypes.CDLL(str(output)).sparse_conv2d
     function.argtypes = [ctypes.c_void_p] * 5
     function.restype = None
     return function  # type: ignore[no-any-return]
@@ -203,14 +219,28 @@ def sparse_conv2d(
     geometry: list[int],
     relu: bool,
 ) -> Tensor:
-    """(N, C, H, W) → (N, F, H', W'), as the equation above, with weights and geometry from `compress`.
+    """Compute a sparse convolution with the equation above.
+
+    Args:
+        x: float32 images (N, C, H, W).
+        values: nonzero weights, from `compress`.
+        offsets: offset of each weight, from `compress`.
+        starts: index of the first weight of each filter, from `compress`.
+        bias: (F,).
+        residual: optional tensor (N, F, H', W') to add to the output.
+        geometry: sizes, from `compress`.
+        relu: whether to apply a ReLU.
+
+    Returns:
+        The output (N, F, H', W').
 
     Raises:
-        InputError: x holds other images than the offsets are for.
+        InputError: the images have another size or dtype than the weights were compressed for.
     """
     if list(x.shape[1:]) != geometry[:3] or x.dtype != torch.float32:
         raise InputError(
-            f"this network takes {geometry[:3]} images in float32, and these are {list(x.shape[1:])} in {x.dtype}"
+            f"input must have shape [N, {', '.join(map(str, geometry[:3]))}] and dtype torch.float32, "
+            f"got {list(x.shape)} and {x.dtype}"
         )
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -231,7 +261,7 @@ def _(x, values, offsets, starts, bias, residual, geometry, relu):  # type: igno
 
 @torch.library.custom_op("sparing::max_pool2d", mutates_args=())
 def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool) -> Tensor:
-    """Max pooling of (N, C, H, W): torch's own, by way of oneDNN, which is many times as fast on this layout."""
+    """Compute max pooling of (N, C, H, W) with oneDNN, which is much faster than PyTorch's kernel on this layout."""
     if not torch.backends.mkldnn.is_available():
         return F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
     return torch.mkldnn_max_pool2d(x.contiguous().to_mkldnn(), kernel, stride, padding, ceil_mode=ceil).to_dense()
@@ -245,37 +275,44 @@ def _(x, kernel, stride, padding, ceil):  # type: ignore[no-untyped-def]
 def compress(
     weight: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """A kernel (F, C, K_y, K_x) for images of a size, as `sparse_conv2d` takes it.
+    """Convert a weight to the arguments of `sparse_conv2d`.
 
-    Channels come in blocks that the nearest cache holds, and in each of them the filters.
+    The weights are grouped by block of channels, then by filter. A block of channels fits into the cache.
+
+    Args:
+        weight: (F, C, K_y, K_x).
+        size: height and width of the images in pixels.
+        stride: vertical and horizontal stride.
+        padding: vertical and horizontal padding in pixels.
+        dilation: vertical and horizontal dilation.
 
     Returns:
-        The nonzero weights; their offsets in the image as it is laid out; where each filter of each block
-        begins; and the geometry of both.
+        The nonzero weights; the offset of each weight in the copied image; the index of the first weight of each filter
+        in each block; and the geometry, the sizes of image, output and copy.
     """
     filters, channels, *kernel = weight.shape
-    reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
-    lengths = [(n + 2 * p - r - 1) // s + 1 for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
-    phases, rows, columns = min(stride[0], reach[0] + 1), lengths[0] + reach[0] // stride[0], lengths[1]
+    extent = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    output = [(n + 2 * p - e - 1) // s + 1 for n, p, e, s in zip(size, padding, extent, stride, strict=True)]
+    phases, rows, columns = min(stride[0], extent[0] + 1), output[0] + extent[0] // stride[0], output[1]
     phase = -(-rows * columns // LANES) * LANES  # whole vectors
-    window = 4 * kernel[1] * (TILE + reach[0] // stride[0] * columns)
+    window = 4 * kernel[1] * (TILE + extent[0] // stride[0] * columns)  # bytes of one channel that a tile reads
     block = channels if kernel == [1, 1] else max(1, CACHE // window)
     blocks = -(-channels // block)
     by_block = F.pad(weight, (0, 0, 0, 0, 0, blocks * block - channels)).unflatten(1, (blocks, block)).transpose(0, 1)
-    part, number, channel, y, x = by_block.nonzero().unbind(1)
+    index, filter_index, channel, y, x = by_block.nonzero().unbind(1)
     y = y * dilation[0]
-    plane = ((part * block + channel) * kernel[1] + x) * phases + y % stride[0]
+    plane = ((index * block + channel) * kernel[1] + x) * phases + y % stride[0]
     offsets = plane * phase + y // stride[0] * columns
-    counts = torch.bincount(part * filters + number, minlength=blocks * filters)
+    counts = torch.bincount(index * filters + filter_index, minlength=blocks * filters)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     geometry = [
-        channels, *size, filters, *lengths, *stride, *padding, dilation[1],
+        channels, *size, filters, *output, *stride, *padding, dilation[1],
         kernel[1], phases, rows, phase, blocks,
     ]  # fmt: skip
     return by_block[by_block != 0].contiguous(), offsets.int(), starts.int(), geometry
 
 
-def _pool(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def _replace_max_pool(node: fx.Node) -> None:
     x, kernel, stride, padding, dilation, ceil = _arguments(node, [None, None, [], [0, 0], [1, 1], False])
     value = x.meta["val"]
     if value.dim() == 4 and value.dtype == torch.float32 and set(dilation) == {1}:
@@ -283,8 +320,8 @@ def _pool(graph_module: fx.GraphModule, node: fx.Node) -> None:
         node.args = (x, kernel, stride or kernel, padding, ceil)
 
 
-def _constant(node: fx.Node) -> bool:
-    """Whether a conv2d is one we know: weights that are constants, fp32, not grouped, padded by numbers."""
+def _is_supported(node: fx.Node) -> bool:
+    """Return whether a conv2d has constant fp32 weights, one group, and a batch of images as its input."""
     x, weight, _, _, _, _, groups = _arguments(node, CONV2D)
     value = weight.meta["val"]
     return bool(weight.op == "get_attr" and groups == 1 and value.dtype == torch.float32 and x.meta["val"].dim() == 4)
@@ -300,26 +337,26 @@ def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
 
 
 @torch.no_grad()
-def _convolution(
+def _replace_convolution(
     graph_module: fx.GraphModule, node: fx.Node, name: str, batch: int, least_sparsity: float, rounds: int
 ) -> Choice:
-    """Fold batch normalization into a convolution, and make it sparse if that is faster."""
+    """Fold batch normalization into a convolution, and replace it by a sparse one if that is faster."""
     graph = graph_module.graph
 
-    def value(given: Any) -> Any:
-        return operator.attrgetter(str(given.target))(graph_module) if isinstance(given, fx.Node) else given
+    def value(argument: Any) -> Any:
+        return operator.attrgetter(str(argument.target))(graph_module) if isinstance(argument, fx.Node) else argument
 
-    def constant(part: str, tensor: Tensor) -> fx.Node:
-        graph_module.register_buffer(f"{name}_{part}", tensor)
-        made = graph.get_attr(f"{name}_{part}")
-        made.meta["val"] = tensor
-        return made
+    def constant(suffix: str, tensor: Tensor) -> fx.Node:
+        graph_module.register_buffer(f"{name}_{suffix}", tensor)
+        attribute = graph.get_attr(f"{name}_{suffix}")
+        attribute.meta["val"] = tensor
+        return attribute
 
     x, weight_node, bias_node, stride, padding, dilation, _ = _arguments(node, CONV2D)
     weight, bias = value(weight_node), value(bias_node)
     last = node
     if norm := _only_user(last, aten.batch_norm.default):
-        scale, shift, mean, variance, _, _, epsilon = (value(part) for part in norm.args[1:8])
+        scale, shift, mean, variance, _, _, epsilon = (value(argument) for argument in norm.args[1:8])
         weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, epsilon, scale, shift)
         last = norm
     weight = weight.detach()
@@ -330,43 +367,43 @@ def _convolution(
     choice = Choice(weight_node.target, sparsity, None, None, False)
     if sparsity >= least_sparsity:
         *compressed, geometry = compress(weight, image[1:], stride, padding, dilation)
-        drawn = torch.randn(batch, *image)
-        dense, sparse = _fastest(
-            lambda: F.conv2d(drawn, weight, bias, stride, padding, dilation),
-            lambda: sparse_conv2d(drawn, *compressed, bias, None, geometry, False),
+        images = torch.randn(batch, *image)
+        dense, sparse = _min_times(
+            lambda: F.conv2d(images, weight, bias, stride, padding, dilation),
+            lambda: sparse_conv2d(images, *compressed, bias, None, geometry, False),
             rounds,
         )
         choice = Choice(weight_node.target, sparsity, dense, sparse, sparse < dense)
     if not choice.sparse:
         with graph.inserting_before(node):
-            parts = [constant("weight", weight), constant("bias", bias)]
-            made = graph.call_function(aten.conv2d.default, (x, *parts, stride, padding, dilation))
+            constants = [constant("weight", weight), constant("bias", bias)]
+            replacement = graph.call_function(aten.conv2d.default, (x, *constants, stride, padding, dilation))
     else:
         residual, relu = None, False
         if (add := _only_user(last, aten.add.Tensor, aten.add_.Tensor)) and not add.kwargs:
-            other = next(part for part in add.args if part is not last)
+            other = next(argument for argument in add.args if argument is not last)
             if isinstance(other, fx.Node) and other.meta["val"].shape == last.meta["val"].shape:
                 residual, last = other, add
         if rectified := _only_user(last, aten.relu.default, aten.relu_.default):
             relu, last = True, rectified
         with graph.inserting_before(last):
-            parts = [
-                constant(part, tensor)
-                for part, tensor in zip(("values", "offsets", "starts", "bias"), (*compressed, bias), strict=True)
+            constants = [
+                constant(suffix, tensor)
+                for suffix, tensor in zip(("values", "offsets", "starts", "bias"), (*compressed, bias), strict=True)
             ]
-            made = graph.call_function(
+            replacement = graph.call_function(
                 torch.ops.sparing.sparse_conv2d.default,
-                (x, *parts, residual, geometry, relu),
+                (x, *constants, residual, geometry, relu),
             )
-    made.meta["val"] = last.meta["val"]
-    last.replace_all_uses_with(made)
-    for gone in (last, *reversed(list(_between(node, last)))):
-        graph.erase_node(gone)
+    replacement.meta["val"] = last.meta["val"]
+    last.replace_all_uses_with(replacement)
+    for fused in (last, *reversed(_chain(node, last))):
+        graph.erase_node(fused)
     return choice
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The chain of nodes from the first to the one before the last."""
+def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """Return the nodes from `first` to `last`, without `last`. Each has one user, the next node."""
     chain = []
     while first is not last:
         chain.append(first)
@@ -374,8 +411,11 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _fastest(first: Callable[[], Tensor], second: Callable[[], Tensor], rounds: int) -> tuple[float, float]:
-    """The least seconds of each, in turns: whatever else the machine does only ever adds."""
+def _min_times(first: Callable[[], Tensor], second: Callable[[], Tensor], rounds: int) -> tuple[float, float]:
+    """Return the minimum seconds of two functions, timed in alternating order.
+
+    The minimum is used because other load on the machine can only increase the time.
+    """
     least = [float("inf"), float("inf")]
     for _ in range(rounds):
         for index, run in enumerate((first, second)):

@@ -1,4 +1,4 @@
-"""What every exporter starts from, and how it checks where it ended."""
+"""Shared steps of all exporters: prepare the model, make random inputs, check the outputs."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from sparing.macs import Example
 from sparing.rnn import compact_, ranks
 from sparing.sparsify import densify_
 
-# The packages that `pip install 'sparing[export]'` brings, by the name they are imported under.
+# Import name → package name, for the packages of the extra `sparing[export]`.
 PACKAGES = {
     "onnx": "onnx",
     "onnxscript": "onnxscript",
@@ -27,18 +27,17 @@ PACKAGES = {
 }
 
 TOLERANCE = 1e-3
-"""The largest difference to torch, of the largest output, that an fp32 export may have."""
+"""Maximum relative error against PyTorch that is allowed for an fp32 export."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file that was written and checked.
+    """An exported file whose outputs were checked.
 
     Attributes:
         path: the file.
-        bytes: its size, with that of a file of weights beside it.
-        error: the largest difference of its outputs to torch's on random inputs, as a fraction of
-            the largest output.
+        bytes: size in bytes, including a separate file of weights.
+        error: maximum relative error against PyTorch on random inputs; see `max_relative_error`.
     """
 
     path: Path
@@ -47,66 +46,80 @@ class Written:
 
 
 def require(*names: str) -> None:
-    """Refuse to begin what a missing package would stop.
+    """Check that packages are installed.
+
+    Args:
+        names: import names, keys of `PACKAGES`.
 
     Raises:
-        InputError: one of the packages is not installed.
+        InputError: a package is not installed.
     """
     for name in names:
         if find_spec(name) is None:
-            raise InputError(f"{PACKAGES[name]} is not installed; pip install 'sparing[export]'")
+            raise InputError(f"{PACKAGES[name]} is not installed; run pip install 'sparing[export]'")
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A plain copy of the model on the CPU, in evaluation mode, without what learned ranks left dead."""
-    small = copy.deepcopy(model)
-    # A rank of zero stays as it is: compaction would leave matrices without elements, which runtimes refuse.
-    small = compact_(small) if all(row.rank for row in ranks(small).rows) else densify_(small)
-    return small.cpu().eval()
+    """Return a densified copy of the model on the CPU in evaluation mode, with learned ranks compacted."""
+    network = copy.deepcopy(model)
+    # Do not compact a rank of zero: it would give matrices without elements, which runtimes reject.
+    network = compact_(network) if all(row.rank for row in ranks(network).rows) else densify_(network)
+    return network.cpu().eval()
 
 
 def random_inputs(example: Example, batch: int = 2) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword inputs of a batch size.
+    """Return random positional and keyword inputs with a given batch size.
 
-    A shape gives normal numbers, and so does a floating point tensor; integers, such as tokens, are
-    taken from the tensor given. The first dimension is the batch.
+    The first dimension of every input is the batch. A shape or a floating point tensor gives values from a standard
+    normal distribution. An integer tensor, such as tokens, is repeated along the batch.
+
+    Args:
+        example: the shape of one input, batch first; or tensors: one, a tuple, or a mapping of keyword arguments.
+        batch: batch size.
 
     Raises:
-        InputError: the example is neither a shape nor tensors.
+        InputError: the example is neither a shape nor tensors, or a tensor has no dimensions.
     """
 
-    def drawn(given: Tensor) -> Tensor:
-        if given.dim() == 0:
-            raise InputError(
-                "an input without dimensions has no batch; give tensors whose first dimension is the batch"
-            )
-        if given.is_floating_point():
-            return torch.randn(batch, *given.shape[1:], dtype=given.dtype)
-        repeated = given.detach().cpu().repeat(-(-batch // len(given)), *[1] * (given.dim() - 1))
+    def random_like(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            raise InputError("an input tensor has no dimensions; the first dimension must be the batch")
+        if tensor.is_floating_point():
+            return torch.randn(batch, *tensor.shape[1:], dtype=tensor.dtype)
+        repeated = tensor.detach().cpu().repeat(-(-batch // len(tensor)), *[1] * (tensor.dim() - 1))
         return repeated[:batch].contiguous()
 
     if isinstance(example, Tensor):
-        return (drawn(example),), {}
-    if isinstance(example, Mapping) and all(isinstance(part, Tensor) for part in example.values()):
-        return (), {name: drawn(part) for name, part in example.items()}
-    if isinstance(example, Sequence) and all(isinstance(part, Tensor) for part in example):
-        return tuple(drawn(part) for part in example if isinstance(part, Tensor)), {}
-    if isinstance(example, Sequence) and example and all(isinstance(part, int) and part > 0 for part in example):
+        return (random_like(example),), {}
+    if isinstance(example, Mapping) and all(isinstance(item, Tensor) for item in example.values()):
+        return (), {name: random_like(item) for name, item in example.items()}
+    if isinstance(example, Sequence) and all(isinstance(item, Tensor) for item in example):
+        return tuple(random_like(item) for item in example if isinstance(item, Tensor)), {}
+    if isinstance(example, Sequence) and example and all(isinstance(item, int) and item > 0 for item in example):
         return (torch.randn(batch, *example[1:]),), {}  # type: ignore[arg-type]
-    raise InputError(f"example={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
+    raise InputError(f"example must be a shape such as (1, 3, 224, 224) or tensors, got {example!r}")
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors a model returns, however they are nested."""
+    """Run a model. Return its output tensors as a flat list."""
     return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
-def largest_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
-    """The largest difference, as a fraction of the largest expected output; infinite if shapes differ.
+def max_relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
+    """Return the maximum relative error over all outputs.
+
+        max |got − expected| / max |expected|    per output tensor; the result is the maximum over the tensors
+
+    Args:
+        expected: reference outputs, tensors or arrays.
+        got: outputs to compare.
+
+    Returns:
+        The error; infinity if the number of outputs or a shape differs, NaN if an output has NaN.
 
     Examples:
-        >>> largest_error([torch.tensor([1.0, -2.0])], [torch.tensor([1.0, -1.0])])
+        >>> max_relative_error([torch.tensor([1.0, -2.0])], [torch.tensor([1.0, -1.0])])
         0.5
     """
     worst = 0.0
@@ -124,15 +137,20 @@ def largest_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
 
 
 def check(what: str, expected: Sequence[Any], got: Sequence[Any]) -> float:
-    """The largest error, if it may be that large.
+    """Check outputs against reference outputs. Return the maximum relative error.
+
+    Args:
+        what: what computed the outputs, for the error message.
+        expected: reference outputs, tensors or arrays.
+        got: outputs to check.
 
     Raises:
-        InputError: it is larger than `TOLERANCE`.
+        InputError: the error is larger than `TOLERANCE`.
     """
-    error = largest_error(expected, got)
+    error = max_relative_error(expected, got)
     if not error <= TOLERANCE:
         raise InputError(
-            f"{what} gives other outputs than torch: they differ by {error:.2g} of the largest, where "
-            f"{TOLERANCE:g} is allowed; nothing was written"
+            f"{what}: output mismatch with PyTorch: maximum relative error {error:.2g}, allowed {TOLERANCE:g}; "
+            "no file was written"
         )
     return error

@@ -1,7 +1,7 @@
-"""OpenVINO: Intel's runtime, fast on dense networks. Needs openvino, onnx, onnxscript and onnxruntime.
+"""Export to OpenVINO, Intel's runtime. Requires openvino, onnx, onnxscript and onnxruntime of `sparing[export]`.
 
-It computes with zeros as with any number, but in bf16 where the processor can: without sparse
-kernels, that is the rival to beat.
+OpenVINO has no kernels for unstructured sparsity on x86. In bf16, on processors that support it, it is usually the
+fastest dense baseline.
 """
 
 import shutil
@@ -19,16 +19,19 @@ from sparing.macs import Example
 
 
 def save(model: nn.Module, path: str | Path, example: Example) -> Written:
-    """Write a model for OpenVINO, an .xml file with the weights in a .bin file beside it, and check it in fp32.
+    """Export a model to OpenVINO, check its outputs in fp32, and write an .xml and a .bin file.
 
     Args:
-        model: sparsified or plain; it is left as it is.
-        path: the file, which must end in `.xml`.
+        model: a sparsified or plain model; it is not modified.
+        path: output file, `.xml`. The weights are written to a file of the same name with the suffix `.bin`.
         example: as for `sparing.export.onnx.save`.
 
+    Returns:
+        Path and size of the files, and the maximum relative error against PyTorch on random inputs.
+
     Raises:
-        InputError: a package is missing; the path has another suffix; the model cannot be exported, or
-            not be read by OpenVINO; what was exported computes something else; a file cannot be written.
+        InputError: a package is missing; the path has another suffix; the model cannot be exported; OpenVINO cannot
+            read it; the outputs differ from PyTorch; a file cannot be written.
 
     Examples:
         >>> save(sparing.models.resnet8(), "resnet8.xml", (1, 1, 28, 28))  # doctest: +SKIP
@@ -36,33 +39,33 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     require("openvino", "onnx", "onnxscript", "onnxruntime")
     path = Path(path)
     if path.suffix != ".xml":
-        raise InputError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
+        raise InputError(f"{path}: the suffix of an OpenVINO file must be .xml, got {path.suffix!r}")
     import openvino
 
     network = plain(model)
     args, kwargs = random_inputs(example, batch=3)
     with tempfile.TemporaryDirectory() as folder:
-        between, made = Path(folder, "network.onnx"), Path(folder, "network.xml")
-        onnx.export(network, example).save(between)
-        # Not openvino.convert_model, which reports its use over the network.
+        source, converted = Path(folder, "network.onnx"), Path(folder, "network.xml")
+        onnx.export(network, example).save(source)
+        # Do not use openvino.convert_model: it sends usage statistics.
         try:
-            openvino.save_model(openvino.Core().read_model(between), made, compress_to_fp16=False)
+            openvino.save_model(openvino.Core().read_model(source), converted, compress_to_fp16=False)
         except RuntimeError as failure:
             reason = " ".join(str(failure).split())
             raise InputError(f"OpenVINO cannot read the network: {reason}") from failure
         inputs = [tensor.numpy() for tensor in (*args, *kwargs.values())]
         try:
-            with Process("openvino_fp32", made, threads=1) as process:
+            with Process("openvino_fp32", converted, threads=1) as process:
                 got = process.run(inputs)
         except UnavailableError as failure:
-            raise InputError(f"OpenVINO cannot execute the network: {failure}") from failure
+            raise InputError(f"OpenVINO cannot run the network: {failure}") from failure
         error = check(f"{path} in OpenVINO", outputs(network, args, kwargs), got)
-        size = made.stat().st_size + made.with_suffix(".bin").stat().st_size
+        size = converted.stat().st_size + converted.with_suffix(".bin").stat().st_size
         try:
-            # The weights first: a reader that sees the new graph finds the new weights.
+            # Write the weights first: a reader that finds the new graph also finds the new weights.
             for suffix in (".bin", ".xml"):
                 with atomic_write(path.with_suffix(suffix)) as temporary:
-                    shutil.copyfile(made.with_suffix(suffix), temporary)
+                    shutil.copyfile(converted.with_suffix(suffix), temporary)
         except OSError as failure:
             raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
     return Written(path, size, error)

@@ -1,13 +1,13 @@
-"""Runtimes that execute an exported network, each in a process of its own.
+"""Run an exported network in a runtime, in a separate process.
 
-The process imports one runtime alone, and of sparing nothing but its sparse convolutions where they are the
-runtime, so that no two of them share threads or memory, and what one prints stays out of the way. It reads
-commands as lines of JSON:
+Each process imports a single runtime, so that runtimes share no threads and no memory, and their output to stdout does
+not interfere. It imports sparing only if the runtime is PyTorch with sparse convolutions. The process reads commands
+as lines of JSON:
 
-    {"run": INPUTS, "outputs": FILE}    execute once, and write the outputs
-    {"time": INPUTS, "count": n}        execute n times, and answer with the seconds of each
+    {"run": INPUTS, "outputs": FILE}    run once and write the outputs to an .npz file
+    {"time": INPUTS, "count": n}        run n times and return the seconds of each run
 
-where INPUTS is an .npz file with arrays input0, input1 and on.
+INPUTS is an .npz file with the arrays input0, input1, ....
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from typing import Any
 Run = Callable[[], Sequence[Any]]
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""For GLIBC_TUNABLES: memory in pages of megabytes, as the kernel has them. With small ones every access to another
-channel is one to another page, whose place is looked up again, and large tensors are given back and cleared anew."""
+"""Value of GLIBC_TUNABLES that enables huge pages. With small pages, an access to another channel is often a TLB miss,
+and large tensors are returned to the kernel and zeroed again on allocation."""
 
 
 def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """An .onnx file in ONNX Runtime."""
+    """Load an .onnx file in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -38,7 +38,7 @@ def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
 
     def prepare(inputs: list[Any]) -> Run:
         feed = dict(zip(names, inputs, strict=True))
@@ -48,17 +48,17 @@ def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
 
 def openvino_fp32(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """An .onnx or .xml file in OpenVINO, computed in fp32."""
+    """Load an .onnx or .xml file in OpenVINO, computing in fp32."""
     return _openvino(path, threads, "f32")
 
 
 def openvino_bf16(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """An .onnx or .xml file in OpenVINO, computed in bf16."""
+    """Load an .onnx or .xml file in OpenVINO, computing in bf16."""
     return _openvino(path, threads, "bf16")
 
 
 def mnn(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """An .mnn file in MNN."""
+    """Load an .mnn file in MNN."""
     import MNN
     import numpy
 
@@ -68,13 +68,13 @@ def mnn(path: str, threads: int) -> Callable[[list[Any]], Run]:
     def prepare(inputs: list[Any]) -> Run:
         kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int, "int64": MNN.expr.int}
         # MNN has no 64-bit integers.
-        given = [array.astype("int32") if array.dtype == "int64" else array for array in inputs]
-        variables = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, kinds[str(a.dtype)]) for a in given]
+        arrays = [array.astype("int32") if array.dtype == "int64" else array for array in inputs]
+        variables = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, kinds[str(a.dtype)]) for a in arrays]
 
         def run() -> Sequence[Any]:
-            made = module.forward(variables)
-            made = made if isinstance(made, list) else [made]
-            return [numpy.array(variable.read(), copy=True) for variable in made]  # reading waits for the result
+            outputs = module.forward(variables)
+            outputs = outputs if isinstance(outputs, list) else [outputs]
+            return [numpy.array(variable.read(), copy=True) for variable in outputs]  # read() waits for the result
 
         return run
 
@@ -82,12 +82,12 @@ def mnn(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
 
 def torch_eager(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """A .pt2 file, a program that torch.export made, in torch itself."""
+    """Load a .pt2 file of torch.export in PyTorch eager mode."""
     return _torch(path, threads, compiled=False)
 
 
 def torch_sparse(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """A .pt2 file of `sparing.export.native`, in torch with its sparse convolutions."""
+    """Load a .pt2 file of `sparing.export.native` in PyTorch with sparse convolutions."""
     from sparing.export import native
 
     native.library()
@@ -95,7 +95,7 @@ def torch_sparse(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
 
 def torch_compiled(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """A .pt2 file compiled with torch.compile, weights frozen."""
+    """Load a .pt2 file of torch.export and compile it with torch.compile and frozen weights."""
     return _torch(path, threads, compiled=True)
 
 
@@ -103,22 +103,22 @@ RUNTIMES = {
     function.__name__: function
     for function in (onnxruntime, openvino_fp32, openvino_bf16, mnn, torch_sparse, torch_eager, torch_compiled)
 }
-"""Runtimes by name: a function from (file, threads) to a function from inputs to what is timed."""
+"""Runtime name → function that loads (file, threads) and returns a function from inputs to the function to time."""
 
 
 class UnavailableError(Exception):
-    """A runtime cannot execute the network here; the message says why."""
+    """A runtime cannot run the network on this machine. The message gives the reason."""
 
 
 class Process:
-    """A network loaded into a runtime in a process of its own, idle until asked.
+    """Load a network into a runtime in a separate process, which waits for commands.
 
-    On Linux it has `HUGE_PAGES`, unless GLIBC_TUNABLES says otherwise: all runtimes alike.
+    All runtimes use huge pages on Linux (`HUGE_PAGES`) unless the environment variable GLIBC_TUNABLES is set.
 
     Args:
-        runtime: a name of `RUNTIMES`.
-        path: the network's file, of the kind that runtime reads.
-        threads: how many it may use.
+        runtime: a key of `RUNTIMES`.
+        path: file of the network, in a format of the runtime.
+        threads: number of threads that the runtime may use.
 
     Raises:
         UnavailableError: the runtime is not installed, or cannot load the network.
@@ -138,23 +138,38 @@ class Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
         )  # fmt: skip
         try:
-            self._answer()
+            self._receive()
         except BaseException:
             self.close()
             raise
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """The outputs for these arrays."""
+        """Run the network once. Return the output arrays.
+
+        Args:
+            inputs: input arrays, in the order of the exported inputs.
+
+        Raises:
+            UnavailableError: the runtime fails.
+        """
         import numpy
 
-        made = Path(self._folder.name, "outputs.npz")
-        self._ask({"run": self._write(inputs), "outputs": str(made)})
-        with numpy.load(made, allow_pickle=False) as arrays:
+        outputs = Path(self._folder.name, "outputs.npz")
+        self._request({"run": self._write(inputs), "outputs": str(outputs)})
+        with numpy.load(outputs, allow_pickle=False) as arrays:
             return [arrays[f"output{index}"] for index in range(len(arrays.files))]
 
     def time(self, inputs: Sequence[Any], count: int) -> list[float]:
-        """The seconds of each of `count` executions, after those asked for before."""
-        seconds: list[float] = self._ask({"time": self._write(inputs), "count": count})["seconds"]
+        """Run the network `count` times. Return the seconds of each run.
+
+        Args:
+            inputs: input arrays, in the order of the exported inputs.
+            count: number of runs.
+
+        Raises:
+            UnavailableError: the runtime fails.
+        """
+        seconds: list[float] = self._request({"time": self._write(inputs), "count": count})["seconds"]
         return seconds
 
     def close(self) -> None:
@@ -179,20 +194,20 @@ class Process:
             numpy.savez(path, **{f"input{index}": array for index, array in enumerate(inputs)})
         return str(path)
 
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer will say what happened
+        with suppress(BrokenPipeError):  # _receive raises the error of the process
             print(json.dumps(command), file=self._process.stdin, flush=True)
-        return self._answer()
+        return self._receive()
 
-    def _answer(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             self._errors.seek(0)
             lines = [text.strip() for text in self._errors.read().splitlines() if text.strip()]
-            raise UnavailableError(lines[-1] if lines else f"ended with status {self._process.returncode}")
+            raise UnavailableError(lines[-1] if lines else f"exit status {self._process.returncode}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise UnavailableError(answer["error"])
@@ -204,7 +219,7 @@ def _openvino(path: str, threads: int, precision: str) -> Callable[[list[Any]], 
 
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UnavailableError("this processor has no bf16")
+        raise UnavailableError("this processor does not support bf16")
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
 
@@ -223,7 +238,7 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
     if compiled:
         import torch._inductor.config
 
-        torch._inductor.config.freezing = True  # weights are constants, and batch normalization folds into them
+        torch._inductor.config.freezing = True  # makes weights constants and folds batch normalization
         module = torch.compile(module, dynamic=False)
 
     def prepare(inputs: list[Any]) -> Run:
@@ -232,8 +247,8 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
 
         def run() -> Sequence[Any]:
             with torch.inference_mode() if not compiled else torch.no_grad():
-                made = module(*args, **kwargs)
-            return [made] if isinstance(made, torch.Tensor) else torch.utils._pytree.tree_leaves(made)
+                outputs = module(*args, **kwargs)
+            return [outputs] if isinstance(outputs, torch.Tensor) else torch.utils._pytree.tree_leaves(outputs)
 
         return run
 
@@ -243,44 +258,44 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
 def _serve(runtime: str, path: str, threads: str) -> None:
     import numpy
 
-    # Runtimes print to standard output, from C++ as well; answers go where nobody else writes.
-    answers = os.fdopen(os.dup(1), "w")
+    # Runtimes print to stdout, also from C++. Redirect stdout to stderr, and send responses to a copy of the original.
+    responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(content: dict[str, Any]) -> None:
-        print(json.dumps(content), file=answers, flush=True)
+    def respond(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=responses, flush=True)
 
     try:
         prepare = RUNTIMES[runtime](path, int(threads))
-        answer({"ready": True})
+        respond({"ready": True})
         prepared: dict[str, Run] = {}
         for line in sys.stdin:
             command = json.loads(line)
-            given = command.get("run") or command["time"]
-            if given not in prepared:
-                with numpy.load(given, allow_pickle=False) as arrays:
-                    prepared[given] = prepare([arrays[f"input{index}"] for index in range(len(arrays.files))])
-            run = prepared[given]
+            inputs = command.get("run") or command["time"]
+            if inputs not in prepared:
+                with numpy.load(inputs, allow_pickle=False) as arrays:
+                    prepared[inputs] = prepare([arrays[f"input{index}"] for index in range(len(arrays.files))])
+            run = prepared[inputs]
             if "run" in command:
-                made: dict[str, Any] = {f"output{index}": numpy.asarray(array) for index, array in enumerate(run())}
-                numpy.savez(command["outputs"], **made)
-                answer({"done": True})
+                outputs: dict[str, Any] = {f"output{index}": numpy.asarray(array) for index, array in enumerate(run())}
+                numpy.savez(command["outputs"], **outputs)
+                respond({"done": True})
                 continue
             seconds = []
             for _ in range(command["count"]):
                 start = time.perf_counter()
                 run()
                 seconds.append(time.perf_counter() - start)
-            answer({"seconds": seconds})
+            respond({"seconds": seconds})
     except ModuleNotFoundError as error:
-        answer({"error": "not installed" if error.name in ("onnxruntime", "openvino", "MNN") else str(error)})
+        respond({"error": "not installed" if error.name in ("onnxruntime", "openvino", "MNN") else str(error)})
     except Exception as error:
         lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-        answer({"error": lines[0] if lines else type(error).__name__})
+        respond({"error": lines[0] if lines else type(error).__name__})
 
 
 if __name__ == "__main__":
-    # This folder has modules named like the packages they wrap.
+    # Remove this folder from the path: its modules have the names of the packages that they wrap.
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     _serve(*sys.argv[1:])

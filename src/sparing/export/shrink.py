@@ -1,18 +1,17 @@
-"""Zeros in whole rows and columns, cut out: fewer filters, smaller dense layers. Needs torch-pruning.
+"""Remove all-zero filters and unused channels: smaller dense layers for any runtime. Requires torch-pruning.
 
-A channel between layers can go if
+A channel between layers is removed if
 
-- nobody reads it: the weights of every layer it feeds are zero for it; or
-- nobody writes it: every filter that makes it is zero, so that it is a constant, whatever the input.
-  That constant (its bias, what batch normalization makes of it, the activation after that) is
-  multiplied into the biases of the layers it feeds. A padded convolution reads zeros instead of the
-  constant at its border; there no bias can stand in for it, and the filter stays unless the constant is 0.
+- it is unused: its weights are zero in every layer that consumes it; or
+- it is constant: every filter that produces it is zero, so its value does not depend on the input. The constant (the
+  bias after batch normalization and activation) is folded into the biases of the layers that consume the channel. A
+  convolution with padding reads zeros instead of the constant at the border, so the channel is kept in this case unless
+  the constant is 0.
 
-This is what thresholds a filter leave behind (`STR(granularity="filter")`), and what a low-rank
-factorization U V with zero columns of U or rows of V comes to: a smaller rank.
+`STR(granularity="filter")` leaves all-zero filters. In a low-rank factorization U V, zero columns of U or zero rows of
+V reduce the rank.
 
-Source: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, for which layers a channel
-ties together.
+Source: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, for the dependencies between layers.
 """
 
 import warnings
@@ -31,22 +30,21 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def shrink(model: nn.Module, example: Example) -> nn.Module:
-    """A copy of a model without the channels that make no difference.
+    """Return a copy of a model without all-zero filters and unused channels.
 
-    Repeated until nothing is left to cut, since a filter that loses all it reads is dead itself. A layer
-    keeps at least one channel. Layers that normalize over channels, recurrent layers and attention
-    keep theirs.
+    Repeat until there is nothing left to remove, because a filter whose inputs are all removed is zero, too. Each layer
+    keeps at least one channel. Layers that normalize over channels, recurrent layers and attention are not changed.
 
     Args:
-        model: sparsified or plain; it is left as it is.
+        model: a sparsified or plain model; it is not modified.
         example: the shape of one input, batch first, or tensors, as for `sparing.export.onnx.save`.
 
     Returns:
-        A densified copy in evaluation mode, whose outputs are the model's up to rounding.
+        A densified copy in evaluation mode, with the same outputs up to rounding.
 
     Raises:
-        InputError: torch-pruning is missing; it cannot follow the model; the model cut gives other
-            outputs, as one that looks at its channels by number would.
+        InputError: torch-pruning is missing or cannot trace the model; the outputs of the copy differ, for example
+            because the model indexes channels by number.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
@@ -60,18 +58,18 @@ def shrink(model: nn.Module, example: Example) -> nn.Module:
         )
     """
     require("torch_pruning")
-    small = plain(model)
+    network = plain(model)
     args, kwargs = random_inputs(example, batch=3)
-    expected = outputs(small, args, kwargs)
-    while _cut(small, args, kwargs):
+    expected = outputs(network, args, kwargs)
+    while _remove_channels(network, args, kwargs):
         pass
-    check("the model without its dead channels", expected, outputs(small, args, kwargs))
-    return small
+    check("the model without all-zero filters", expected, outputs(network, args, kwargs))
+    return network
 
 
 @dataclass(frozen=True)
 class _Channels:
-    """A channel of several layers: position in the group → positions in one layer."""
+    """Channels of one layer in a group: index in the group → indices in the layer."""
 
     module: Any
     positions: dict[int, list[int]]
@@ -79,22 +77,22 @@ class _Channels:
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers whose channels come and go together."""
+    """Layers whose channels must be removed together."""
 
     root: nn.Module
     size: int
-    writers: list[_Channels]
+    producers: list[_Channels]
     depthwise: list[_Channels]
-    readers: list[_Channels]
+    consumers: list[_Channels]
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> bool:
-    """Cut every group once; whether there was anything to cut."""
+def _remove_channels(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> bool:
+    """Remove channels from every group once. Return whether any channel was removed."""
     import torch_pruning
 
-    seen = _inputs(model, args, kwargs)
-    # Pruning needs a graph of gradients.
+    inputs = _record_inputs(model, args, kwargs)
+    # torch-pruning traces the autograd graph, so every parameter must require gradients.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
         with torch.enable_grad(), warnings.catch_warnings():
@@ -102,108 +100,109 @@ def _cut(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) 
             for parameter in frozen:
                 parameter.requires_grad_(True)
             graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=kwargs or args)
-    except Exception as error:  # it raises almost anything
-        raise InputError(f"torch-pruning cannot follow the model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch-pruning raises exceptions of many types
+        raise InputError(f"torch-pruning cannot trace the model: {str(error).splitlines()[0]}") from error
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
     found = False
     for group in list(_groups(graph)):
-        gone = _unread(group) | _unwritten(group, seen)
-        if len(gone) == group.size:
-            gone.remove(min(gone))
-        if not gone:
+        removable = _unused_channels(group) | _constant_channels(group, inputs)
+        if len(removable) == group.size:
+            removable.remove(min(removable))
+        if not removable:
             continue
-        _fold(group, gone, seen)
+        _fold_constants(group, removable, inputs)
         prune = graph.get_pruner_of_module(group.root).prune_out_channels
-        graph.get_pruning_group(group.root, prune, idxs=sorted(gone)).prune()
+        graph.get_pruning_group(group.root, prune, idxs=sorted(removable)).prune()
         found = True
     return found
 
 
-def _inputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
-    """What every convolution and Linear layer reads, channels last; none for one that is run twice."""
-    seen: dict[nn.Module, Tensor] = {}
-    twice: set[nn.Module] = set()
+def _record_inputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
+    """Run the model. Return the input of each convolution and Linear layer that runs exactly once, channels last."""
+    inputs: dict[nn.Module, Tensor] = {}
+    repeated: set[nn.Module] = set()
 
-    def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if module in seen:
-            twice.add(module)
-        seen[module] = given[0] if isinstance(module, nn.Linear) else given[0].movedim(1, -1)
+    def record(module: nn.Module, positional: tuple[Any, ...]) -> None:
+        if module in inputs:
+            repeated.add(module)
+        inputs[module] = positional[0] if isinstance(module, nn.Linear) else positional[0].movedim(1, -1)
 
     modules = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
-    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    handles = [module.register_forward_pre_hook(record) for module in modules]
     try:
         model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return {module: tensor for module, tensor in seen.items() if module not in twice}
+    return {module: tensor for module, tensor in inputs.items() if module not in repeated}
 
 
 def _groups(graph: Any) -> Iterator[_Group]:
-    """The groups that hold nothing but convolutions, Linear layers, batch normalization and what has no weights."""
+    """Yield the groups of convolutions, Linear layers, batch normalization and modules without parameters only."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     for group in graph.get_all_groups(root_module_types=[nn.Linear, *CONVOLUTIONS]):
         root = group[0].dep.target.module
-        writers: list[_Channels] = []
+        producers: list[_Channels] = []
         depthwise: list[_Channels] = []
-        readers: list[_Channels] = []
-        sound = True
+        consumers: list[_Channels] = []
+        supported = True
         for item in group:
             module = item.dep.target.module
             positions: dict[int, list[int]] = {}
             for root_index, index in zip(item.root_idxs, item.idxs, strict=True):
                 positions.setdefault(root_index, []).append(index)
             channels = _Channels(module, positions)
-            writes = item.dep.handler.__name__ == "prune_out_channels"
+            produces = item.dep.handler.__name__ == "prune_out_channels"
             if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-                sound = sound and module.groups == module.in_channels == module.out_channels
+                supported = supported and module.groups == module.in_channels == module.out_channels
                 depthwise.append(channels)
             elif type(module) in (nn.Linear, *CONVOLUTIONS):
-                (writers if writes else readers).append(channels)
-            # A parameter of its own, beside the layers, comes as itself.
+                (producers if produces else consumers).append(channels)
+            # A parameter that belongs to no layer is an item of its own.
             elif isinstance(module, nn.Parameter) or (
                 type(module) not in norms and list(module.parameters(recurse=False))
             ):
-                sound = False
-        if sound and readers:
-            yield _Group(root, len(group[0].idxs), writers, depthwise, readers)
+                supported = False
+        if supported and consumers:
+            yield _Group(root, len(group[0].idxs), producers, depthwise, consumers)
 
 
-def _unread(group: _Group) -> set[int]:
-    """The channels whose columns are zero in every reader."""
-    return {index for index in range(group.size) if all(_ignores(reader, index) for reader in group.readers)}
+def _unused_channels(group: _Group) -> set[int]:
+    """Return the channels whose weights are zero in every consumer."""
+    return {index for index in range(group.size) if all(_is_unused(consumer, index) for consumer in group.consumers)}
 
 
-def _unwritten(group: _Group, seen: dict[nn.Module, Tensor]) -> set[int]:
-    """The channels that are constant, and that the readers can do without."""
+def _constant_channels(group: _Group, inputs: dict[nn.Module, Tensor]) -> set[int]:
+    """Return the constant channels that can be folded into every consumer."""
 
-    def dead(channels: list[_Channels], index: int) -> bool:
+    def all_zero(channels: list[_Channels], index: int) -> bool:
         return all(not c.module.weight[c.positions.get(index, [])].any() for c in channels)
 
     found = set()
     for index in range(group.size):
-        # With one writer alone a depthwise convolution stands between it and the readers.
-        passed = any(dead([channels], index) for channels in group.depthwise) and len(group.writers) == 1
-        if (dead(group.writers, index) or passed) and all(_does_without(r, index, seen) for r in group.readers):
+        # With one producer, a depthwise convolution is between producer and consumers: its own zero filter is enough.
+        depthwise = any(all_zero([channels], index) for channels in group.depthwise) and len(group.producers) == 1
+        constant = all_zero(group.producers, index) or depthwise
+        if constant and all(_can_fold(consumer, index, inputs) for consumer in group.consumers):
             found.add(index)
     return found
 
 
-def _ignores(reader: _Channels, index: int) -> bool:
-    return not reader.module.weight[:, reader.positions.get(index, [])].any()
+def _is_unused(consumer: _Channels, index: int) -> bool:
+    return not consumer.module.weight[:, consumer.positions.get(index, [])].any()
 
 
-def _does_without(reader: _Channels, index: int, seen: dict[nn.Module, Tensor]) -> bool:
-    """Whether a reader ignores a channel, or gets 0, or gets a constant that its bias can stand in for."""
-    module = reader.module
-    if _ignores(reader, index):
+def _can_fold(consumer: _Channels, index: int, inputs: dict[nn.Module, Tensor]) -> bool:
+    """Return whether a channel is unused by a consumer, or is a constant that its bias can replace."""
+    module = consumer.module
+    if _is_unused(consumer, index):
         return True
-    if module not in seen:
+    if module not in inputs:
         return False
-    for position in reader.positions.get(index, []):
-        values = seen[module][..., position]
+    for position in consumer.positions.get(index, []):
+        values = inputs[module][..., position]
         constant = values.reshape(-1)[0]
         if not bool((values == constant).all()):
             return False
@@ -213,14 +212,16 @@ def _does_without(reader: _Channels, index: int, seen: dict[nn.Module, Tensor]) 
     return True
 
 
-def _fold(group: _Group, gone: set[int], seen: dict[nn.Module, Tensor]) -> None:
-    """Put what constants contribute into the biases of the readers."""
-    unread = _unread(group)
-    for reader in group.readers:
-        module = reader.module
-        for index in gone - unread:
-            for position in reader.positions.get(index, []):
-                constant = 0.0 if _ignores(reader, index) else float(seen[module][..., position].reshape(-1)[0])
+def _fold_constants(group: _Group, removable: set[int], inputs: dict[nn.Module, Tensor]) -> None:
+    """Add the contribution of constant channels to the biases of the consumers."""
+    unused = _unused_channels(group)
+    for consumer in group.consumers:
+        module = consumer.module
+        for index in removable - unused:
+            if _is_unused(consumer, index):
+                continue
+            for position in consumer.positions.get(index, []):
+                constant = float(inputs[module][..., position].reshape(-1)[0])
                 if constant == 0:
                     continue
                 if module.bias is None:

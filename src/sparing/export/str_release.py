@@ -1,10 +1,9 @@
-"""Checkpoints of the 2020 release of STR, as state dicts that `sparing.models` loads.
+"""Convert checkpoints of the 2020 STR release to state dicts of `sparing.models`.
 
-The release writes pickles of {"state_dict": ..., "epoch": ..., "optimizer": ...}. A key of the state
-dict begins with the `module.` of DataParallel. For every convolution it has the dense `weight` and,
-where that layer was trained with STR, `sparseThreshold`, the s of that layer, of shape (1, 1). The
-classifier is a 1×1 convolution: its weight is (classes, features, 1, 1). Module names are those of
-`sparing.models`.
+A checkpoint is a pickle of {"state_dict": ..., "epoch": ..., "optimizer": ...}. The keys of the state dict have the
+prefix `module.` of DataParallel. Each convolution has a dense `weight` and, if the layer was trained with STR, a
+`sparseThreshold`: the s of the layer, of shape (1, 1). The classifier is a 1×1 convolution with a weight of shape
+(classes, features, 1, 1). The module names are the same as in `sparing.models`.
 
 Source: the repository RAIVNLab/STR (models/, utils/conv_type.py, main.py).
 """
@@ -21,34 +20,37 @@ from sparing.models import MODELS
 from sparing.threshold import soft_threshold
 
 ARCHITECTURES = ("resnet18", "resnet50", "mobilenet_v1")
-"""The architectures of the release, by their names in `sparing.models`."""
+"""Supported architectures, by their name in `sparing.models`."""
 
 THRESHOLD = ".sparseThreshold"
 
 
 def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> dict[str, Tensor]:
-    """Read a checkpoint of the release as a state dict of the same network in `sparing.models`.
+    """Convert a checkpoint of the release to a state dict for the same network in `sparing.models`.
 
-    Without thresholds every weight W that has an s becomes sign(W) · relu(|W| − sigmoid(s)), zeros
-    included. The result loads strictly into `MODELS[arch]()`. A file without thresholds, "dense
-    compatible" in the words of the release, is taken as it is. Those of DNW and GMP hold the weights
-    without their masks, and the release nowhere saves the masks: they come out dense.
+    With `keep_thresholds=False`, each weight W with a threshold is replaced by its effective weight:
 
-    With thresholds the result loads strictly into the model after `sparsify_` with `STR()`, of the
-    layers that have an s.
+        sign(W) · relu(|W| − sigmoid(s))
+
+    The result loads into `MODELS[arch]()` with `strict=True`. The weights of a file without thresholds ("dense
+    compatible" in the release) are not changed. Checkpoints of DNW and GMP give dense weights because the release does
+    not save their masks.
+
+    With `keep_thresholds=True`, the result loads with `strict=True` into a model after `sparsify_` with `STR()` on the
+    layers that have a threshold.
 
     Args:
-        path: the file.
+        path: checkpoint file.
         arch: one of `ARCHITECTURES`.
-        keep_thresholds: keep weights and s apart, to train on or to look at.
+        keep_thresholds: return W and s separately, to continue training or to inspect them.
 
     Returns:
-        Tensors on the CPU. Weights keep their dtype, s is float32 of shape (1,).
+        Tensors on the CPU by name. Weights keep their dtype; s is float32 of shape (1,).
 
     Raises:
-        InputError: `arch` is unknown; thresholds are to be kept and there are none.
-        CheckpointError: the file is missing, truncated, or holds more than tensors and plain values;
-            its keys or shapes are not those of the architecture.
+        InputError: `arch` is unknown; `keep_thresholds` is set and the file has no thresholds.
+        CheckpointError: the file is missing or truncated; it has objects other than tensors and plain values; its keys
+            or shapes do not match the architecture.
 
     Examples:
         >>> state = convert("resnet50.pth", "resnet50")  # doctest: +SKIP
@@ -61,16 +63,17 @@ def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> di
     state = _flat_classifier(_read(Path(path)))
     tensors = {key: tensor for key, tensor in state.items() if not key.endswith(THRESHOLD)}
     thresholds = {key.removesuffix(THRESHOLD): s for key, s in state.items() if key.endswith(THRESHOLD)}
-    _check_fits(where, tensors, arch)
+    _check_architecture(where, tensors, arch)
     for name, s in thresholds.items():
         if f"{name}.weight" not in tensors:
-            raise CheckpointError(f"{where}: a threshold stands at {name!r}, where there is no weight")
+            raise CheckpointError(f"{where}: layer {name!r} has a threshold but no weight")
         if s.numel() != 1 or not s.is_floating_point():
             raise CheckpointError(
-                f"{where}: the threshold of {name!r} is {s.dtype} of shape {tuple(s.shape)}, not one s"
+                f"{where}: the threshold of {name!r} must be a floating point tensor with one element, "
+                f"got {s.dtype} of shape {tuple(s.shape)}"
             )
     if keep_thresholds and not thresholds:
-        raise InputError(f"{where}: holds no thresholds to keep; convert it without them")
+        raise InputError(f"{where}: has no thresholds; convert it without keeping thresholds")
     for name, s in thresholds.items():
         weight = tensors.pop(f"{name}.weight")
         if keep_thresholds:
@@ -82,90 +85,99 @@ def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> di
 
 
 def with_bias(state: dict[str, Tensor], arch: str) -> dict[str, Tensor]:
-    """The state dict of a ResNet as torchvision and timm name it: a bias of the classifier is added, zero.
+    """Return the state dict of a ResNet for torchvision and timm: add a zero bias to the classifier.
 
-    All other names and shapes are the same there already.
+    All other names and shapes are the same in torchvision, timm and `sparing.models`.
+
+    Args:
+        state: a state dict from `convert`, without thresholds.
+        arch: a ResNet of `ARCHITECTURES`.
 
     Raises:
-        InputError: `arch` is none of the ResNets, or the state dict keeps thresholds.
+        InputError: `arch` is not a ResNet, or the state dict has thresholds.
 
     Examples:
         >>> with_bias({"fc.weight": torch.ones(10, 4)}, "resnet50")["fc.bias"].shape
         torch.Size([10])
     """
     if not arch.startswith("resnet"):
-        raise InputError(f"torchvision and timm have no network with the layers of {arch!r}; only the ResNets go there")
+        raise InputError(f"torchvision and timm have no equivalent of {arch!r}; choose a ResNet")
     if "fc.weight" not in state:
-        raise InputError("a state dict with thresholds is for sparing alone; convert it without them")
+        raise InputError(
+            "torchvision and timm cannot load thresholds; convert the checkpoint without keeping thresholds"
+        )
     weight = state["fc.weight"]
     return {**state, "fc.bias": weight.new_zeros(len(weight))}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict of the file without the `module.` before its keys. No code in the file is run."""
+    """Read the state dict without the prefix `module.`, with weights_only=True so that no code in the file runs."""
     where = f"checkpoint {path}"
     if not path.is_file():
         raise CheckpointError(f"{where}: there is no such file")
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises almost anything on a damaged file: RuntimeError, EOFError, KeyError ...
+    # torch raises exceptions of many types on a damaged file: RuntimeError, EOFError, KeyError, ...
     except Exception as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise CheckpointError(
-                f"{where}: holds more than tensors and plain values, {named[1]} for one, and loading that could run "
-                "code; where you trust the file, save its 'state_dict' alone and convert that"
+                f"{where}: has objects other than tensors and plain values, such as {named[1]}, and loading them could "
+                "run code; if you trust the file, save only its 'state_dict' to a new file and convert that file"
             ) from error
         reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
         raise CheckpointError(f"{where}: unreadable or truncated ({reason})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{where}: holds no 'state_dict' of tensors")
+        raise CheckpointError(f"{where}: has no 'state_dict' of tensors")
     return {str(key).removeprefix("module."): tensor.detach() for key, tensor in state.items()}
 
 
 def _numpy_scalars() -> list[Any]:
-    """What torch needs to read a NumPy number, which is data and no code.
+    """Return the globals that torch.load must allow to read a NumPy scalar, which cannot run code.
 
-    The release computes its learning rate with NumPy, so its checkpoints hold one in the optimizer.
+    The release computes its learning rate with NumPy, so the optimizer state has NumPy scalars.
     """
     try:
         import numpy as np
     except ImportError:
         return []
     scalar = np.float64(0).__reduce__()[0]
-    # NumPy has moved the function; files name it as it was called when they were written.
+    # NumPy moved the function from numpy.core to numpy._core. Old files have the old name.
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(code)) for code in ("f4", "f8", "i8"))]
 
 
 def _flat_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A 1×1 convolution on one pixel is a matrix product."""
+    """Reshape the classifier from a 1×1 convolution to the weight of a Linear layer."""
     weight = state.get("fc.weight")
     return state if weight is None or weight.shape[2:] != (1, 1) else {**state, "fc.weight": weight.flatten(1)}
 
 
-def _check_fits(where: str, tensors: dict[str, Tensor], arch: str) -> None:
-    problem = _misfit(tensors, arch)
+def _check_architecture(where: str, tensors: dict[str, Tensor], arch: str) -> None:
+    problem = _mismatch(tensors, arch)
     if problem is None:
         return
-    fitting = [other for other in ARCHITECTURES if _misfit(tensors, other) is None]
-    hint = f"; it is a {fitting[0]}" if fitting else ""
+    matching = [other for other in ARCHITECTURES if _mismatch(tensors, other) is None]
+    hint = f"; the checkpoint is a {matching[0]}" if matching else ""
     raise CheckpointError(f"{where}: is not a {arch} ({problem}){hint}")
 
 
-def _misfit(tensors: dict[str, Tensor], arch: str) -> str | None:
-    """What keeps these tensors from being the architecture's, or None."""
+def _mismatch(tensors: dict[str, Tensor], arch: str) -> str | None:
+    """Return the first difference between the tensors and the architecture, or None if they match."""
     classifier = tensors.get("fc.weight")
     classes = len(classifier) if classifier is not None and classifier.dim() == 2 and len(classifier) else 1000
     with torch.device("meta"):
-        wanted = MODELS[arch](num_classes=classes).state_dict()
-    for what, keys in (("lacks", wanted.keys() - tensors.keys()), ("has also", tensors.keys() - wanted.keys())):
+        expected = MODELS[arch](num_classes=classes).state_dict()
+    for what, keys in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            return f"it {what} {min(keys)!r}{more}"
-    for key, tensor in wanted.items():
+            return f"{what} key {min(keys)!r}{more}"
+    for key, tensor in expected.items():
         if tensors[key].shape != tensor.shape:
-            return f"{key!r} has shape {tuple(tensors[key].shape)}, not {tuple(tensor.shape)}"
+            return f"{key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(tensor.shape)}"
     return None

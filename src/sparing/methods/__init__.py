@@ -21,25 +21,7 @@ from sparing.methods.str_feather import STRFeather
 from sparing.methods.variational_dropout import VariationalDropout
 
 __all__ = [
-    "ACDC",
-    "DNW",
-    "DSR",
-    "DST",
-    "GMP",
-    "METHODS",
-    "SET",
-    "SNFS",
-    "SNIP",
-    "ST3",
-    "STR",
-    "ContinuousSparsification",
-    "Feather",
-    "GraSP",
-    "RigL",
-    "ST3Sigma",
-    "STRFeather",
-    "Spartan",
-    "StaticRandom",
-    "VariationalDropout",
+    "ACDC", "DNW", "DSR", "DST", "GMP", "METHODS", "SET", "SNFS", "SNIP", "ST3", "STR", "ContinuousSparsification",
+    "Feather", "GraSP", "RigL", "ST3Sigma", "STRFeather", "Spartan", "StaticRandom", "VariationalDropout",
     "find_method",
-]
+]  # fmt: skip

@@ -7,25 +7,23 @@
     ... in turn as long as both fit before t1; the last dense phase lasts until t1
     compressed       t ≥ t1, to the end
 
-Source: Peste, Iofinova, Vladu & Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep
-Neural Networks", NeurIPS 2021, and its code (pruners.py, recyclers.py, the configurations of neurips/).
+Source: Peste, Iofinova, Vladu & Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
+Networks", NeurIPS 2021, and its code (pruners.py, recyclers.py, the configurations of neurips/).
 Deviations: the code holds pruned weights at zero while they are masked; here they may move under the mask, to no
 effect, and are set to zero when they return.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparing.budget import Allocation, Budget, magnitude
 from sparing.errors import InputError
-from sparing.layers import Layer
-from sparing.method import Optimizers, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Ranking
 from sparing.optimizers import reset_state
-from sparing.parametrizations import Mask, Sparse
+from sparing.parametrizations import Mask
 from sparing.schedules import Updates, to_step
 from sparing.sparsifier import Sparsifier
 
@@ -71,14 +69,14 @@ class ACDC(Ranking):
         0.05
     """
 
-    name: ClassVar[str] = "acdc"
+    name = "acdc"
 
     budget: Budget | str = "global"
     begin: int | float = 0.1
     end: int | float = 0.85
     phase: int | float = 0.05
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Phases:  # type: ignore[override]
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Phases:  # type: ignore[override]
         window = Updates.resolve(self, self.begin, self.end, 1, steps)
         begin, end = max(window.begin, 1), window.end
         length = max(to_step(self.phase, steps, f"ACDC: phase={self.phase!r}"), 1)
@@ -89,7 +87,7 @@ class ACDC(Ranking):
             )
         return Phases(super().prepare(model, layers, steps).allocation, begin, end, length)
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     @torch.no_grad()

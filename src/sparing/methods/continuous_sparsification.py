@@ -5,26 +5,23 @@
     β(t) = β_final^(t / steps)                          from 1; the soft mask tends to the hard one
     loss + λ · Σ sigmoid(β m)                           pulls m below zero
 
-At the start the training weight is W itself. Which weights stay is learned by gradient descent alone;
-as β grows, the sigmoid saturates and m stops moving.
+At the start the training weight is W itself. Which weights stay is learned by gradient descent alone; as β grows, the
+sigmoid saturates and m stops moving.
 
-Source: Savarese, Silva & Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
-and its code (models/layers.py, main.py).
-Deviations: β grows with every step instead of every epoch; the penalty sums the mask without the factor
-1 / sigmoid(m0), which the code leaves in; evaluation is by the hard mask during the run as well.
+Source: Savarese, Silva & Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, and its code
+(models/layers.py, main.py).
+Deviations: β grows with every step instead of every epoch; the penalty sums the mask without the factor 1 /
+sigmoid(m0), which the code leaves in; evaluation is by the hard mask during the run as well.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sparing.layers import Layer
-from sparing.method import Method, Optimizers
-from sparing.parametrizations import Sparse
+from sparing.method import Layers, Method, Optimizers, Parametrizations
+from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number, to_step
 from sparing.sparsifier import Sparsifier
 
@@ -54,9 +51,6 @@ class SigmoidMask(Sparse):
             mask = torch.where(self.finished, mask, torch.sigmoid(self.temperature * self.m))
         return weight * (self.scale * mask).to(weight.dtype)
 
-    def extra_repr(self) -> str:
-        return f"m={tuple(self.m.shape)}, scale={self.scale:.4g}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousSparsification(Method):
@@ -64,23 +58,20 @@ class ContinuousSparsification(Method):
 
     S = W ⊙ sigmoid(β m) / sigmoid(m0),  β from 1 to `final_temperature`
 
-    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from `init`, λ and the length
-    of the run.
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from `init`, λ and the length of
+    the run.
 
     Args:
         weight: λ, the weight of the penalty, the sum of the soft mask, ≥ 0. Higher is sparser.
         init: m0, the value m starts from. Lower is sparser; at 0 or below the hard mask starts empty.
         final_temperature: β at the end of the run, above 1.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> ContinuousSparsification(weight=1e-8)
         ContinuousSparsification(weight=1e-08, init=0.05, final_temperature=200.0)
     """
 
-    name: ClassVar[str] = "continuous_sparsification"
+    name = "continuous_sparsification"
 
     weight: float
     init: float = 0.05
@@ -91,12 +82,13 @@ class ContinuousSparsification(Method):
         check_number(self, "init", "[-10, 10]")
         check_number(self, "final_temperature", "[1, inf)")
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> int:
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> int:
         return to_step(1.0, steps, "ContinuousSparsification")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: int) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: int) -> Parametrizations:
         scale = 1 + math.exp(-self.init)
-        return {name: SigmoidMask(self._start(layer.weight), scale) for name, layer in layers.items()}
+        weights = {name: layer.weight for name, layer in layers.items()}
+        return {name: SigmoidMask(learned_number(w.shape, self.init, w), scale) for name, w in weights.items()}
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         parts = [part for _, part in sparsifier.each(SigmoidMask)]
@@ -115,7 +107,3 @@ class ContinuousSparsification(Method):
         for _, part in sparsifier.each(SigmoidMask):
             part.temperature.fill_(self.final_temperature**progress)
             part.finished.fill_(progress == 1.0)
-
-    def _start(self, weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: the small steps of m are lost in bf16.
-        return nn.Parameter(torch.full_like(weight, self.init, dtype=torch.float32))

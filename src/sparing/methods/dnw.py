@@ -7,19 +7,16 @@ A weight outside the mask goes on being moved by the gradient it would have if i
 largest it is used, and another is not.
 
 Source: Wortsman, Farhadi, Rastegari, "Discovering Neural Wirings", NeurIPS 2019, and its code (ChooseEdges).
-Deviations: the code makes the mask in every forward pass, here it is made after every optimizer step; weights do
-not change between two steps, so the masks are the same. The code rounds the number of zeros down, here it is
-rounded to the nearest.
+Deviations: the code makes the mask in every forward pass, here it is made after every optimizer step; weights do not
+change between two steps, so the masks are the same. The code rounds the number of zeros down, here it is rounded to
+the nearest.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sparing.budget import magnitude
-from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.parametrizations import DenseGradientMask, Sparse
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.parametrizations import DenseGradientMask
 from sparing.sparsifier import Sparsifier
 
 
@@ -31,9 +28,6 @@ class DNW(Ranking):
         sparsity, budget, pattern: the target from the first step on, see `sparing.method.Ranking`.
         every: optimizer steps between two masks.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> model = nn.Linear(100, 10)
         >>> _ = sparsify_(model, DNW(sparsity=0.9))
@@ -41,11 +35,11 @@ class DNW(Ranking):
         100
     """
 
-    name: ClassVar[str] = "dnw"
+    name = "dnw"
 
     every: int = 1
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: DenseGradientMask(mask) for name, mask in plan.allocation.masks(magnitude).items()}
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:

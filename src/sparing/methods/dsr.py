@@ -8,28 +8,25 @@
         per layer: regrow its share of the positions that were not active, drawn uniformly, at zero
     S = W ⊙ M,   dW = dS ⊙ M
 
-Source: Mostafa & Wang, "Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic
-Sparse Reparameterization", ICML 2019, algorithm 1, and its code (parameterized_tensors.py, main.py).
+Source: Mostafa & Wang, "Parameter Efficient Training of Deep Convolutional Neural Networks by Dynamic Sparse
+Reparameterization", ICML 2019, algorithm 1, and its code (parameterized_tensors.py, main.py).
 Deviations: the code gives N as a number of weights, here it is a share of the active ones; the code's ImageNet runs
-have 9 % at 80 % sparsity and 18 % at 90 %. The code doubles ΔT at these quarters on ImageNet and MNIST, at epochs
-25, 80 and 140 of 200 on CIFAR. The total is conserved exactly: shares are rounded by Hamilton's method, and what a
-full layer cannot take goes to the others. The momentum of a regrown weight is cleared; in the code it has decayed.
+have 9 % at 80 % sparsity and 18 % at 90 %. The code doubles ΔT at these quarters on ImageNet and MNIST, at epochs 25,
+80 and 140 of 200 on CIFAR. The total is conserved exactly: shares are rounded by Hamilton's method, and what a full
+layer cannot take goes to the others. The momentum of a regrown weight is cleared; in the code it has decayed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparing.budget import random_score
-from sparing.layers import Layer
+from sparing.budget import Budget, random_score
+from sparing.growing import Growing, replace_mask
 from sparing.masks import apportion, keep_top
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.optimizers import reset_state
-from sparing.parametrizations import Masked, Sparse
-from sparing.schedules import Updates, check_number
+from sparing.method import Layers, Optimizers, Parametrizations, Plan
+from sparing.parametrizations import Masked
+from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 
 
@@ -47,38 +44,30 @@ class AdaptiveMask(Masked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSR(Ranking):
+class DSR(Growing):
     """Keep a constant number of weights in all, and move the smallest to random places of any layer.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`; the budget is that of the start. Groups
             must have the same size in all layers, since they move between layers.
-        end: the last update comes before it: a step (int) or a fraction of the run (float).
-        every: ΔT at the start, optimizer steps between two updates; shortened if `end` comes earlier.
+        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: the share of active weights that an update should move, N of them, in (0, 1).
         threshold: H at the start, in units of the weight, above 0.
         tolerance: δ, how far off N leaves H as it is, a fraction in (0, 1).
-        seed: of the first mask and of all growth; equal on all ranks, whatever their own seeds.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> DSR(sparsity=0.9).threshold
         0.001
     """
 
-    name: ClassVar[str] = "dsr"
-    takes_global: ClassVar[bool] = False
-    takes_nm: ClassVar[bool] = False
-    moves_between_layers: ClassVar[bool] = True
+    name = "dsr"
+    equal_units = True
 
+    budget: Budget | str = "uniform"
     end: int | float = 0.95
-    every: int = 100
     fraction: float = 0.14
     threshold: float = 1e-3
     tolerance: float = 0.1
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,14 +75,14 @@ class DSR(Ranking):
             check_number(self, field, "(0, 1)")
         check_number(self, "threshold", "(0, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
-        masks = plan.allocation.masks(random_score(layers, self.seed))
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
+        masks = self.first_masks(layers, plan)
         return {name: AdaptiveMask(mask, self.threshold) for name, mask in masks.items()}
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         plan, step = sparsifier.plan, sparsifier.step
-        if not _updates(plan.updates, step, sparsifier.steps):
+        if not self.due(plan, step) or step % _interval(plan, step, sparsifier.steps):
             return
         random = random_score(sparsifier.layers, self.seed, step)
         # A frozen layer takes no part: what it gave away or received could not be trained.
@@ -114,17 +103,15 @@ class DSR(Ranking):
         grown = apportion(pruned, left, [mask.numel() - int(mask.sum()) for mask in taken])
         for (layer, part), each, stay, full, grow in zip(layers, units, stays, taken, grown, strict=True):
             chosen = keep_top(random(layer, each).masked_fill(full, -1), grow)
-            regrown = each.expand(chosen)
-            layer.weight.masked_fill_(regrown, 0)
-            reset_state(optimizers, layer.weight, regrown)
-            part.mask.copy_(each.expand(stay | chosen))
+            replace_mask(layer, part, each.expand(stay | chosen), optimizers)
             # From zero it could not double again.
             part.cut.mul_(factor).clamp_(min=torch.finfo(part.cut.dtype).tiny)
 
 
-def _updates(updates: Updates, step: int, steps: int | None) -> bool:
-    quarters = 0 if steps is None else 4 * step // steps
-    return 0 < step < updates.end and step % (updates.every * 2 ** min(quarters, 3)) == 0
+def _interval(plan: Plan, step: int, steps: int | None) -> int:
+    assert plan.updates is not None
+    quarters = 0 if steps is None else min(4 * step // steps, 3)
+    return int(plan.updates.every * 2**quarters)
 
 
 def _stays(active: Tensor, norm: Tensor, cut: Tensor) -> Tensor:

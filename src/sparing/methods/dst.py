@@ -6,13 +6,13 @@
                  0          beyond
     loss + α · Σ exp(−t)                                 pushes the thresholds up
 
-W gets dS ⊙ M and what comes through |W| in the mask, so a pruned weight is still moved. Where a layer
-is left with 1 % of its weights or fewer, its t return to 0.
+W gets dS ⊙ M and what comes through |W| in the mask, so a pruned weight is still moved. Where a layer is left with 1
+% of its weights or fewer, its t return to 0.
 
-Source: Liu, Xu, Shi, Cheung & So, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch
-With Trainable Masked Layers", ICLR 2020, and its code (binarization.py).
-Deviations: the reset is made after the optimizer step instead of in the next forward, which sees the
-same. t stays float32.
+Source: Liu, Xu, Shi, Cheung & So, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable
+Masked Layers", ICLR 2020, and its code (binarization.py).
+Deviations: the reset is made after the optimizer step instead of in the next forward, which sees the same. t stays
+float32.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
-from sparing.layers import TRANSPOSED_CONVOLUTIONS, Layer
-from sparing.method import Method, Optimizers
-from sparing.parametrizations import Sparse
+from sparing.layers import filter_shape
+from sparing.method import Layers, Method, Optimizers, Parametrizations
+from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 
@@ -56,9 +55,6 @@ class StepMask(Sparse):
         mask: Tensor = _Step.apply(weight.abs() - self.t)
         return weight * mask.to(weight.dtype)
 
-    def extra_repr(self) -> str:
-        return f"t={tuple(self.t.shape)}"
-
 
 class _Step(torch.autograd.Function):
     generate_vmap_rule = True
@@ -84,32 +80,31 @@ class DST(Method):
 
     S = W ⊙ step(|W| − t),  loss + α Σ exp(−t)
 
-    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from α. Weight decay on t
-    pulls the thresholds back to 0, against the penalty: set `threshold_weight_decay` of `param_groups`.
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from α. Weight decay on t pulls
+    the thresholds back to 0, against the penalty: set `threshold_weight_decay` of `param_groups`.
 
     Args:
         alpha: α, the weight of the penalty that raises the thresholds, ≥ 0. Higher is sparser.
 
     Raises:
-        InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose
-            filters are no slices of its weight.
+        InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose filters are no slices
+            of its weight.
 
     Examples:
         >>> DST(alpha=1e-4)
         DST(alpha=0.0001)
     """
 
-    name: ClassVar[str] = "dst"
+    name = "dst"
 
     alpha: float
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", "[0, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {
-            name: StepMask(nn.Parameter(torch.zeros(_shape(layer), dtype=torch.float32, device=layer.weight.device)))
-            for name, layer in layers.items()
+            name: StepMask(learned_number(filter_shape(layer), 0.0, layer.weight)) for name, layer in layers.items()
         }
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
@@ -121,16 +116,3 @@ class DST(Method):
             active = torch.count_nonzero(layer.weight.abs() > part.t)
             # On the device, without waiting for the count.
             part.t.masked_fill_(active <= LEAST_DENSITY * layer.weight.numel(), 0)
-
-
-def _shape(layer: Layer) -> tuple[int, ...]:
-    """Return the shape with one number per output channel that broadcasts to the weight."""
-    shape = tuple(layer.weight.shape)
-    if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
-        return shape[:1] + (1,) * (len(shape) - 1)
-    if layer.module.groups != 1:
-        raise InputError(
-            f"DST: layer {layer.name!r} is a transposed convolution of {layer.module.groups} groups: its filters "
-            "are no slices of its weight; leave it out with select="
-        )
-    return (1, shape[1]) + (1,) * (len(shape) - 2)

@@ -6,23 +6,20 @@
     S   = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M
     dW  = dS ⊙ (M + θ (1 − M)),   θ = ½ for r > 0.95, else 1
 
-Source: Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN
-Sparsification", BMVC 2023, and its code (sparse_utils.py).
-Deviations: the code takes th from an interpolated quantile; here the count is exact, except for weights that tie
-with th. The code takes a new threshold at every step (`every=1`); every 16 steps cost a sixteenth.
+Source: Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification", BMVC
+2023, and its code (sparse_utils.py).
+Deviations: the code takes th from an interpolated quantile; here the count is exact, except for weights that tie with
+th. The code takes a new threshold at every step (`every=1`); every 16 steps cost a sixteenth.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparing.budget import Budget, magnitude
 from sparing.group_threshold import feather_threshold
-from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Sparse
 from sparing.patterns import Units
 from sparing.schedules import check_number
@@ -33,8 +30,8 @@ from sparing.sparsifier import Sparsifier
 class Feather(Ranking):
     """Zero the smallest weights of the whole network, shrink those near the threshold, train them all.
 
-    S = sign(W) ⊙ (|W|³ − th³)^(1/3) is continuous, unlike the hard threshold, and leaves large weights
-    almost as they are, unlike the soft one.
+    S = sign(W) ⊙ (|W|³ − th³)^(1/3) is continuous, unlike the hard threshold, and leaves large weights almost as they
+    are, unlike the soft one.
 
     Args:
         sparsity, budget, pattern: the target r, see `sparing.method.Ranking`.
@@ -44,17 +41,14 @@ class Feather(Ranking):
         theta: θ in [0, 1], the factor on the gradient of pruned weights; None takes ½ above a sparsity of 0.95 and 1
             up to it, and 1 for a Budget.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> Feather(sparsity=0.9).every
         16
     """
 
-    name: ClassVar[str] = "feather"
-    takes_nm: ClassVar[bool] = False
-    after_ramp: ClassVar[bool] = True
+    name = "feather"
+    takes_nm = False
+    after_ramp = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.0
@@ -67,7 +61,7 @@ class Feather(Ranking):
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         theta = self.theta if self.theta is not None else 0.5 if (self.sparsity or 0) > 0.95 else 1.0
         units = plan.allocation.units
         return {name: FeatherThreshold(layer.weight, theta, units[name]) for name, layer in layers.items()}
@@ -104,6 +98,3 @@ class FeatherThreshold(Sparse):
 
     def forward(self, weight: Tensor) -> Tensor:
         return feather_threshold(weight, self.th, self.theta, self.units.view, self.units.dims)
-
-    def extra_repr(self) -> str:
-        return f"theta={self.theta}"

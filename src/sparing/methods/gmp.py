@@ -4,22 +4,19 @@
     M   = the (1 − s_t) share of largest |W|                 per layer, or over all layers; every `every` steps
     S   = W ⊙ M,   dW = dS ⊙ M
 
-Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017,
-for the ramp; Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, for
+Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, for
+the ramp; Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, for
 one-shot pruning; Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, section 4, for budget="global".
 Deviations: the ramp of the STR repository divides by t1 − t0 + 1 and ends below s_f; here it ends on it. Pruned
-weights keep their value and decay, as in the TensorFlow code, so one may return while the ramp runs. Han et al.
-prune below a multiple of the standard deviation, in several rounds; here a layer keeps an exact count.
+weights keep their value and decay, as in the TensorFlow code, so one may return while the ramp runs. Han et al. prune
+below a multiple of the standard deviation, in several rounds; here a layer keeps an exact count.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sparing.budget import magnitude
-from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.parametrizations import Mask, Sparse
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.parametrizations import Mask
 from sparing.sparsifier import Sparsifier
 
 
@@ -36,9 +33,6 @@ class GMP(Ranking):
         end: end of the ramp, likewise.
         every: optimizer steps between two updates of the masks; shortened if the ramp is shorter.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> model = nn.Linear(100, 10)
         >>> _ = sparsify_(model, GMP(sparsity=0.9, begin=0, end=0))
@@ -46,13 +40,13 @@ class GMP(Ranking):
         100
     """
 
-    name: ClassVar[str] = "gmp"
+    name = "gmp"
 
     begin: int | float = 0.2
     end: int | float = 0.8
     every: int = 100
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         assert plan.updates is not None
         masks = plan.allocation.masks(magnitude, progress=float(plan.updates.end == 0))
         return {name: Mask(mask) for name, mask in masks.items()}

@@ -7,25 +7,24 @@
 
 Source: Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020,
 algorithm 1, and its code (pruner/GraSP.py).
-Deviations: only `prune` is the paper's. Without that call, the first two optimizer steps stand in for it:
-Hg ≈ (g₂(W + p·g₁) − g₁(W)) / p with the gradients of two different mini-batches, whose difference is noise in this
-estimate, as are the jumps that ReLU makes in the gradient. The logits are not divided by the paper's temperature;
-the closure may do that. Linear layers are not initialized anew.
+Deviations: only `prune` is the paper's. Without that call, the first two optimizer steps stand in for it: Hg ≈ (g₂(W
++ p·g₁) − g₁(W)) / p with the gradients of two different mini-batches, whose difference is noise in this estimate, as
+are the jumps that ReLU makes in the gradient. The logits are not divided by the paper's temperature; the closure may
+do that. Linear layers are not initialized anew.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.optimizers import skip_step
-from sparing.parametrizations import Masked, Sparse
+from sparing.parametrizations import Masked
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 
@@ -57,17 +56,13 @@ class ProbedMask(Masked):
 class GraSP(Ranking):
     """Keep the weights whose removal would weaken the gradient most.
 
-    Call `prune` once, before training. Without the call the network is dense for two optimizer
-    steps, which estimate the same scores and move no weight; between the two the effective weights
-    are displaced along the gradient. The estimate is a poor one unless both steps accumulate the
-    gradients of many mini-batches.
+    Call `prune` once, before training. Without the call the network is dense for two optimizer steps, which estimate
+    the same scores and move no weight; between the two the effective weights are displaced along the gradient. The
+    estimate is a poor one unless both steps accumulate the gradients of many mini-batches.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         probe: p, how far the estimate displaces the weights, in gradients; `prune` does not use it.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> model, method = nn.Sequential(nn.Linear(100, 10), nn.Tanh()), GraSP(sparsity=0.9)
@@ -77,7 +72,7 @@ class GraSP(Ranking):
         100
     """
 
-    name: ClassVar[str] = "grasp"
+    name = "grasp"
 
     budget: Budget | str = "global"
     probe: float = 0.1
@@ -86,7 +81,7 @@ class GraSP(Ranking):
         super().__post_init__()
         check_number(self, "probe", "(0, inf)")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: ProbedMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def prune(self, sparsifier: Sparsifier, closure: Callable[[], Tensor]) -> None:

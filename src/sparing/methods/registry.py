@@ -27,27 +27,10 @@ from sparing.methods.variational_dropout import VariationalDropout
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        STR,
-        STRFeather,
-        GMP,
-        RigL,
-        DNW,
-        DSR,
-        SET,
-        SNFS,
-        VariationalDropout,
-        DST,
-        ContinuousSparsification,
-        StaticRandom,
-        SNIP,
-        GraSP,
-        ST3,
-        ST3Sigma,
-        Feather,
-        ACDC,
-        Spartan,
+        STR, STRFeather, GMP, RigL, DNW, DSR, SET, SNFS, VariationalDropout, DST, ContinuousSparsification,
+        StaticRandom, SNIP, GraSP, ST3, ST3Sigma, Feather, ACDC, Spartan,
     )
-}
+}  # fmt: skip
 
 
 def find_method(name: str) -> type[Method]:

@@ -6,72 +6,57 @@
         regrow as many of the largest |dL/dS| among the others, at zero
     S = W ⊙ M;  dW = dS ⊙ M, and dW = dS in the step of an update
 
-Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3 and
-algorithm 1, and its code (sparse_optimizers_base.py).
-Deviations: ties are broken by position, not by noise. As in the code, a step that updates the masks moves no
-weight, and a weight pruned and regrown at once keeps its value. The code also updates at step 0, and an update
-does not count as a step; here it counts.
+Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3 and algorithm 1, and its
+code (sparse_optimizers_base.py).
+Deviations: ties are broken by position, not by noise. As in the code, a step that updates the masks moves no weight,
+and a weight pruned and regrown at once keeps its value. The code also updates at step 0, and an update does not count
+as a step; here it counts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparing.budget import Budget, random_score
-from sparing.layers import Layer
+from sparing.growing import Growing, replace_mask
 from sparing.masks import prune_and_regrow
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.optimizers import reset_state, skip_step
-from sparing.parametrizations import Masked, Sparse
+from sparing.method import Layers, Optimizers, Parametrizations, Plan
+from sparing.optimizers import skip_step
+from sparing.parametrizations import Masked
 from sparing.schedules import check_number, cosine
 from sparing.sparsifier import Sparsifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class RigL(Ranking):
+class RigL(Growing):
     """Keep a constant number of weights, and move some of them to where the gradient is largest.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
-        end: the last update comes before it: a step (int) or a fraction of the run (float).
-        every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
+        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: α, the share of active weights moved by the first update, in (0, 1).
-        seed: of the random first mask; equal on all ranks, whatever their own seeds.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> RigL(sparsity=0.9).fraction
         0.3
     """
 
-    name: ClassVar[str] = "rigl"
-    takes_global: ClassVar[bool] = False
-    takes_nm: ClassVar[bool] = False
+    name = "rigl"
 
-    budget: Budget | str = "erk"
-    end: int | float = 0.75
-    every: int = 100
     fraction: float = 0.3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "fraction", "(0, 1)")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
-        return {
-            name: ProbingMask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()
-        }
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
+        return {name: ProbingMask(mask) for name, mask in self.first_masks(layers, plan).items()}
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         plan, step = sparsifier.plan, sparsifier.step
-        if not _updates(plan, step):
+        if not self.due(plan, step):
             return
         for layer, part in sparsifier.each(ProbingMask):
             weight, units = layer.weight, plan.allocation.units[layer.name]
@@ -79,16 +64,13 @@ class RigL(Ranking):
                 continue
             active = units.active(part.mask)
             count = int(cosine(step, plan.updates.end, self.fraction) * int(active.sum()))
-            mask = units.expand(prune_and_regrow(active, units.norm(weight), units.norm(weight.grad), count))
-            regrown = mask & ~part.mask
-            weight.masked_fill_(regrown, 0)
-            reset_state(optimizers, weight, regrown)
-            part.mask.copy_(mask)
+            chosen = prune_and_regrow(active, units.norm(weight), units.norm(weight.grad), count)
+            replace_mask(layer, part, units.expand(chosen), optimizers)
         skip_step(optimizers)
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         plan, step = sparsifier.plan, sparsifier.step
-        if (due := _updates(plan, step)) or _updates(plan, step - 1):
+        if (due := self.due(plan, step)) or self.due(plan, step - 1):
             for _, part in sparsifier.each(ProbingMask):
                 part.probing.fill_(due)
 
@@ -122,8 +104,3 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mask, probing = ctx.saved_tensors
         return torch.where(mask | probing, grad_output, 0.0), None, None
-
-
-def _updates(plan: Plan, step: int) -> bool:
-    assert plan.updates is not None
-    return plan.updates.due(step) and step < plan.updates.end

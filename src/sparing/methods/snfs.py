@@ -8,28 +8,25 @@
         per layer: regrow its share of the largest |m| among the others, at zero
     S = W ⊙ M;  a pruned weight is moved by nothing
 
-Source: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing
-Performance", 2019, and its code (sparse_learning/core.py, funcs.py).
-Deviations: the code reads the optimizer's own momentum; here m belongs to the layer, so that it is the
-same for every optimizer, and the optimizer sees masked gradients and forgets what stood where a weight
-is regrown. A layer may become dense; the code stops at 99 % of what is free. The total is conserved
-exactly. Rounding is down, and once every ΔT steps rather than an epoch.
+Source: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019, and
+its code (sparse_learning/core.py, funcs.py).
+Deviations: the code reads the optimizer's own momentum; here m belongs to the layer, so that it is the same for every
+optimizer, and the optimizer sees masked gradients and forgets what stood where a weight is regrown. A layer may
+become dense; the code stops at 99 % of what is free. The total is conserved exactly. Rounding is down, and once every
+ΔT steps rather than an epoch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sparing.budget import random_score
+from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.layers import Layer
+from sparing.growing import Growing, replace_mask
 from sparing.masks import apportion, keep_top
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.optimizers import reset_state
-from sparing.parametrizations import Masked, Sparse, straight_through
+from sparing.method import Layers, Optimizers, Parametrizations, Plan
+from sparing.parametrizations import Masked, straight_through
 from sparing.schedules import check_number, cosine
 from sparing.sparsifier import Sparsifier
 
@@ -48,38 +45,30 @@ class MomentumMask(Masked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SNFS(Ranking):
+class SNFS(Growing):
     """Prune the smallest weights of each layer, and regrow as many in all where the momentum is largest.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`; the budget is that of the start. Groups
             must have the same size in all layers, since they move between layers.
-        end: the last update comes before it: a step (int) or a fraction of the run (float).
-        every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
+        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: p_0, the share of active weights pruned at the start, in (0, 1).
         final_fraction: p_T, the share at the end, in (0, 1) and at most `fraction`.
         momentum: β, the share of the moving average that a step leaves, in (0, 1).
-        seed: of the random first mask; equal on all ranks, whatever their own seeds.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> SNFS(sparsity=0.9).final_fraction
         0.005
     """
 
-    name: ClassVar[str] = "snfs"
-    takes_global: ClassVar[bool] = False
-    takes_nm: ClassVar[bool] = False
-    moves_between_layers: ClassVar[bool] = True
+    name = "snfs"
+    equal_units = True
 
+    budget: Budget | str = "uniform"
     end: int | float = 1.0
-    every: int = 100
     fraction: float = 0.5
     final_fraction: float = 0.005
     momentum: float = 0.9
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,10 +77,8 @@ class SNFS(Ranking):
         if self.final_fraction > self.fraction:
             raise InputError(f"SNFS: final_fraction={self.final_fraction} is larger than fraction={self.fraction}")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
-        return {
-            name: MomentumMask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()
-        }
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
+        return {name: MomentumMask(mask) for name, mask in self.first_masks(layers, plan).items()}
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
@@ -105,7 +92,7 @@ class SNFS(Ranking):
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         plan, step = sparsifier.plan, sparsifier.step
-        if not plan.updates.due(step) or step >= plan.updates.end:
+        if not self.due(plan, step):
             return
         rate = self.final_fraction + cosine(step, plan.updates.end, self.fraction - self.final_fraction)
         # A frozen layer takes no part: what it gave away or received could not be trained.
@@ -125,11 +112,8 @@ class SNFS(Ranking):
         for (layer, part), each, mask, keep, grow in zip(layers, units, active, kept, grown, strict=True):
             # −1 is below every size and every momentum.
             stays = keep_top(each.norm(layer.weight).masked_fill(~mask, -1), keep)
-            chosen = each.expand(stays | keep_top(each.norm(part.momentum).masked_fill(stays, -1), grow))
-            regrown = chosen & ~part.mask
-            layer.weight.masked_fill_(regrown, 0)
-            reset_state(optimizers, layer.weight, regrown)
-            part.mask.copy_(chosen)
+            chosen = stays | keep_top(each.norm(part.momentum).masked_fill(stays, -1), grow)
+            replace_mask(layer, part, each.expand(chosen), optimizers)
 
 
 def _mean_momentum(part: MomentumMask) -> float:

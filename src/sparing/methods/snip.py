@@ -12,18 +12,16 @@ sum, which changes no choice. The network is initialized by its own rules, and t
 the one that is trained. Biases are not pruned.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.optimizers import skip_step
-from sparing.parametrizations import Mask, Sparse
+from sparing.parametrizations import Mask
 from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
 
@@ -32,15 +30,12 @@ from sparing.sparsifier import Sparsifier
 class SNIP(Ranking):
     """Keep the weights whose removal would change the loss of the first mini-batch most.
 
-    The network is dense until the first optimizer step. That step makes the masks from the gradient
-    it finds and moves no weight, so training starts from the initial ones. Accumulate gradients
-    before that step to decide by more than one mini-batch. A layer that gets no gradient is pruned first.
+    The network is dense until the first optimizer step. That step makes the masks from the gradient it finds and
+    moves no weight, so training starts from the initial ones. Accumulate gradients before that step to decide by more
+    than one mini-batch. A layer that gets no gradient is pruned first.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> model = nn.Linear(100, 10)
@@ -52,11 +47,11 @@ class SNIP(Ranking):
         100
     """
 
-    name: ClassVar[str] = "snip"
+    name = "snip"
 
     budget: Budget | str = "global"
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:

@@ -6,21 +6,20 @@
     dW = dS ⊙ m + β sign(W) ⊙ m (1 − m) ⊙ (dS ⊙ W − c)         as if S were W ⊙ m
     c  = Σ dS ⊙ W ⊙ m (1 − m) / Σ m (1 − m)                    over all layers; what keeps Σ m = k
 
-k falls linearly to its target until t0, β rises linearly until t1. From t1 on m and M are fixed and
-dW = dS ⊙ m ⊙ M. For groups of weights, |W| is the norm of the group and dS ⊙ W a sum over it.
+k falls linearly to its target until t0, β rises linearly until t1. From t1 on m and M are fixed and dW = dS ⊙ m ⊙ M.
+For groups of weights, |W| is the norm of the group and dS ⊙ W a sum over it.
 
-Source: Tai, Tian & Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS
-2022, and its code (sparsifier.py).
-Deviations: k is met exactly, also where weights tie. c has Σ m (1 − m) below, where the code has
-k − Σ m²; they are equal once μ is exact, and as in the code it is so to a tolerance. dW is put together
-just before the step, so gradients clipped until then are dS. Cost models of FLOPs are left out,
-and k is of the layers made sparse, not of all parameters.
+Source: Tai, Tian & Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS 2022, and its code
+(sparsifier.py).
+Deviations: k is met exactly, also where weights tie. c has Σ m (1 − m) below, where the code has k − Σ m²; they are
+equal once μ is exact, and as in the code it is so to a tolerance. dW is put together just before the step, so
+gradients clipped until then are dS. Cost models of FLOPs are left out, and k is of the layers made sparse, not of all
+parameters.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ from sparing.budget import Budget, magnitude
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.masks import Scores, global_threshold
-from sparing.method import Optimizers, Plan, Ranking
-from sparing.parametrizations import Masked, Sparse, straight_through
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.parametrizations import Masked, straight_through
 from sparing.patterns import Units
 from sparing.schedules import Updates, check_number, to_step
 from sparing.sparsifier import Sparsifier
@@ -45,8 +44,8 @@ TOLERANCE = 0.01
 class Spartan(Ranking):
     """Let weights compete for k places through a soft mask, which hardens as β rises.
 
-    At a small β the gradient reaches every weight; at a large one m is nearly the mask M itself. β is
-    in units of one over the weight.
+    At a small β the gradient reaches every weight; at a large one m is nearly the mask M itself. β is in units of one
+    over the weight.
 
     Args:
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
@@ -56,16 +55,14 @@ class Spartan(Ranking):
         beta_first: β at the first step, > 0.
         beta_last: β at the last update, at least `beta_first`.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> Spartan(sparsity=0.9).beta(step=40, end=80)
         10.5
     """
 
-    name: ClassVar[str] = "spartan"
-    takes_nm: ClassVar[bool] = False
+    name = "spartan"
+    takes_nm = False
+    equal_units = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.2
@@ -88,7 +85,7 @@ class Spartan(Ranking):
         to_step(self.begin, steps, f"Spartan: begin={self.begin!r}")
         return Updates.resolve(self, 0, self.end, self.every, steps)
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: SoftTopK(layer.weight) for name, layer in layers.items()}
 
     def beta(self, step: int, end: int) -> float:
@@ -103,20 +100,17 @@ class Spartan(Ranking):
             for layer, part in trained:
                 layer.weight.grad.mul_(torch.where(part.mask, part.soft, 0.0))  # type: ignore[union-attr]
             return
-        units = sparsifier.plan.allocation.units
-        inner = [_inner(layer, units[layer.name]) for layer, _ in trained]
-        slopes = [_slope(part, units[layer.name]) for layer, part in trained]
-        total = sum(slope.sum() for slope in slopes)
+        units, beta = sparsifier.plan.allocation.units, self.beta(step, end)
+        # Layer by layer, twice: kept for all layers, these would double the memory of the weights.
+        sums = [((slope * q).sum(), slope.sum()) for q, slope in (_terms(*pair, units) for pair in trained)]
+        pulled, total = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         # While nothing is pruned, m is 1 and has no slope: then c is 0.
-        c = sum((q * slope).sum() for q, slope in zip(inner, slopes, strict=True)) / torch.as_tensor(total).clamp_min(
-            1e-30
-        )
-        beta = self.beta(step, end)
-        for (layer, part), q, slope in zip(trained, inner, slopes, strict=True):
+        c = pulled / total.clamp_min(1e-30)
+        for layer, part in trained:
             weight, gradient, each = layer.weight, layer.weight.grad, units[layer.name]
             assert gradient is not None
-            norm = each.norm(weight)
-            direction = weight.sign() if each.weights == 1 else weight / each.expand(norm * each.weights)
+            q, slope = _terms(layer, part, units)
+            direction = weight.sign() if each.weights == 1 else weight / each.expand(each.norm(weight) * each.weights)
             gradient.mul_(part.soft).add_(beta * direction.nan_to_num_() * each.expand(slope * (q - c)))
 
     @torch.no_grad()
@@ -207,15 +201,12 @@ def _reached(values: Sequence[Scores], beta: float, mu: Tensor) -> Tensor:
     return torch.stack([(torch.sigmoid(beta * value() + mu) * value()).sum() for value in values]).sum()
 
 
-def _inner(layer: Layer, units: Units) -> Tensor:
-    """Return Σ dS ⊙ W over each unit."""
+def _terms(layer: Layer, part: SoftTopK, units: Mapping[str, Units]) -> tuple[Tensor, Tensor]:
+    """Return Σ dS ⊙ W and m (1 − m) of each unit."""
     assert layer.weight.grad is not None
-    return units.mean(layer.weight.grad * layer.weight) * units.weights
-
-
-def _slope(part: SoftTopK, units: Units) -> Tensor:
-    soft = units.mean(part.soft)
-    return soft * (1 - soft)
+    each = units[layer.name]
+    soft = each.mean(part.soft)
+    return each.mean(layer.weight.grad * layer.weight) * each.weights, soft * (1 - soft)
 
 
 def _progress(step: int, end: int) -> float:

@@ -8,21 +8,19 @@
 
     σ_l = 1 in ST-3,   σ_l = 1 / √(Σ shape_l) in ST-3σ
 
-σ_l is smaller where layers are wide, and so are their weights: under ST-3σ the sparsities of the layers end nearer
-to one another than under one threshold for all.
+σ_l is smaller where layers are wide, and so are their weights: under ST-3σ the sparsities of the layers end nearer to
+one another than under one threshold for all.
 
-Source: Vanderschueren & De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you
-need for Sparse Training?", WACV 2023, and its code (quantized.py, pruning.py), which alone gives σ_l (l1std).
-Deviations: the code takes th from an interpolated quantile; here the count is exact, except for weights that tie
-with th. The code's released configuration then trains on from its best checkpoint with fixed masks; here th is
-updated to the end of the run, and that is all. The code updates th and c at every step (`every=1`); every 16 steps
-cost a sixteenth. Between updates M follows the weights and th stays.
+Source: Vanderschueren & De Vleeschouwer, "Are Straight-Through gradients and Soft-Thresholding all you need for
+Sparse Training?", WACV 2023, and its code (quantized.py, pruning.py), which alone gives σ_l (l1std).
+Deviations: the code takes th from an interpolated quantile; here the count is exact, except for weights that tie with
+th. The code's released configuration then trains on from its best checkpoint with fixed masks; here th is updated to
+the end of the run, and that is all. The code updates th and c at every step (`every=1`); every 16 steps cost a
+sixteenth. Between updates M follows the weights and th stays.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from torch import Tensor
 from sparing.budget import Budget
 from sparing.group_threshold import Shape, group_norm
 from sparing.layers import Layer
-from sparing.method import Optimizers, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Sparse, straight_through
 from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
@@ -40,8 +38,8 @@ from sparing.sparsifier import Sparsifier
 class _ST3(Ranking):
     """Abstract: both methods; a subclass gives σ_l."""
 
-    takes_nm: ClassVar[bool] = False
-    after_ramp: ClassVar[bool] = True
+    takes_nm = False
+    after_ramp = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.05
@@ -52,7 +50,7 @@ class _ST3(Ranking):
     def sigma(self, shape: Shape) -> float:
         """Return σ_l for a weight of this shape."""
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {
             name: RescaledSoftThreshold(layer.weight, plan.allocation.units[name]) for name, layer in layers.items()
         }
@@ -87,15 +85,12 @@ class ST3(_ST3):
         end: t1, end of the ramp, likewise.
         every: optimizer steps between two updates of threshold and scales.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> ST3(sparsity=0.9).every
         16
     """
 
-    name: ClassVar[str] = "st3"
+    name = "st3"
 
     def sigma(self, shape: Shape) -> float:
         return 1.0
@@ -108,15 +103,12 @@ class ST3Sigma(_ST3):
     Args:
         sparsity, budget, pattern, begin, end, every: as of `ST3`.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> ST3Sigma(sparsity=0.9).sigma((3, 13))
         0.25
     """
 
-    name: ClassVar[str] = "st3_sigma"
+    name = "st3_sigma"
 
     def sigma(self, shape: Shape) -> float:
         return float(sum(shape) ** -0.5)

@@ -10,14 +10,11 @@ Deviations: the positions are those with which RigL starts from the same seed an
 values of the dense network; they are not scaled up for the smaller fan-in.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sparing.budget import Budget, random_score
-from sparing.layers import Layer
-from sparing.method import Plan, Ranking
-from sparing.parametrizations import Mask, Sparse
+from sparing.method import Layers, Parametrizations, Plan, Ranking
+from sparing.parametrizations import Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +25,6 @@ class StaticRandom(Ranking):
         sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         seed: of the random masks; equal on all ranks, whatever their own seeds.
 
-    Raises:
-        InputError: a value is out of range.
-
     Examples:
         >>> model = nn.Linear(100, 10)
         >>> _ = sparsify_(model, StaticRandom(sparsity=0.9))
@@ -38,11 +32,11 @@ class StaticRandom(Ranking):
         100
     """
 
-    name: ClassVar[str] = "static_random"
-    takes_global: ClassVar[bool] = False
+    name = "static_random"
+    takes_global = False
 
     budget: Budget | str = "erk"
     seed: int = 0
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Plan) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: Mask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()}

@@ -5,20 +5,20 @@
     W ← (1 − ηλ) W − η · dL/dS ⊙ 1{S ≠ 0}
     s ← (1 − ηλ) s + η · k g'(s) · Σ dL/dS ⊙ sign(S)   η learning rate, λ weight decay
 
-s starts far below zero, where the threshold is nearly nothing. Weight decay pulls s up toward zero; the loss holds
-it back where weights matter. Each layer settles on its own sparsity. The total follows from λ and the start of s.
-Two things are not of the paper: a target for the total, for which all s are rescaled by one factor
-(`sparing.target`), and groups of weights that share one norm (`sparing.group_threshold`).
+s starts far below zero, where the threshold is nearly nothing. Weight decay pulls s up toward zero; the loss holds it
+back where weights matter. Each layer settles on its own sparsity. The total follows from λ and the start of s. Two
+things are not of the paper: a target for the total, for which all s are rescaled by one factor (`sparing.target`),
+and groups of weights that share one norm (`sparing.group_threshold`).
 
-Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, section 3
-and Algorithm 1.
+Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, section 3 and
+Algorithm 1.
 Deviations: s has shape (1,) where the paper's code has (1, 1); it is kept in float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from sparing.decay import weight_decay_for
 from sparing.errors import InputError, nearest
 from sparing.group_threshold import group_soft_threshold
-from sparing.layers import TRANSPOSED_CONVOLUTIONS, Layer
-from sparing.parametrizations import LearnedThreshold, SoftThreshold, Sparse, learned_number
+from sparing.layers import Layer, filter_shape
+from sparing.method import Layers, Parametrizations
+from sparing.parametrizations import LearnedThreshold, SoftThreshold, learned_number
 from sparing.patterns import Units, Unstructured
 from sparing.schedules import check_number
 from sparing.target import Rescaling
@@ -60,7 +61,7 @@ class STR(Rescaling):
         'sigmoid'
     """
 
-    name: ClassVar[str] = "str"
+    name = "str"
 
     init: float = -5.0
     g: str | Callable[[Tensor], Tensor] = "sigmoid"
@@ -104,7 +105,7 @@ class STR(Rescaling):
         """
         return cls(init=init), weight_decay_for(sparsity, learning_rates, momentum, init)
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         if self.granularity == "global":
             # One module, not only one parameter: moving or loading a model may replace parameters.
             first = next(iter(layers.values()))
@@ -124,20 +125,9 @@ class STR(Rescaling):
         return MAPS[self.g] if isinstance(self.g, str) else self.g
 
     def _shape(self, layer: Layer) -> tuple[int, ...]:
-        shape = tuple(layer.weight.shape)
-        if self.granularity == "layer":
-            return (1,)
-        if self.granularity == "weight":
-            return shape
-        ones = (1,) * len(shape)
-        if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
-            return shape[:1] + ones[1:]
-        if layer.module.groups != 1:
-            raise InputError(
-                f"STR: granularity='filter' on layer {layer.name!r}, a transposed convolution of "
-                f"{layer.module.groups} groups: its filters are no slices of its weight; use 'layer' or 'weight'"
-            )
-        return (1, shape[1], *ones[2:])
+        if self.granularity == "filter":
+            return filter_shape(layer)
+        return tuple(layer.weight.shape) if self.granularity == "weight" else (1,)
 
 
 class GroupSoftThreshold(LearnedThreshold):

@@ -7,25 +7,24 @@
     s_l ← (1 − ηλ) s_l + η · sigmoid'(s_l) · Σ dS ⊙ sign(S)         as in STR
     s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
 
-Feather has one threshold for the whole network, which spends weights in early layers, where each is applied at
-every pixel. Learned thresholds spend fewer there.
+Feather has one threshold for the whole network, which spends weights in early layers, where each is applied at every
+pixel. Learned thresholds spend fewer there.
 
-Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
-ICML 2020; Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN
-Sparsification", BMVC 2023.
+Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
+Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
+BMVC 2023.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.group_threshold import feather_threshold
-from sparing.layers import Layer
-from sparing.parametrizations import LearnedThreshold, Sparse, learned_number
+from sparing.method import Layers, Parametrizations
+from sparing.parametrizations import LearnedThreshold, learned_number
 from sparing.patterns import Units
 from sparing.schedules import check_number
 from sparing.target import Rescaling
@@ -50,7 +49,7 @@ class STRFeather(Rescaling):
         0.5
     """
 
-    name: ClassVar[str] = "str_feather"
+    name = "str_feather"
 
     theta: float = 0.5
     init: float = -5.0
@@ -62,7 +61,7 @@ class STRFeather(Rescaling):
         check_number(self, "theta", "[0, 1]")
         check_number(self, "init", "[-100, 0]")
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Any) -> dict[str, Sparse]:
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {
             name: FeatherLearnedThreshold(
                 learned_number((1,), self.init, layer.weight), self.theta, self.pattern.units(layer)
@@ -86,6 +85,3 @@ class FeatherLearnedThreshold(LearnedThreshold):
 
     def forward(self, weight: Tensor) -> Tensor:
         return feather_threshold(weight, self.threshold(), self.theta, self.units.view, self.units.dims)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, theta={self.theta}"

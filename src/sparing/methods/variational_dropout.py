@@ -8,24 +8,20 @@
 
 KL falls as α grows: a weight takes on as much noise as the loss allows.
 
-Source: Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017;
-clipping, ramp and cut as in the code of Gale, Elsen & Hooker, "The State of Sparsity in
-Deep Neural Networks", 2019.
-Deviations: the papers sample activations (the local reparameterization); here each weight is sampled,
-once in a forward pass and for the whole batch. The mean is the same, the gradients are noisier.
+Source: Molchanov, Ashukha & Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017; clipping, ramp
+and cut as in the code of Gale, Elsen & Hooker, "The State of Sparsity in Deep Neural Networks", 2019.
+Deviations: the papers sample activations (the local reparameterization); here each weight is sampled, once in a
+forward pass and for the whole batch. The mean is the same, the gradients are noisier.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparing.layers import Layer
-from sparing.method import Method
-from sparing.parametrizations import Sparse
+from sparing.method import Layers, Method, Parametrizations
+from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import Updates, check_number, check_positions
 from sparing.sparsifier import Sparsifier
 
@@ -61,9 +57,6 @@ class GaussianNoise(Sparse):
         deviation = torch.exp(0.5 * self.log_alpha(weight).clamp(-CLIP, CLIP)) * (weight.float().square() + 1e-8).sqrt()
         return weight + (deviation * torch.randn_like(deviation)).to(weight.dtype)
 
-    def extra_repr(self) -> str:
-        return f"cut={self.cut}, log_sigma2={tuple(self.log_sigma2.shape)}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class VariationalDropout(Method):
@@ -75,22 +68,19 @@ class VariationalDropout(Method):
     of the run.
 
     Args:
-        kl_weight: the weight of the KL term once the ramp is done; 1 / (number of training examples)
-            for a loss that is a mean over examples. Higher is sparser.
+        kl_weight: the weight of the KL term once the ramp is done; 1 / (number of training examples) for a loss that
+            is a mean over examples. Higher is sparser.
         begin: start of the linear ramp of the KL weight, a step (int) or a fraction of the run (float).
         end: end of the ramp, likewise.
         init: the value log σ² starts from.
         cut: log α from which on a weight is zero.
-
-    Raises:
-        InputError: a value is out of range.
 
     Examples:
         >>> VariationalDropout(kl_weight=1 / 60000).cut
         3.0
     """
 
-    name: ClassVar[str] = "variational_dropout"
+    name = "variational_dropout"
 
     kl_weight: float
     begin: int | float = 0.0
@@ -104,11 +94,12 @@ class VariationalDropout(Method):
         check_number(self, "init", "(-inf, inf)")
         check_number(self, "cut", "(-inf, inf)")
 
-    def prepare(self, model: nn.Module, layers: Mapping[str, Layer], steps: int | None) -> Updates:
+    def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Updates:
         return Updates.resolve(self, self.begin, self.end, 1, steps)
 
-    def parametrizations(self, layers: Mapping[str, Layer], plan: Updates) -> dict[str, Sparse]:
-        return {name: GaussianNoise(self._start(layer.weight), self.cut) for name, layer in layers.items()}
+    def parametrizations(self, layers: Layers, plan: Updates) -> Parametrizations:
+        weights = {name: layer.weight for name, layer in layers.items()}
+        return {name: GaussianNoise(learned_number(w.shape, self.init, w), self.cut) for name, w in weights.items()}
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         begin, end = sparsifier.plan.begin, sparsifier.plan.end
@@ -116,7 +107,3 @@ class VariationalDropout(Method):
         divergences = [part.divergence(layer.weight) for layer, part in sparsifier.each(GaussianNoise)]
         total: Tensor = self.kl_weight * ramp * torch.stack(divergences).sum()
         return total
-
-    def _start(self, weight: Tensor) -> nn.Parameter:
-        # float32 whatever the weight's dtype: near −10 a training step is lost in bf16.
-        return nn.Parameter(torch.full_like(weight, self.init, dtype=torch.float32))
