@@ -216,11 +216,13 @@ sparing train = 1
 
 
 def literals(path):
-    """Yield the string literals of a file, with a null character for each value of an f-string."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Yield the string literals of a file except docstrings, with a null character for each value of an f-string."""
+    tree = ast.parse(path.read_text())
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
             yield node.value
 
 

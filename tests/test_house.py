@@ -15,45 +15,50 @@ SOURCE = ROOT / "src" / "sparing"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "published": set(),
     "schedules": {"errors"},
     "decay": {"errors"},
     "masks": {"errors"},
-    "published": set(),
+    "optimizers": {"errors"},
     "threshold": {"errors"},
-    "parametrizations": {"threshold"},
-    "target": {
-        "errors", "budget", "macs", "masks", "parametrizations", "schedules", "select", "sparsify", "threshold",
-    },
+    "group_threshold": {"threshold"},
+    "parametrizations": {"errors", "threshold"},
     "layers": {"errors", "parametrizations"},
     "select": {"errors", "layers"},
-    "register": {"errors", "select"},
-    "sparsify": {"errors", "parametrizations", "register", "select"},
-    "macs": {"errors", "select"},
-    "report": {"macs", "select"},
-    "budget": {"errors", "files", "masks", "select"},
+    "register": {"errors", "layers"},
+    "patterns": {"errors", "group_threshold", "layers", "masks"},
+    "budget": {"errors", "files", "layers", "masks", "patterns"},
+    "macs": {"errors", "layers"},
     "param_groups": {"errors", "layers", "parametrizations"},
-    "plots": {"report"},
-    "rnn": {"errors", "register", "select", "sparsify"},
-    "models": {"rnn"},
-    "methods": {
-        "errors", "budget", "decay", "macs", "masks", "param_groups", "parametrizations", "schedules", "select", "sparsify",
-        "target",
-        "threshold",
+    "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
+    "goal": {"errors", "layers", "method", "parametrizations"},
+    "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations"},
+    "sparsify": {"errors", "goal", "layers", "method", "register", "select", "sparsifier"},
+    "growing": {"budget", "layers", "method", "optimizers", "parametrizations"},
+    "target": {
+        "budget", "errors", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",
     },
+    "methods": {
+        "budget", "decay", "errors", "group_threshold", "growing", "layers", "macs", "masks", "method", "optimizers",
+        "parametrizations", "patterns", "schedules", "sparsifier", "target", "threshold",
+    },
+    "report": {"goal", "layers", "macs"},
+    "plots": {"report"},
+    "rnn": {"errors", "layers", "register", "select", "sparsify"},
+    "models": {"rnn"},
     "data": {"errors", "files"},
     "export": {"errors", "files", "layers", "macs", "models", "rnn", "select", "sparsify", "threshold"},
     "train": {
-        "errors", "data", "decay", "export", "files", "macs", "schedules", "select", "sparsify", "report", "param_groups",
-        "plots", "models", "methods", "rnn", "threshold",
+        "data", "decay", "errors", "export", "files", "layers", "macs", "method", "methods", "models", "param_groups",
+        "patterns", "plots", "report", "rnn", "schedules", "select", "sparsifier", "sparsify", "threshold",
     },
     "sweep": {"errors", "files", "plots", "train"},
     "cli": {
-        "errors", "budget", "export", "files", "macs", "masks", "methods", "models", "plots", "rnn", "select",
-        "sparsify", "sweep", "train",
+        "budget", "errors", "export", "files", "layers", "macs", "masks", "method", "methods", "models", "plots", "rnn",
+        "select", "sweep", "train",
     },
 }  # fmt: skip
-CORE = ["errors", "files", "schedules", "threshold", "parametrizations", "select", "register", "sparsify", "macs"]
-CORE += ["report", "budget", "decay", "masks", "param_groups", "rnn", "models", "methods", "published", "target"]
+OUTSIDE_THE_CORE = {"plots", "data", "export", "train", "sweep", "cli"}
 
 
 def room(path):
@@ -62,8 +67,12 @@ def room(path):
 
 
 def imported(path):
-    """Every module a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Every module a file imports, wherever in the file, but for the imports of annotations alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         assert not getattr(node, "level", 0), f"{path}: relative import"
         yield from modules(node)
 
@@ -90,7 +99,7 @@ def test_imports_go_one_way(path):
             continue
         there = parts[1]
         if there == here:
-            inside = path.parent != SOURCE and here == "methods" and path.name != "__init__.py"
+            inside = here == "methods" and path.name not in ("__init__.py", "registry.py")
             assert not inside, f"{path.name}: methods never import one another"
             continue
         if there not in MAY_IMPORT:
@@ -106,13 +115,14 @@ def test_every_room_has_a_rule_and_a_line_in_the_plan():
         assert re.search(rf"\b{name}(\.py|/)", plan), f"docs/architecture.md does not name {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+CORE_FILES = [path for path in FILES if room(path) not in OUTSIDE_THE_CORE]
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_the_core_needs_torch_alone(path):
-    if room(path) not in CORE:
-        return
     for module in imported(path):
         top = module.split(".")[0]
-        assert top in {"sparing", "torch"} or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+        assert top in {"sparing", "torch", "safetensors"} or top in sys.stdlib_module_names, f"{path.name}: {module}"
 
 
 # What not every machine has, and who may import it: inside of functions, so that the rest works without.
@@ -158,9 +168,10 @@ def test_import_is_lean_and_without_side_effects():
 
 
 def test_the_files_a_newcomer_reads_are_short():
-    most = {"threshold.py": 150, "methods/str.py": 175}
-    lines = {name: len((SOURCE / name).read_text().splitlines()) for name in most}
-    assert all(lines[name] <= most[name] for name in most), lines
+    lines = [
+        len((SOURCE / name).read_text().splitlines()) for name in ("threshold.py", "sparsify.py", "methods/str.py")
+    ]
+    assert sum(lines) <= 450, lines
 
 
 def test_readme_is_short_and_names_the_two_commands():

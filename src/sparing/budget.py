@@ -22,7 +22,7 @@ from sparing.patterns import NM, Pattern, Units
 
 
 class Budget(Mapping[str, float]):
-    """A mapping from layer name to sparsity, a fraction in [0, 1].
+    """A layer-wise sparsity budget: a mapping from layer name to sparsity, a fraction in [0, 1].
 
     Args:
         sparsity: the mapping.
@@ -43,9 +43,9 @@ class Budget(Mapping[str, float]):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "Budget":
-        """The budget a model has, learned or imposed: the counted sparsity of its effective weights.
+        """Return the budget of a model: the counted sparsity of its effective weights, layer by layer.
 
-        Takes every layer that `report` has a row for.
+        It has every layer that `report` has a row for.
 
         Examples:
             >>> Budget.from_model(nn.Linear(4, 2))
@@ -55,7 +55,7 @@ class Budget(Mapping[str, float]):
 
     @classmethod
     def uniform(cls, model: nn.Module, sparsity: float, dense: Sequence[str] = ()) -> "Budget":
-        """The same sparsity in every layer.
+        """Return a budget with the same sparsity in every layer.
 
         Args:
             model: the model.
@@ -74,7 +74,7 @@ class Budget(Mapping[str, float]):
 
     @classmethod
     def erk(cls, model: nn.Module, sparsity: float, dense: Sequence[str] = ()) -> "Budget":
-        """The Erdős–Rényi-Kernel budget: density in proportion to (sum of the shape) / (its product).
+        """Return the Erdős–Rényi-Kernel (ERK) budget: density in proportion to (sum of the shape) / (its product).
 
             density_l = min(1, ε · Σ shape_l / Π shape_l),      Σ kept_l = total kept
 
@@ -103,7 +103,7 @@ class Budget(Mapping[str, float]):
     def from_sizes(
         cls, shapes: Mapping[str, Sequence[int]], rule: str, sparsity: float, dense: Sequence[str] = ()
     ) -> "Budget":
-        """A budget by rule, "uniform" or "erk", for layers given by their shapes alone.
+        """Return a budget by rule, "uniform" or "erk", for layers given by their shapes.
 
         Examples:
             >>> Budget.from_sizes({"a": (4, 4), "b": (2, 4)}, "uniform", 0.5)
@@ -122,7 +122,7 @@ class Budget(Mapping[str, float]):
 
     @classmethod
     def published(cls, name: str) -> "Budget":
-        """A published budget by name, such as "resnet50-str-90.23"; see `sparing.published`.
+        """Return a published budget by name, such as "resnet50-str-90.23"; see `sparing.published`.
 
         Raises:
             InputError: there is none of that name; the nearest is named.
@@ -140,7 +140,7 @@ class Budget(Mapping[str, float]):
 
     @staticmethod
     def published_names() -> tuple[str, ...]:
-        """The names that `published` knows.
+        """Return the names that `published` knows.
 
         Examples:
             >>> len(Budget.published_names())
@@ -372,7 +372,7 @@ def magnitude(layer: Layer, units: Units) -> Tensor:
 
 
 def random_score(layers: Iterable[str], seed: int, *position: int) -> Score:
-    """Return a score that is a random number of each unit, from the seed, the index of the layer, and a position."""
+    """Return a score that is random for each unit: from the seed, the index of the layer, and a position."""
     index = {name: number for number, name in enumerate(layers)}
     return lambda layer, units: random_scores(units.unit_shape, layer.weight.device, seed, index[layer.name], *position)
 
@@ -413,8 +413,8 @@ def _erdos_renyi_kernel(shapes: Mapping[str, Sequence[int]], sparsity: float, de
     dense = set(dense)
     while True:
         sparse = [name for name in shapes if name not in dense]
-        # ε · Σ raw_l N_l over sparse layers = what may be kept there: their own share of the total,
-        # less what the dense layers keep beyond theirs.
+        # ε · Σ raw_l N_l over sparse layers = weights to keep there: their share of the total, minus what
+        # the dense layers keep beyond their own share.
         kept = sum(sizes[n] - floor(sparsity * sizes[n]) for n in sparse)
         beyond = sum(floor(sparsity * sizes[n]) for n in dense)
         if not sparse or kept < beyond:

@@ -1,4 +1,4 @@
-"""Weight tensors of a model: where they are used, and what they become.
+"""Find the weight tensors of a model, dense and sparsified.
 
 A *layer* is one weight tensor under one name: `conv1` for the `weight` of module `conv1`,
 `lstm.weight_hh_l0` for a tensor of another name. A tensor used in several places (tied weights, a
@@ -30,7 +30,7 @@ NORMALIZATIONS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight is used: `module.tensor`, with the module's name in the model."""
+    """One use of a weight: `module.tensor`, with the name of the module in the model."""
 
     module_name: str
     module: nn.Module
@@ -44,12 +44,12 @@ class Place:
 
     @property
     def key(self) -> str:
-        """The key of the plain tensor in a state_dict."""
+        """Key of the plain tensor in a state_dict."""
         return f"{self.module_name}.{self.tensor_name}".lstrip(".")
 
     @property
     def parametrizations(self) -> parametrize.ParametrizationList | None:
-        """What torch computes the tensor with; None for a plain parameter."""
+        """Parametrizations of the tensor; None for a plain parameter."""
         if not parametrize.is_parametrized(self.module, self.tensor_name):
             return None
         return self.module.parametrizations[self.tensor_name]  # type: ignore[index, return-value]
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight of a model: the dense parameter, what it becomes, and where it is used."""
+    """One weight of a model: the dense parameter, the effective weight, and the places where it is used."""
 
     places: tuple[Place, ...]
 
@@ -71,36 +71,36 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The class of the module, such as "Conv2d"."""
+        """Class of the module, such as "Conv2d"."""
         return parametrize.type_before_parametrizations(self.module).__name__
 
     @property
     def weight(self) -> Tensor:
-        """The dense parameter, the one the optimizer moves."""
+        """The dense weight, the parameter that the optimizer moves."""
         made_by = self.places[0].parametrizations
-        # Weight normalization and its like have several originals; then the result stands for them.
+        # Weight normalization and its like have several originals; the computed weight stands for them.
         return made_by.original if hasattr(made_by, "original") else self.effective_weight  # type: ignore[union-attr]
 
     @property
     def effective_weight(self) -> Tensor:
-        """What the layer multiplies by."""
+        """The effective weight, which the layer multiplies by."""
         return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
 
     @property
     def parametrization(self) -> Sparse | None:
-        """What makes the effective weight, or None for a layer that is not sparsified."""
+        """The module that makes the effective weight; None for a layer that is not sparsified."""
         made_by = self.places[0].parametrizations
         first = None if made_by is None else made_by[0]
         return first if isinstance(first, Sparse) else None
 
     @property
     def threshold(self) -> Tensor | None:
-        """The threshold in force, or None."""
+        """The threshold in force; None if there is none."""
         return None if self.parametrization is None else self.parametrization.threshold()
 
     @torch.no_grad()
     def nonzero(self) -> int:
-        """How many effective weights are not zero, counted.
+        """Count the effective weights that are not zero.
 
         Raises:
             InputError: the weight is on the meta device, where there is nothing to count.
@@ -110,13 +110,13 @@ class Layer:
         return int(torch.count_nonzero(self.effective_weight))
 
     def sparsity(self) -> float:
-        """The fraction of effective weights that is zero, in [0, 1]."""
+        """Return the fraction of effective weights that are zero, in [0, 1]."""
         weights = self.weight.numel()
         return (weights - self.nonzero()) / weights if weights else 0.0
 
 
 def default(name: str, module: nn.Module) -> bool:
-    """Every convolution, transposed convolution, Linear, and recurrent layer or cell.
+    """Select every convolution, transposed convolution, Linear, and recurrent layer or cell.
 
     Examples:
         >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
@@ -126,7 +126,7 @@ def default(name: str, module: nn.Module) -> bool:
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's weight matrices or kernels; biases are none."""
+    """Return the names of the weight matrices or kernels of a module, without biases."""
     if isinstance(module, nn.RNNBase):
         return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
     if isinstance(module, nn.RNNCellBase):
@@ -149,14 +149,14 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 
 
 def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
-    """The layers of a model by name, in module order, dense and sparsified alike.
+    """Return the layers of a model by name, in module order, dense and sparsified ones.
 
-    A tied weight is found if `predicate` takes any of its places: it is one tensor, so it cannot
+    A tied weight is found if `predicate` selects any of its places: it is one tensor, which cannot
     be sparse in one of them and dense in another.
 
     Args:
         model: the model to walk.
-        predicate: which modules to take; None takes `default` and whatever is sparsified.
+        predicate: which modules to select; None selects by `default`, and every sparsified layer.
 
     Examples:
         >>> list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LSTM(2, 2))))

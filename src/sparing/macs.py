@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs), dense and sparse; what the papers' tables call FLOPs.
+"""Count multiply-accumulates (MACs), dense and sparse; the papers' tables call them FLOPs.
 
     dense MACs of a layer  = applications · weights
     sparse MACs of a layer = applications · nonzero weights
@@ -139,7 +139,7 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
             f"the model does not run on an input of shape {shapes} on the meta device: {reason}"
         ) from error
     finally:
-        # What a forward caches on its module, a table of positions say, would stay behind on meta.
+        # A forward may cache tensors on its module, such as a table of positions; they would stay on meta.
         for module, before in attributes.items():
             vars(module).clear()
             vars(module).update(before)
@@ -147,7 +147,7 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Batch normalization in training mode refuses a batch of one."""
+    """Put the model in evaluation mode: batch normalization in training mode refuses a batch of one."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A parametrization onto a layer and off it, where torch's own registration falls short.
+"""Put a parametrization on a layer, and take it off.
 
 torch registers one parametrization on one tensor of one module. Here a layer may be tied, its weight used
 in several places; deep copies of a module are to stay apart; and recurrent layers are to run with the
@@ -17,7 +17,7 @@ from sparing.layers import Layer, Place
 
 
 def check_weight(layer: Layer) -> None:
-    """Refuse a weight that nothing can be made of.
+    """Check that a weight can be sparsified.
 
     Raises:
         InputError: it carries a parametrization, is not floating point, not finite, or has no elements.
@@ -46,7 +46,7 @@ def check_weight(layer: Layer) -> None:
 
 
 def register(layer: Layer, parametrization: nn.Module) -> None:
-    """Let `parametrization` make a layer's weight, in all of its places."""
+    """Register a parametrization on a layer, in all places where its weight is used."""
     first, *others = _distinct(layer)
     for place in layer.places:
         if parametrize.is_parametrized(place.module):
@@ -62,7 +62,7 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
 
 
 def unregister(layer: Layer) -> None:
-    """Leave a layer the weight that its parametrization made, as a plain one; the opposite of `register`."""
+    """Replace the dense weight of a layer by its effective weight and remove the parametrization."""
     for index, place in enumerate(_distinct(layer)):
         _own_class(place.module)
         # Only the first place is given the effective weight: the others hold the same Parameter, and would
@@ -71,15 +71,15 @@ def unregister(layer: Layer) -> None:
 
 
 def _distinct(layer: Layer) -> Iterator[Place]:
-    """A layer's places without those that are the same module under a second name."""
+    """Iterate over the places of a layer, once for each module."""
     return iter({(id(place.module), place.tensor_name): place for place in reversed(layer.places)}.values())
 
 
 def _read_weights_when_run(rnn: nn.RNNBase) -> None:
-    """Make a recurrent layer use its effective weights, and compute each of them once a call.
+    """Make a recurrent layer use its effective weights, each computed once per call.
 
-    torch's RNN layers keep a private list of their weights. Left alone it goes stale, holds on to
-    the last graph and so breaks deepcopy, and is refreshed by evaluating every weight five times.
+    torch's RNN layers keep a private list of their weights. It would go stale, keep the last graph alive,
+    which breaks deepcopy, and evaluate every weight five times when it is refreshed.
     """
     parametrized_class = type(rnn)
     if "_flat_weights" in vars(parametrized_class):
@@ -111,7 +111,7 @@ def _own_class(module: nn.Module) -> None:
 
 
 def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Refuse weights that the model also holds outside a layer, where it would use them dense.
+    """Check that the model holds no weight outside a layer as well, where it would be used dense.
 
     Raises:
         InputError: there is one.

@@ -182,7 +182,7 @@ def _shape(row: Row) -> str:
 def _percent(row: Row) -> str:
     if not row.weights:
         return ""
-    # Never rounded up to 100 while a weight is alive.
+    # Never rounded up to 100 while a weight is nonzero.
     return f"{min(100 * row.sparsity, 99.99):.2f} %" if row.nonzero else "100 %"
 
 

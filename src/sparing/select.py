@@ -12,7 +12,7 @@ Select = Predicate | Sequence[str]
 
 
 def of_type(*types: type[nn.Module]) -> Predicate:
-    """A predicate that takes the modules of these classes, `nn.Embedding` for example.
+    """Return a predicate that selects the modules of these classes, such as `nn.Embedding`.
 
     Examples:
         >>> of_type(nn.Embedding)("tokens", nn.Embedding(2, 2))
@@ -22,7 +22,7 @@ def of_type(*types: type[nn.Module]) -> Predicate:
 
 
 def excluding(*patterns: str) -> Predicate:
-    """The default selection but for modules whose name matches one of these shell patterns.
+    """Return the default selection without the modules whose name matches one of these shell patterns.
 
     Examples:
         >>> excluding("conv1", "head.*")("conv1", nn.Conv2d(3, 8, 3))
@@ -32,7 +32,7 @@ def excluding(*patterns: str) -> Predicate:
 
 
 def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
-    """The layers that `select` chooses.
+    """Return the layers that `select` chooses.
 
     Args:
         model: the model.

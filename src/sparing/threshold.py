@@ -1,4 +1,4 @@
-"""The soft threshold, the operator everything here rests on.
+"""The soft threshold operator of STR, and its gradient.
 
     S(W, t) = sign(W) · relu(|W| − t)          t ≥ 0 broadcasts over W
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from sparing.errors import InputError
 
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
-"""The maps g from the learned number s to a threshold, by the name a recipe uses."""
+"""Maps g from the learned number s to a threshold, by the name that recipes use."""
 
 
 def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
@@ -32,7 +32,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
     Args:
         weight: W, any shape, floating point.
         threshold: t ≥ 0, of any shape that broadcasts to the shape of `weight`: `(1,)` for one
-            threshold a layer, `(out, 1, 1, 1)` for one a filter, `weight.shape` for one a weight.
+            threshold per layer, `(out, 1, 1, 1)` for one per filter, `weight.shape` for one per weight.
 
     Returns:
         The effective weight, with the shape, dtype and memory format of `weight`.
@@ -45,14 +45,14 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
         tensor([-0.3000,  0.0000,  0.1000])
     """
     if not weight.is_floating_point():
-        raise InputError(f"only floating point weights can be thresholded, not {weight.dtype}")
+        raise InputError(f"soft_threshold needs a floating point weight, got {weight.dtype}")
     threshold = torch.as_tensor(threshold, device=weight.device)
     if not _broadcasts_to(threshold.shape, weight.shape):
         raise InputError(
             f"a threshold of shape {tuple(threshold.shape)} does not broadcast to a weight of shape "
-            f"{tuple(weight.shape)}: give (1,) for one a layer, "
-            f"{(weight.shape[:1] + (1,) * (weight.dim() - 1)) or (1,)} for one a filter, "
-            f"or {tuple(weight.shape)} for one a weight"
+            f"{tuple(weight.shape)}: give (1,) for one per layer, "
+            f"{(weight.shape[:1] + (1,) * (weight.dim() - 1)) or (1,)} for one per filter, "
+            f"or {tuple(weight.shape)} for one per weight"
         )
     result: Tensor = _SoftThreshold.apply(weight, threshold)
     return result
@@ -60,7 +60,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
 
 # --8<-- [start:operator]
 class _SoftThreshold(torch.autograd.Function):
-    """Saves only S, which the layer that uses it keeps for its own backward anyway."""
+    """Soft threshold; saves only S, which the layer that uses it saves for its own backward in any case."""
 
     generate_vmap_rule = True
 
@@ -99,7 +99,7 @@ def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
 
 
 def sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Sum what broadcasting repeated, in `dtype`: a bf16 sum over a layer would lose the small terms."""
+    """Sum a tensor to a shape that broadcasts to it, in `dtype`: a bf16 sum would lose small terms."""
     lead = tensor.dim() - len(shape)
     repeated = [d for d in range(tensor.dim()) if d < lead or (shape[d - lead] == 1 and tensor.shape[d] != 1)]
     if not repeated:
