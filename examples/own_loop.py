@@ -1,7 +1,7 @@
-"""sparing in a training loop you already have. Needs torch alone; runs in a few seconds.
+"""Train a sparse network in a loop of your own. Needs torch alone; runs in a few seconds.
 
-A small network learns to tell whether the two halves of a random vector point the same way, from
-16 informative inputs among 256. STR finds out by itself which weights that takes.
+A small network learns whether the two halves of a random vector point the same way, from 16 informative inputs
+among 256. STR learns how sparse each layer can be.
 """
 
 import torch

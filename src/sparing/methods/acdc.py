@@ -55,8 +55,9 @@ class Phases:
 class ACDC(Ranking):
     """Train the largest weights of the whole network and all of them in turn; end on the largest.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`: the target of every compressed phase.
+
     Args:
-        sparsity, budget, pattern: the target of every compressed phase, see `sparing.method.Ranking`.
         begin: t0, the end of the dense warm-up, a step (int) or a fraction of the run (float).
         end: t1, where the last dense phase ends and the final compressed one begins, likewise.
         phase: T, the length of the phases between, likewise.

@@ -24,8 +24,9 @@ from sparing.sparsifier import Sparsifier
 class DNW(Ranking):
     """Use the largest weights of each layer, and train all of them straight through the mask.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`: the target from the first step on.
+
     Args:
-        sparsity, budget, pattern: the target from the first step on, see `sparing.method.Ranking`.
         every: optimizer steps between two masks.
 
     Examples:

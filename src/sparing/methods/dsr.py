@@ -47,10 +47,12 @@ class AdaptiveMask(Masked):
 class DSR(Growing):
     """Keep a constant number of weights in all, and move the smallest to random places of any layer.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`. The budget is that of the start. Groups
+    must have the same size in all layers, since they move between layers.
+
+    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`; the budget is that of the start. Groups
-            must have the same size in all layers, since they move between layers.
-        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: the share of active weights that an update should move, N of them, in (0, 1).
         threshold: H at the start, in units of the weight, above 0.
         tolerance: δ, how far off N leaves H as it is, a fraction in (0, 1).

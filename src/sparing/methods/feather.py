@@ -33,8 +33,9 @@ class Feather(Ranking):
     S = sign(W) ⊙ (|W|³ − th³)^(1/3) is continuous, unlike the hard threshold, and leaves large weights almost as they
     are, unlike the soft one.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`: the target r.
+
     Args:
-        sparsity, budget, pattern: the target r, see `sparing.method.Ranking`.
         begin: t0, start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: t1, end of the ramp, likewise.
         every: optimizer steps between two updates of the threshold.

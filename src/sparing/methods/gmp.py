@@ -27,8 +27,9 @@ class GMP(Ranking):
     With `begin` equal to `end` the pruning is one-shot. With both 0 it is done by `sparsify_` itself, the way to
     prune a trained model before fine-tuning it; no length of the run is needed then.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         begin: start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: end of the ramp, likewise.
         every: optimizer steps between two updates of the masks; shortened if the ramp is shorter.

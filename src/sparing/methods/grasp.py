@@ -60,8 +60,9 @@ class GraSP(Ranking):
     the same scores and move no weight; between the two the effective weights are displaced along the gradient. The
     estimate is a poor one unless both steps accumulate the gradients of many mini-batches.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         probe: p, how far the estimate displaces the weights, in gradients; `prune` does not use it.
 
     Examples:

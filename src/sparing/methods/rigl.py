@@ -32,9 +32,11 @@ from sparing.sparsifier import Sparsifier
 class RigL(Growing):
     """Keep a constant number of weights, and move some of them to where the gradient is largest.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
+    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
-        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: α, the share of active weights moved by the first update, in (0, 1).
 
     Examples:

@@ -31,9 +31,11 @@ from sparing.sparsifier import Sparsifier
 class SET(Growing):
     """Keep a constant number of weights, and move the smallest of them to random places.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
+    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
-        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: α, the share of active weights moved by the first update, in (0, 1).
 
     Examples:

@@ -48,10 +48,12 @@ class MomentumMask(Masked):
 class SNFS(Growing):
     """Prune the smallest weights of each layer, and regrow as many in all where the momentum is largest.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`. The budget is that of the start. Groups
+    must have the same size in all layers, since they move between layers.
+
+    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`; the budget is that of the start. Groups
-            must have the same size in all layers, since they move between layers.
-        end, every, seed: the updates, see `sparing.growing.Growing`.
         fraction: p_0, the share of active weights pruned at the start, in (0, 1).
         final_fraction: p_T, the share at the end, in (0, 1) and at most `fraction`.
         momentum: β, the share of the moving average that a step leaves, in (0, 1).

@@ -34,8 +34,7 @@ class SNIP(Ranking):
     moves no weight, so training starts from the initial ones. Accumulate gradients before that step to decide by more
     than one mini-batch. A layer that gets no gradient is pruned first.
 
-    Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 
     Examples:
         >>> model = nn.Linear(100, 10)

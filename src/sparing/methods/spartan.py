@@ -47,8 +47,9 @@ class Spartan(Ranking):
     At a small β the gradient reaches every weight; at a large one m is nearly the mask M itself. β is in units of one
     over the weight.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         begin: t0, where k reaches its target, a step (int) or a fraction of the run (float).
         end: t1, where β reaches its last value and the masks are fixed, likewise.
         every: optimizer steps between two updates of m and M.
@@ -96,7 +97,7 @@ class Spartan(Ranking):
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         step, end = sparsifier.step, sparsifier.plan.updates.end
         trained = [(layer, part) for layer, part in sparsifier.each(SoftTopK) if layer.weight.grad is not None]
-        if step >= end:
+        if step >= end or not trained:
             for layer, part in trained:
                 layer.weight.grad.mul_(torch.where(part.mask, part.soft, 0.0))  # type: ignore[union-attr]
             return

@@ -79,8 +79,9 @@ class ST3(_ST3):
     A pruned weight goes on being trained by the gradient of its place, and returns when it has grown past the
     threshold. A filter is a slice of the weight's first dimension.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         begin: t0, start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: t1, end of the ramp, likewise.
         every: optimizer steps between two updates of threshold and scales.
@@ -100,8 +101,7 @@ class ST3(_ST3):
 class ST3Sigma(_ST3):
     """Shrink the weights of each layer by th · σ_l, rescale the filters, and train the dense weights.
 
-    Args:
-        sparsity, budget, pattern, begin, end, every: as of `ST3`.
+    `sparsity`, `budget`, `pattern`, `begin`, `end` and `every` are as of `ST3`.
 
     Examples:
         >>> ST3Sigma(sparsity=0.9).sigma((3, 13))

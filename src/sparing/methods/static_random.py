@@ -21,8 +21,9 @@ from sparing.parametrizations import Mask
 class StaticRandom(Ranking):
     """Train a random choice of weights, the same from start to end.
 
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
+
     Args:
-        sparsity, budget, pattern: the target, see `sparing.method.Ranking`.
         seed: of the random masks; equal on all ranks, whatever their own seeds.
 
     Examples:

@@ -43,14 +43,16 @@ class STR(Rescaling):
 
     S(W, s) = sign(W) · relu(|W| − scale · g(s))
 
+    `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
+    Without a target `init` and the weight decay on s decide (see `param_groups`): with decay 0 nothing raises the
+    thresholds.
+
     Args:
         init: the value s starts from. Lower starts pruning later and ends less sparse.
         g: "sigmoid", "exp", or a callable from a tensor s to a tensor of the same shape, ≥ 0.
         scale: a constant factor of the threshold, the k of k · sigmoid.
         granularity: one s per "layer", per "filter" (output channel or row), per "weight", or one for all layers
             ("global").
-        sparsity, macs, input_size, begin, end, every, pattern: see `sparing.target.Rescaling`. Without a target
-            `init` and the weight decay on s decide (see `param_groups`): with decay 0 nothing raises the thresholds.
 
     Raises:
         InputError: a value is of the wrong type or out of range; granularity or pattern is not defined for a layer;
@@ -133,8 +135,9 @@ class STR(Rescaling):
 class GroupSoftThreshold(LearnedThreshold):
     """S_G = W_G · relu(1 − t / ‖W_G‖), with ‖·‖ the root mean square over the group G.
 
+    `s`, `g` and `scale` are as of `LearnedThreshold`; s of shape (1,).
+
     Args:
-        s, g, scale: as of `LearnedThreshold`; s of shape (1,).
         units: the groups of the weight.
     """
 

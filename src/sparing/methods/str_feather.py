@@ -36,8 +36,9 @@ class STRFeather(Rescaling):
 
     Clip the gradients, as Feather's authors do, at norm 3: a run to 99 % diverged without.
 
+    `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
+
     Args:
-        sparsity, macs, input_size, begin, end, every, pattern: the target, see `sparing.target.Rescaling`.
         theta: θ in [0, 1], the factor on the gradient of pruned weights.
         init: the value s starts from, in [-100, 0].
 
