@@ -189,7 +189,10 @@ def test_learning_rates_are_those_of_the_loop_per_epoch_too():
         ({"method": {"name": "gmp", "for_sparsity": 0.9}}, "for_sparsity is for method 'str', not 'gmp'"),
         ({"method": {"name": "str", "for_sparsity": 2}}, r"sparsity must be in \(0, 1\), got 2"),
         ({"method": {"name": "str", "for_sparsity": 0.9, "inti": -9}}, "no argument 'inti'; did you mean 'init'"),
-        ({"method": {"name": "str", "for_sparsity": 0.9, "init": "low"}}, "init must be a finite number, got 'low'"),
+        (
+            {"method": {"name": "str", "for_sparsity": 0.9, "init": "low"}},
+            r"init must be a number in \(-inf, inf\), got 'low'",
+        ),
         ({"optimizer": {"threshold_weight_decay": 0.1}}, "leave one of them out"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import itertools
 import re
@@ -12,12 +13,14 @@ import pytest
 import typer
 
 from sparing.cli import app
+from sparing.methods import METHODS
 from sparing.sweep import load_sweep
 from sparing.train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+METHOD_FILES = sorted({Path(inspect.getfile(method)) for method in METHODS.values()})
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "sh", "bash", "shell", "console", "text")
@@ -65,7 +68,7 @@ def test_included_files_exist(page):
         assert (ROOT / target).is_file()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.joinpath("src/sparing/methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
 def test_every_method_has_a_page_that_includes_its_code(path):
     page = (ROOT / "docs" / "methods" / f"{path.stem}.md").read_text()
     assert f'--8<-- "src/sparing/methods/{path.name}"' in page

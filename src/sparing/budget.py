@@ -263,7 +263,7 @@ class Allocation:
         """
         units = {name: pattern.units(layer) for name, layer in layers.items()}
         if isinstance(pattern, NM):
-            if budget not in ("uniform", "global"):
+            if budget not in RULES:
                 raise InputError(
                     f"{pattern} fixes the sparsity of every layer at {pattern.sparsity:g}: leave budget out"
                 )
