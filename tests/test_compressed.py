@@ -68,9 +68,9 @@ def test_round_trip_of_special_values():
 @settings(max_examples=150)
 def test_round_trip_of_random_positions(data):
     n = data.draw(st.integers(0, 6000))
-    live = data.draw(st.lists(st.integers(0, max(n - 1, 0)), max_size=min(n, 40), unique=True))
+    nonzero = data.draw(st.lists(st.integers(0, max(n - 1, 0)), max_size=min(n, 40), unique=True))
     tensor = torch.zeros(n)
-    tensor[live] = 1.5
+    tensor[nonzero] = 1.5
     save({"t": tensor}, "runs.safetensors")
     assert_same(load("runs.safetensors"), {"t": tensor})
 

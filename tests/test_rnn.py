@@ -371,9 +371,9 @@ def test_factors_and_rank_can_be_sparse_together():
     assert sparing.sparse_layers(model) == {}
 
 
-def test_every_method_can_prune_ranks():
+def test_gmp_can_prune_ranks():
     model = sparing.models.fastgrnn(input_size=9, hidden_size=20, learned_rank=True)
-    sparsifier = sparing.sparsify_(model, sparing.Magnitude(sparsity=0.75, steps=1), select=["*.diagonal"])
+    sparsifier = sparing.sparsify_(model, sparing.GMP(sparsity=0.75, begin=1, end=1), select=["*.diagonal"], steps=2)
     optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=0.0), lr=0.01)
     sparsifier.attach(optimizer)
     model(torch.randn(2, 5, 9)).sum().backward()

@@ -1,19 +1,20 @@
-"""Models, data and a training loop for the conformance suite and for the laws of each method."""
+"""Models, data, a training loop and a brute-force reading of patterns, for the conformance suite and its neighbours."""
 
 import copy
+from functools import lru_cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 import sparing
-from sparing import METHODS
+from sparing import METHODS, NM, Block, Filters
 
 STEPS = 20
 SPARSITY = 0.75
 
-# How the suite asks each method for its run of 20 steps. A method that learns its sparsity, or that
-# needs other settings to do anything in so few steps, says so here.
+# The arguments of each method for a run of 20 steps.
 SETTINGS = {
     "str": {"init": -3.0},
     "str_sparsity": {"sparsity": SPARSITY, "every": 3},
@@ -42,33 +43,15 @@ SETTINGS = {
 # Entries that are a second way to use a method.
 VARIANTS = {"str_sparsity": "str", "gmp_one_shot": "gmp", "gmp_global": "gmp"}
 
-# Methods that end with exactly the number of weights asked for, in every layer.
-EXACT_LAYERS = {"dnw", "set", "gmp", "gmp_one_shot", "rigl", "static_random"}
-# Methods that end with exactly the number asked for, over all layers.
-EXACT_TOTAL = EXACT_LAYERS | {
-    "str_sparsity",
-    "str_feather",
-    "spartan",
-    "st3",
-    "st3_sigma",
-    "feather",
-    "acdc",
-    "snfs",
-    "dsr",
-    "gmp_global",
-    "snip",
-    "grasp",
-}
-
 
 def method_class(name):
-    """The class that an entry of `SETTINGS` is of."""
+    """Return the class of an entry of `SETTINGS`."""
     return METHODS[VARIANTS.get(name, name)]
 
 
-def make(name):
-    """The method of that name, as the suite uses it."""
-    return method_class(name)(**SETTINGS[name])
+def make(name, **changes):
+    """Return the method of an entry of `SETTINGS`, with some arguments changed."""
+    return method_class(name)(**{**SETTINGS[name], **changes})
 
 
 class Recurrent(nn.Module):
@@ -81,36 +64,106 @@ class Recurrent(nn.Module):
         return self.fc(self.rnn(x)[0][:, -1])
 
 
+def _mixed():
+    """Return a model of every kind of convolution, with sizes that all patterns divide."""
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 2), nn.ReLU(), nn.Conv2d(8, 8, 2, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(8, 16, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(16, 4, 2), nn.Flatten(), nn.Linear(64, 4),
+    )  # fmt: skip
+
+
+def _classifier(features, size, *shape):
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(size, 4)), shape
+
+
 MODELS = {
     "linear": lambda: (nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), (16,)),
     "conv2d": lambda: (
         nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4)),
         (4, 5, 5),
     ),
-    "grouped": lambda: (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 4)), (4, 5, 5)),
-    "depthwise": lambda: (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(72, 4)), (8, 5, 5)),
+    "conv3d": lambda: _classifier(nn.Conv3d(4, 8, 2), 64, 4, 3, 3, 3),
+    "grouped": lambda: _classifier(nn.Conv2d(4, 8, 3, groups=2), 72, 4, 5, 5),
+    "depthwise": lambda: _classifier(nn.Conv2d(8, 8, 3, groups=8), 72, 8, 5, 5),
+    "transposed": lambda: _classifier(nn.ConvTranspose2d(4, 8, 2), 128, 4, 3, 3),
+    "grouped_transposed": lambda: _classifier(nn.ConvTranspose2d(4, 8, 2, groups=2), 128, 4, 3, 3),
     "channels_last": lambda: (
         nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(72, 4)).to(memory_format=torch.channels_last),
         (4, 5, 5),
     ),
     "lstm": lambda: (Recurrent(), (5, 8)),
+    "mixed": lambda: (_mixed(), (4, 4, 4)),
 }
 
 
 def build(model_name, seed=0):
-    """A fresh model and the shape of one input."""
+    """Return a fresh model and the shape of one input."""
     torch.manual_seed(seed)
     return MODELS[model_name]()
 
 
 def batch(shape, step):
-    """The inputs and labels of one step, the same for everybody."""
+    """Return the inputs and labels of one step, the same in every run."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(16, *shape, generator=generator), torch.randint(0, 4, (16,), generator=generator)
 
 
+def wiring(module, weight):
+    """Return the output channel, the input channel within its channel group, and the rest, of each weight.
+
+    For convolutions it is measured: the module is run with one weight at a time, and the output and the gradient of
+    the input show which channels this weight connects. The other layers multiply by a matrix (outputs, inputs).
+
+    Returns:
+        An int64 tensor of shape (number of weights, 3).
+    """
+    if hasattr(module, "kernel_size"):
+        kind = type_before_parametrizations(module)
+        return _measured_wiring(kind, module.in_channels, module.out_channels, module.kernel_size, module.groups)
+    rows, columns = weight.shape
+    position = torch.arange(rows * columns)
+    return torch.stack([position // columns, position % columns, torch.zeros_like(position)], dim=1)
+
+
+@lru_cache
+def _measured_wiring(kind, inputs, outputs, kernel, groups):
+    with torch.random.fork_rng():
+        module = kind(inputs, outputs, kernel, groups=groups, bias=False)
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    x = torch.ones(1, inputs, *((1,) * len(kernel) if transposed else kernel), requires_grad=True)
+    found = []
+    for position in range(module.weight.numel()):
+        with torch.no_grad():
+            module.weight.zero_().view(-1)[position] = 1.0
+        y = module(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        (out,), (inp,) = y.detach()[0].nonzero().tolist(), gradient[0].nonzero().tolist()
+        place = out[1:] if transposed else inp[1:]
+        rest = 0
+        for index, size in zip(place, kernel, strict=True):
+            rest = rest * size + index
+        found.append([out[0], inp[0] % (inputs // groups), rest])
+    return torch.tensor(found)
+
+
+def groups_of(layer, pattern):
+    """Return the number of the group that each weight of a layer belongs to, in the shape of the weight.
+
+    It is derived from `wiring`, not from the pattern's own code: for NM the groups are those of m weights, without a
+    pattern every weight is a group.
+    """
+    out, inp, rest = wiring(layer.module, layer.weight).unbind(1)
+    zero = torch.zeros_like(out)
+    key = {
+        Block: lambda: (out // pattern.n, inp, rest),
+        NM: lambda: (out, inp // pattern.m, rest),
+        Filters: lambda: (out, zero, zero),
+    }.get(type(pattern), lambda: (out, inp, rest))()
+    return torch.stack(key, dim=1).unique(dim=0, return_inverse=True)[1].reshape(layer.weight.shape)
+
+
 class Run:
-    """A model, a method and an optimizer, taken step by step."""
+    """A model, a method and an optimizer, trained step by step."""
 
     def __init__(self, model_name, method, optimizer="sgd", seed=0, steps=STEPS, **options):
         self.model, self.shape = build(model_name, seed)
@@ -133,7 +186,7 @@ class Run:
         return self
 
     def state(self):
-        """What a checkpoint holds, apart from the run."""
+        """Return the state dicts, the number of the next batch, and the state of the random numbers."""
         parts = {"model": self.model, "optimizer": self.optimizer}
         state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         return state | {"step": self.step, "random": torch.get_rng_state()}
@@ -147,7 +200,7 @@ class Run:
 
 
 class Rows:
-    """Layers of one row each whose weights, masks and gradients are given by hand; they are never run."""
+    """Layers of one row each, with weights, masks and gradients given by hand; the model is never run."""
 
     def __init__(self, method, weights, masks=None, optimizer="sgd", lr=0.1, steps=100):
         model = nn.Sequential(*(nn.Linear(len(row), 1, bias=False) for row in weights))
@@ -166,7 +219,7 @@ class Rows:
         self.sparsifier.attach(self.optimizer)
 
     def step(self, *gradients):
-        """One optimizer step with these gradients of the effective weights, a row a layer."""
+        """Take one optimizer step with these gradients of the effective weights, one row per layer."""
         for layer, row in zip(self.layers, gradients, strict=True):
             if layer.weight.requires_grad:
                 layer.effective_weight.backward(torch.tensor([row], dtype=torch.float32))
@@ -183,13 +236,13 @@ class Rows:
         return [layer.weight[0].tolist() for layer in self.layers]
 
     def fill_state(self, value):
-        """Make the optimizer remember this value for every weight; to be called after a step."""
+        """Set the optimizer state of every weight to this value; to be called after a step."""
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
                     tensor.fill_(value)
 
     def state(self, layer=0):
-        """What the optimizer remembers of a layer, a row for each of its buffers."""
+        """Return the optimizer state of a layer, one row for each of its buffers."""
         state = self.optimizer.state[self.layers[layer].weight]
         return [t[0].tolist() for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 0]

@@ -1,74 +1,112 @@
-"""GMP: exact counts along the cubic ramp, the largest weights kept, and what happens to dead ones."""
+"""GMP: exact counts along the cubic ramp, the largest weights kept, and one-shot pruning."""
 
 import pytest
 import torch
 from harness import Rows, Run
+from torch import nn
 
-from sparing import GMP, Budget, InputError
-
-
-def kept(run):
-    return [int(layer.parametrization.mask.sum()) for layer in run.sparsifier.layers.values()]
+import sparing
+from sparing import GMP, Budget
 
 
-@pytest.mark.parametrize(("begin", "end", "every"), [(2, 16, 2), (3, 14, 4), (0, 17, 5), (6, 6, 1), (0.1, 0.85, 3)])
-def test_counts_follow_the_cubic_ramp_at_every_update_and_end_on_target(begin, end, every):
-    """Also where the end is no multiple of `every` steps after the beginning: there is an update at it."""
-    run = Run("linear", GMP(steps=20, sparsity=0.75, begin=begin, end=end, every=every))
+def masks(run):
+    return [layer.parametrization.mask.clone() for layer in run.sparsifier.layers.values()]
+
+
+def flat(run, read):
+    return torch.cat([read(layer).detach().flatten() for layer in run.sparsifier.layers.values()])
+
+
+def keeps_the_largest(run):
+    sizes = flat(run, lambda layer: layer.weight.abs())
+    mask = flat(run, lambda layer: layer.parametrization.mask)
+    return bool(mask.all()) or bool(sizes[mask].min() >= sizes[~mask].max())
+
+
+def two_layers():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -4.0, 3.0, -2.0]]))
+        model[1].weight.copy_(torch.tensor([[-0.4], [0.3], [5.0], [0.1]]))
+    return model
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+@pytest.mark.parametrize(("begin", "end", "every"), [(2, 16, 2), (3, 14, 4), (0, 17, 5), (0.1, 0.85, 3)])
+def test_counts_follow_the_cubic_ramp_at_each_update_and_masks_stay_in_between(begin, end, every, budget):
+    """There is an update at `end`, also where it is no multiple of `every` after `begin`."""
+    run = Run("linear", GMP(sparsity=0.75, budget=budget, begin=begin, end=end, every=every))
     sizes = [layer.weight.numel() for layer in run.sparsifier.layers.values()]
     first, last = (int(at * 20) if isinstance(at, float) else at for at in (begin, end))
-    expected = list(sizes)
+    before, sparsity = masks(run), 0.0
     for step in range(1, 21):
         run.train(1)
         if step == last or (first <= step < last and (step - first) % every == 0):
-            ramp = 1.0 if step == last else 1 - (1 - (step - first) / (last - first)) ** 3
-            expected = [size - round(size * 0.75 * ramp) for size in sizes]
-        assert kept(run) == expected
-        if step >= last:
-            assert expected == [size // 4 for size in sizes]
+            sparsity = 0.75 if step == last else 0.75 * (1 - (1 - (step - first) / (last - first)) ** 3)
+            assert budget == "uniform" or keeps_the_largest(run)
+        else:
+            assert all(map(torch.equal, masks(run), before))
+        before = masks(run)
+        expected = [size - round(size * sparsity) for size in ([sum(sizes)] if budget == "global" else sizes)]
+        counts = [int(mask.sum()) for mask in before]
+        assert ([sum(counts)] if budget == "global" else counts) == expected
+    assert sparsity == 0.75
 
 
-def test_the_target_is_met_exactly_where_the_sparsity_is_no_round_number():
-    budget = Budget({"0": 1 / 3, "2": 0.987})
-    run = Run("linear", GMP(steps=20, budget=budget, begin=1, end=10, every=4)).train(10)
-    assert kept(run) == [384 - round(384 / 3), 96 - round(96 * 0.987)]
+def test_a_budget_that_is_no_round_number_is_met_exactly():
+    run = Run("linear", GMP(budget=Budget({"0": 1 / 3, "2": 0.987}), begin=1, end=10, every=4)).train(10)
+    assert [int(mask.sum()) for mask in masks(run)] == [384 - round(384 / 3), 96 - round(96 * 0.987)]
 
 
-def test_keeps_the_largest_weights_of_each_layer():
-    rows = Rows(GMP(steps=10, sparsity=0.5, begin=1, end=1, every=1), [[4.0, -1.0, 2.0, -3.0], [0.1, 0.4, -0.3, 0.2]])
-    rows.step([0.0] * 4, [0.0] * 4)
-    assert rows.masks == [[1, 0, 0, 1], [0, 1, 1, 0]]
-    assert [layer.effective_weight[0].tolist() for layer in rows.layers] == [
-        pytest.approx([4.0, 0.0, 0.0, -3.0]),
-        pytest.approx([0.0, 0.4, -0.3, 0.0]),
-    ]
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ("uniform", [[0.0, -4.0, 3.0, 0.0], [-0.4, 0.0, 5.0, 0.0]]),
+        ("global", [[0.0, -4.0, 3.0, -2.0], [0.0, 0.0, 5.0, 0.0]]),
+    ],
+)
+def test_begin_and_end_0_prune_in_sparsify_without_a_length_and_for_good(budget, expected):
+    model = two_layers()
+    sparsifier = sparing.sparsify_(model, GMP(sparsity=0.5, budget=budget, begin=0, end=0))
+    assert [layer.weight.flatten().tolist() for layer in model] == [pytest.approx(row) for row in expected]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    before = [layer.effective_weight != 0 for layer in sparsifier.layers.values()]
+    with torch.no_grad():
+        for layer in sparsifier.layers.values():
+            layer.weight.add_(7.0)
+    (0 * model(torch.ones(1, 4)).sum()).backward()
+    optimizer.step()
+    assert all(map(torch.equal, before, [layer.effective_weight != 0 for layer in sparsifier.layers.values()]))
 
 
-def test_a_dead_weight_keeps_its_value_gets_no_gradient_and_comes_back_if_it_is_large_again():
-    rows = Rows(GMP(steps=10, sparsity=0.5, begin=0, end=4, every=2), [[4.0, 3.0, 2.0, 1.0]], lr=1.0)
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+@pytest.mark.parametrize("at", [6, 0.3])
+def test_one_shot_is_dense_until_the_step_and_keeps_the_largest_of_that_step(at, budget):
+    run = Run("lstm", GMP(sparsity=0.75, budget=budget, begin=at, end=at)).train(5)
+    assert all(mask.all() for mask in masks(run))
+    made = masks(run.train(1))
+    if budget == "global":
+        weights = sum(mask.numel() for mask in made)
+        assert sum(int(mask.sum()) for mask in made) == weights - round(0.75 * weights)
+        assert keeps_the_largest(run)
+    for layer, mask in zip(run.sparsifier.layers.values(), made, strict=True):
+        if budget == "uniform":
+            assert int(mask.sum()) == mask.numel() - round(0.75 * mask.numel())
+            assert layer.weight[mask].abs().min() >= layer.weight[~mask].abs().max()
+    assert all(map(torch.equal, masks(run.train(14)), made))
+
+
+def test_a_pruned_weight_decays_without_gradient_and_returns_if_it_is_among_the_largest_again():
+    rows = Rows(GMP(sparsity=0.5, begin=0, end=4, every=2), [[4.0, 3.0, 2.0, 1.0]], lr=1.0, steps=10)
+    rows.optimizer.param_groups[0]["weight_decay"] = 0.5
+    rows.optimizer.param_groups[0]["momentum"] = 0.0
     nothing = [0.0] * 4
     rows.step(nothing).step(nothing)
     assert rows.masks == [[1, 1, 0, 0]]  # 0.5 · (1 − 1/8) of 4, rounded
-    rows.step([3.5, 0.0, 9.0, 9.0])
-    assert rows.weights == [[0.5, 3.0, 2.0, 1.0]]
+    assert rows.weights == [[1.0, 0.75, 0.5, 0.25]]
+    rows.step([0.4, 0.0, 9.0, 9.0])
+    assert rows.weights == [pytest.approx([0.1, 0.375, 0.25, 0.125])]
     assert rows.masks == [[1, 1, 0, 0]]
-    rows.optimizer.state.clear()
     rows.step(nothing)
     assert rows.masks == [[0, 1, 1, 0]]
-
-
-def test_masks_stand_still_between_updates_and_after_the_end():
-    run = Run("conv2d", GMP(steps=20, sparsity=0.75, begin=4, end=12, every=4))
-    changed = []
-    for step in range(1, 21):
-        before = [layer.parametrization.mask.clone() for layer in run.sparsifier.layers.values()]
-        run.train(1)
-        after = [layer.parametrization.mask for layer in run.sparsifier.layers.values()]
-        if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            changed.append(step)
-    assert changed == [8, 12]
-
-
-def test_a_ramp_that_ends_before_it_begins_is_refused():
-    with pytest.raises(InputError, match=r"GMP: begin=0.9 \(step 90\) comes after end=0.5 \(step 50\)"):
-        GMP(steps=100, sparsity=0.9, begin=0.9, end=0.5, every=1)

@@ -79,6 +79,8 @@ def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> di
         if keep_thresholds:
             tensors[f"{name}.parametrizations.weight.original"] = weight
             tensors[f"{name}.parametrizations.weight.0.s"] = s.reshape(1).float()
+            # No clock: the run is over.
+            tensors[f"{name}.parametrizations.weight.0._extra_state"] = torch.empty(0, dtype=torch.uint8)
         else:
             tensors[f"{name}.weight"] = soft_threshold(weight, torch.sigmoid(s.reshape(1)))
     return tensors

@@ -1,1 +1,1 @@
-"""Recipes, the training loop and the run directory. Needs the extra `sparing[train]`."""
+"""Recipes, training loop and run directories. Requires the extra `sparing[train]`."""

@@ -1,4 +1,4 @@
-"""From a recipe to the objects of a run."""
+"""Build the data, model, sparsifier and optimizer of a recipe."""
 
 import inspect
 import math
@@ -17,21 +17,20 @@ from sparing.param_groups import param_groups
 from sparing.sparsifier import Sparsifier
 from sparing.sparsify import sparsify_
 from sparing.threshold import MAPS
-from sparing.train.recipe import Data as DataSpec
-from sparing.train.recipe import Model, Optimizer, Recipe, build_method
+from sparing.train.recipe import DataSection, ModelSection, OptimizerSection, Recipe, build_method
 
-FITTED = ("num_classes", "in_channels", "input_size")
+DATA_ARGUMENTS = ("num_classes", "in_channels", "input_size")
 """Arguments of models that follow from the data."""
 
 LEAST_THRESHOLD = 1e-3
-"""Trained weights are mostly larger than this, so a lower threshold prunes nearly none."""
+"""Thresholds below this prune almost nothing: most trained weights are larger."""
 
 
-def build_data(spec: DataSpec) -> SplitDataset:
-    """The data set a recipe names.
+def build_data(spec: DataSection) -> SplitDataset:
+    """Build the data set of a recipe.
 
     Raises:
-        InputError: an argument is none of the data set's, or the data is not there.
+        InputError: an argument is unknown or invalid, or the data is missing.
     """
     function = DATASETS[spec.name]
     arguments = dict(spec.model_extra or {})
@@ -45,15 +44,15 @@ def build_data(spec: DataSpec) -> SplitDataset:
         raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {error}") from error
 
 
-def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
-    """The model a recipe names, fitted to the data.
+def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
+    """Build the model of a recipe for its data.
 
     Args:
-        spec: of the recipe.
-        fits: the data's `model_arguments()`.
+        spec: section `model` of the recipe.
+        from_data: `model_arguments()` of the data set.
 
     Raises:
-        InputError: an argument is none of the model's, or the model takes another kind of input.
+        InputError: an argument is unknown or invalid, or the model does not accept inputs of this kind.
     """
     function = MODELS[spec.name]
     known = inspect.signature(function).parameters
@@ -61,19 +60,18 @@ def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
     for key in arguments:
         if key not in known:
             raise InputError(f"model {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
-        if key in FITTED:
+        if key in DATA_ARGUMENTS:
             raise InputError(f"model: {key!r} follows from the data; leave it out")
-    for key, value in fits.items():
+    for key, value in from_data.items():
         if key in known:
             arguments[key] = value
-        elif key == "in_channels":  # models that do not say take colors
+        elif key == "in_channels":  # models without this argument take color images
             if value != 3:
                 raise InputError(f"model {spec.name!r} takes images of 3 channels; the data has {value}")
         else:
-            raise InputError(f"model {spec.name!r} does not take {key}={value}, which is what the data has")
-    missing = [
-        key for key in FITTED if key in known and key not in fits and known[key].default is inspect.Parameter.empty
-    ]
+            raise InputError(f"model {spec.name!r} has no argument {key!r}, but the data has {key}={value}")
+    required = {key for key, parameter in known.items() if parameter.default is inspect.Parameter.empty}
+    missing = [key for key in DATA_ARGUMENTS if key in required and key not in from_data]
     if missing:
         raise InputError(f"model {spec.name!r} needs {missing[0]}, which the data does not have")
     try:
@@ -85,13 +83,13 @@ def build_model(spec: Model, fits: Mapping[str, int]) -> nn.Module:
 def build_sparsifier(
     recipe: Recipe, model: nn.Module, steps: int, input_size: tuple[int, ...] | None = None
 ) -> Sparsifier | None:
-    """Sparsify the model as the recipe says; None for a dense run.
+    """Sparsify the model by the method of the recipe, in place; return None if the recipe has no method.
 
     Args:
-        recipe: of the run.
-        model: as it was built.
-        steps: optimizer steps of the run.
-        input_size: the data's, with a leading 1; for methods that count MACs.
+        recipe: recipe of the run.
+        model: the dense model.
+        steps: length of the run in optimizer steps.
+        input_size: shape of a batch of one example, for a target in MACs.
     """
     if recipe.method is None:
         return None
@@ -99,10 +97,10 @@ def build_sparsifier(
 
 
 def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
-    """Warn of a run of STR whose weight decay cannot raise the threshold to where it prunes.
+    """Warn if the weight decay of an STR run without a target is too small to prune any weight.
 
-    The loss only holds s back, so what decay does alone is the most it can come to; the values that
-    suit one data set leave s where it was on a smaller one.
+    The loss only slows s down, so weight decay alone gives an upper bound on the final threshold. Values that suit a
+    large data set hardly move s on a small one, where a run has fewer steps.
     """
     method = build_method(recipe.method, input_size=(1,)) if recipe.method else None
     if not isinstance(method, STR) or method.sparsity is not None or method.macs is not None:
@@ -119,15 +117,15 @@ def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
         enough = "more, over more steps than these"
     warnings.warn(
         f"nothing can be pruned: in the {len(rates)} steps of this run a weight decay of {decay:.3g} takes s from "
-        f"{method.init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. About 90 % of zeros takes "
-        f"optimizer.threshold_weight_decay={enough}; method.for_sparsity=0.9 works it out (sparing.STR.for_schedule)",
+        f"{method.init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. A sparsity of about 90 % takes "
+        f"optimizer.threshold_weight_decay={enough}. method.for_sparsity=0.9 chooses it (sparing.STR.for_schedule)",
         SparsityWarning,
         stacklevel=2,
     )
 
 
-def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, over weights, thresholds and normalization in groups of their own."""
+def build_optimizer(spec: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of a recipe, with the parameter groups of `sparing.param_groups`."""
     groups = param_groups(model, spec.weight_decay, spec.threshold_weight_decay, spec.norm_weight_decay)
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
@@ -135,17 +133,17 @@ def build_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of a recipe.
+    """Return the torch device of a recipe.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("its tensors have no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

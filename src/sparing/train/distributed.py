@@ -1,8 +1,8 @@
-"""One run on many ranks: what `torchrun` started, and what its ranks do together.
+"""Distributed data-parallel training with `torchrun`.
 
-A process that torchrun did not start is the one rank of a run of its own, for which all of this
-does nothing. Every rank holds the whole model and trains on its share of each batch; the ranks
-average their gradients (DistributedDataParallel), so weights, thresholds and masks stay equal on all.
+Every rank holds the whole model and trains on its share of each batch. The ranks average their gradients
+(DistributedDataParallel), so weights, thresholds and masks stay equal on all of them. A process that was not started
+by torchrun is the only rank of its run, and nothing here communicates.
 """
 
 import inspect
@@ -24,12 +24,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train one model.
+    """The ranks that train one model, as seen from this process.
 
     Attributes:
-        device: where this rank computes.
-        rank: its number, from 0. Rank 0 writes the run directory.
-        count: how many there are.
+        device: device of this process.
+        rank: number of this process, from 0. Rank 0 writes the run directory.
+        count: number of ranks.
     """
 
     device: torch.device
@@ -38,60 +38,60 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that writes and prints."""
+        """Whether this process is rank 0, which writes and prints."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks, in float64: exact for counts."""
+        """Return the sum of each number over all ranks, in float64, which is exact for counts."""
         return self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over the ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def ask_first(self, question: Callable[[], Value]) -> Value:
-        """What rank 0 answers, on every rank; the others do not run it.
+    def run_on_first(self, function: Callable[[], Value]) -> Value:
+        """Call a function on rank 0 only, and return its result on every rank.
 
         Raises:
-            InputError: the answer is a refusal; it is raised on every rank.
+            InputError: the function raised it; it is raised on every rank.
         """
         if self.count == 1:
-            return question()
-        answer: list[Any] = [None, None]
+            return function()
+        result: list[Any] = [None, None]
         if self.first:
             try:
-                answer[0] = question()
+                result[0] = function()
             except InputError as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, src=0, device=self.device)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]  # type: ignore[no-any-return]
+                result[1] = error
+        dist.broadcast_object_list(result, src=0, device=self.device)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]  # type: ignore[no-any-return]
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, by rank, on every rank."""
+        """Return the values of all ranks, in the order of the ranks, on every rank."""
         values: list[Any] = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value)
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, with gradients averaged over the ranks; starts from what rank 0 holds."""
+        """Return the model wrapped so that gradients are averaged over the ranks; it starts from the state of rank 0."""
         if self.count == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        # Masks are computed alike everywhere: handing them out before each step would cost more than the
-        # gradients do. The statistics of batch normalization are handed out before they are used.
+        # Masks are computed identically on every rank, and broadcasting them at each step would cost more than
+        # averaging the gradients. share_buffers() broadcasts the statistics of batch normalization before they are used.
         wrapper = nn.parallel.DistributedDataParallel
-        renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # from torch 2.11 or so
+        renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # in torch 2.11 or later
         option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         return wrapper(model, ids, **option)
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank 0, such as the statistics of batch normalization."""
+        """Copy the buffers of rank 0, such as the statistics of batch normalization, to all ranks."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -99,37 +99,37 @@ class Ranks:
 
 @contextmanager
 def join(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started; a rank alone in any other process.
+    """Join the ranks that torchrun started; a process started without it is the only rank.
 
     Args:
-        device: of a recipe; "auto" gives each rank of a host a GPU of its own, or all of them the CPU.
+        device: `device` of the recipe; "auto" gives each rank of a host its own GPU, or the CPU to all of them.
 
     Raises:
-        InputError: there is no such device here, or a host has more ranks than GPUs.
+        InputError: the device is not available, or a host has more ranks than GPUs.
     """
     if not from_torchrun():
         yield Ranks(pick_device(device))
         return
-    here = pick_device(device)
-    if here.type == "cuda":
+    own = pick_device(device)
+    if own.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise InputError(f"rank {local} of this host has no GPU: there are {gpus}; lower --nproc-per-node")
-        here = torch.device("cuda", local)
-        torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+            raise InputError(f"rank {local} of this host has no GPU: the host has {gpus}; lower --nproc-per-node")
+        own = torch.device("cuda", local)
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield Ranks(here, dist.get_rank(), dist.get_world_size())
+        yield Ranks(own, dist.get_rank(), dist.get_world_size())
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank 0, or alone: the one that prints."""
+    """Return whether this process is the one that prints: rank 0, or not started by torchrun."""
     return not from_torchrun() or os.environ["RANK"] == "0"
 
 
 def from_torchrun() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

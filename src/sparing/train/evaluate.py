@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model."""
+"""Evaluate the loss and accuracy of a model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from sparing.train.distributed import Ranks
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of going through one part of the data once.
+    """Results of a model on one split of the data.
 
     Attributes:
         loss: mean cross entropy, in nats, without label smoothing.
-        accuracy: fraction of examples whose largest logit is the label's, in [0, 1].
-        correct: how many those are.
-        count: how many there were.
-        top5_correct: examples whose label is among the five largest logits; None where there are no more than five.
-        top5_accuracy: the fraction of those, or None.
+        accuracy: fraction of correctly classified examples, in [0, 1].
+        correct: number of correctly classified examples.
+        count: number of examples.
+        top5_correct: number of examples whose label is among the five largest logits; None with five classes or fewer.
+        top5_accuracy: fraction of those examples, in [0, 1], or None.
     """
 
     loss: float
@@ -39,12 +39,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ranks | None = None) -> Evaluation:
-    """Loss and accuracy in evaluation mode; the mode is put back afterwards.
+    """Compute loss and accuracy in evaluation mode, and restore the mode of the model afterwards.
 
     Args:
-        model: gives logits (N, classes).
-        batches: of `(*inputs, labels)`; with several ranks, this rank's share of them.
-        ranks: sum over these, so that every rank returns the result over all examples.
+        model: returns logits of shape (N, classes).
+        batches: batches `(*inputs, labels)`; with several ranks, the share of this rank.
+        ranks: with several ranks, all of them: every rank returns the result over all examples.
     """
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: a line of JSON an epoch, TensorBoard, and the screen."""
+"""Per-epoch logging: JSON lines, TensorBoard, console."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from sparing.files import write_text
 
 
 class _Speed(ProgressColumn):
-    """Examples a second."""
+    """Progress column that shows examples per second."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class _Speed(ProgressColumn):
 
 
 class RunLog:
-    """Writes `history.jsonl` and, if wanted and installed, TensorBoard; prints a line an epoch.
+    """Writes one line per epoch to `history.jsonl`, to TensorBoard if it is installed, and to the console.
 
     Args:
-        out: the run directory.
-        epochs_done: epochs that the checkpoint holds; later lines, of epochs that will be
-            trained again, are dropped.
-        tensorboard: whether to log there as well.
-        console: where to print.
+        out: run directory.
+        epochs_done: epochs in the checkpoint. Later lines of the history are dropped, since these epochs are trained
+            again.
+        tensorboard: whether to log to TensorBoard.
+        console: console to print to.
     """
 
     def __init__(self, out: Path, epochs_done: int, tensorboard: bool, console: Console) -> None:
@@ -49,7 +49,7 @@ class RunLog:
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=epochs_done + 1)  # type: ignore[no-untyped-call]
 
     def progress(self, batches: Batches, epoch: int, epochs: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
-        """The same batches, with a progress bar and examples a second on a terminal."""
+        """Yield the batches while showing a progress bar with examples per second, if the console is a terminal."""
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             _Speed(batch_size), console=self.console, transient=True, disable=not self.console.is_terminal,
@@ -58,23 +58,23 @@ class RunLog:
             yield from bar.track(batches, len(batches), description=f"epoch {epoch}/{epochs}")
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Record one finished epoch."""
+        """Log one finished epoch."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
             self._to_tensorboard(line)
         accuracy = line["validation_accuracy"]
-        judged = "" if accuracy is None else f"validation accuracy {100 * accuracy:6.2f} %  "
+        validated = "" if accuracy is None else f"validation accuracy {100 * accuracy:6.2f} %  "
         self.console.print(
             f"epoch {line['epoch']:>3}/{epochs}  loss {line['train_loss']:.4f}  "
-            f"{judged}sparsity {100 * line['sparsity']:6.2f} %  {line['seconds']:.0f} s  "
+            f"{validated}sparsity {100 * line['sparsity']:6.2f} %  {line['seconds']:.0f} s  "
             f"{line['examples_per_second']:,.0f} examples/s",
             highlight=False,
             soft_wrap=True,
         )
 
     def close(self) -> None:
-        """Flush what TensorBoard holds back."""
+        """Write what TensorBoard has buffered."""
         if self._board is not None:
             self._board.close()  # type: ignore[no-untyped-call]
 
@@ -88,7 +88,7 @@ class RunLog:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's history; a last line that a crash cut short is left out."""
+    """Return the lines of a run's `history.jsonl`, without a last line that a crash cut short."""
     path = run / "history.jsonl"
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:

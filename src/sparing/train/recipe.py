@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a run, in one YAML file."""
+"""Recipes: all settings of a run, in one YAML file."""
 
 import copy
 import dataclasses
@@ -23,14 +23,17 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Part(BaseModel):
-    """A part of a recipe: no unknown keys, and no change once it is read."""
+class Section(BaseModel):
+    """Base class of the sections of a recipe: unknown keys are errors, values cannot be changed after reading."""
 
-    # Strict: true is no number and "32" is no integer.
+    # Strict: `true` is not a number and "32" is not an integer.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Model(Part):
+Part = Section  # the name that sparing.sweep.file still imports
+
+
+class ModelSection(Section):
     """`name` of `sparing.models`; the other keys are the arguments of that function."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -39,76 +42,85 @@ class Model(Part):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         return _one_of(name, MODELS)
 
 
-class Data(Part):
-    """What to train on: `name` of `sparing.data`; other keys are the arguments of that function."""
+class DataSection(Section):
+    """`name` of `sparing.data`; the other keys are the arguments of that function."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
     batch_size: int = Field(default=64, ge=1)
-    """Examples a step, over all ranks."""
+    """Examples per optimizer step, over all ranks."""
     accumulate: int = Field(default=1, ge=1)
-    """Parts in which a rank goes through its share of a batch, for batches that do not fit in memory."""
+    """Micro-batches into which each rank splits its share of a batch, for batches that do not fit in memory."""
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         return _one_of(name, DATASETS)
 
 
-class Optimizer(Part):
-    """The optimizer, and the weight decays of `sparing.param_groups`."""
+class OptimizerSection(Section):
+    """Optimizer, and the weight decays of `sparing.param_groups`."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.1
     """Peak learning rate."""
     momentum: Momentum = 0.9
-    """Of SGD; not used by adamw."""
+    """Momentum of SGD; AdamW does not use it."""
     nesterov: bool = False
-    """Nesterov momentum, for SGD."""
+    """Use Nesterov momentum; SGD only."""
     betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.999)
-    """Of AdamW; not used by sgd."""
+    """Betas of AdamW; SGD does not use them."""
     weight_decay: NotNegative = 1e-4
     """λ of weights and biases."""
     threshold_weight_decay: NotNegative | None = None
-    """λ of the thresholds' s; the same λ where it is left out."""
+    """λ of the s of learned thresholds; defaults to `weight_decay`."""
     norm_weight_decay: NotNegative | None = None
-    """λ of normalization layers; the same λ where it is left out."""
+    """λ of normalization layers; defaults to `weight_decay`."""
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> "OptimizerSection":
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError(
+                f"nesterov: true requires name: sgd and momentum > 0, got name: {self.name} and momentum: "
+                f"{self.momentum:g}"
+            )
+        return self
 
 
-class Schedule(Part):
-    """Length of the run, and the learning rate over it: linear warm-up, then cosine to zero, or drops."""
+class ScheduleSection(Section):
+    """Length of the run and learning rate schedule: linear warm-up, then a cosine to zero or drops."""
 
     epochs: int = Field(default=20, ge=1)
     warmup_epochs: NotNegative = 0
     update: Literal["step", "epoch"] = "step"
-    """How often the learning rate moves; the paper moves it once an epoch."""
+    """How often the learning rate changes; the STR paper changes it once per epoch."""
     drops: list[Positive] | None = None
-    """Epochs after which the learning rate drops, in place of the cosine."""
+    """Epochs after which the learning rate drops; replaces the cosine."""
     drop_factor: float = Field(default=0.1, gt=0, lt=1)
-    """What a drop multiplies the learning rate by."""
+    """Factor by which each drop multiplies the learning rate."""
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> "Schedule":
+    def _check_warmup(self) -> "ScheduleSection":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
         return self
 
     @model_validator(mode="after")
-    def _drops_within(self) -> "Schedule":
+    def _check_drops(self) -> "ScheduleSection":
         for drop in self.drops or []:
             if not self.warmup_epochs <= drop < self.epochs:
                 raise ValueError(
-                    f"drops: {drop:g} must be from warmup_epochs={self.warmup_epochs:g} to epochs={self.epochs}"
+                    f"drops: {drop:g} must be in [warmup_epochs, epochs) = [{self.warmup_epochs:g}, {self.epochs})"
                 )
         return self
 
     def factor(self, position: int, steps_an_epoch: int) -> float:
-        """What the peak learning rate is multiplied by after it has moved so often."""
+        """Return the factor on the peak learning rate after `position` changes of the learning rate."""
         unit = steps_an_epoch if self.update == "step" else 1
         warmup = round(self.warmup_epochs * unit)
         if self.drops is not None:
@@ -116,81 +128,81 @@ class Schedule(Part):
         return warmup_cosine(position, self.epochs * unit, warmup)
 
     def factors(self, steps_an_epoch: int) -> list[float]:
-        """The factor at every step of the run."""
+        """Return the factor on the peak learning rate at every optimizer step of the run."""
         unit = steps_an_epoch if self.update == "step" else 1
         each = [self.factor(position, steps_an_epoch) for position in range(self.epochs * unit)]
         return [factor for factor in each for _ in range(steps_an_epoch // unit)]
 
 
-class Recipe(Part):
-    """Everything that decides a run. A recipe and a commit give the same weights on the same machine."""
+class Recipe(Section):
+    """All settings of a run. The same recipe and commit give the same weights on the same machine."""
 
-    model: Model
-    data: Data
+    model: ModelSection
+    data: DataSection
     method: dict[str, Any] | None = None
-    """`name` of `sparing.METHODS`, or an import path such as `my_package.methods:TopKAST`, and the method's arguments;
-    left out for a dense run. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`.
+    """`name` of `sparing.METHODS`, or an import path such as `my_package.methods:TopKAST`, and the arguments of the
+    method; left out for dense training. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`.
 
-    `{name: str, for_sparsity: 0.9}` lets `STR.for_schedule` choose the weight decay of the thresholds,
-    for about that sparsity at the end of this run; `init` may stand beside it.
+    With `{name: str, for_sparsity: 0.9}`, `STR.for_schedule` chooses the weight decay of the thresholds for about
+    that sparsity at the end of the run; `init` may be given as well.
     """
     select: list[str] | None = None
-    """Names or shell patterns of the layers to sparsify; all weight layers where it is left out."""
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
+    """Names or shell patterns of the layers to sparsify; defaults to all layers with weights."""
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     clip_grad_norm: Positive | None = None
-    """Scale gradients down to this total norm."""
+    """Maximum norm of all gradients together."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay a step of an exponential moving average of the weights, which is then what counts."""
+    """Decay per step of an exponential moving average of the weights; the average is validated, tested and exported."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Automatic mixed precision; fp16 scales the loss."""
     channels_last: bool = False
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Compile the model with torch.compile."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
-    """"auto" takes the GPU if there is one; otherwise a torch device such as "cpu" or "cuda:1"."""
+    """"auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1"."""
     dense_baseline: bool = False
-    """Train the same recipe dense as well, first, into the folder `dense` of the run."""
+    """Train the same recipe without its method first, in the folder `dense` of the run."""
     tensorboard: bool = True
-    """Log to the folder `tensorboard` of the run, where the package is installed."""
+    """Log to the folder `tensorboard` of the run, if the package is installed."""
 
     @field_validator("method")
     @classmethod
-    def _method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _check_method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
         if method is not None and "for_sparsity" not in method:
-            # The real numbers follow from the data; what is wrong at any length is refused here.
+            # The real input size follows from the data; errors that do not depend on it are found here.
             build_method(method, input_size=(1,))
         return method
 
     @model_validator(mode="after")
-    def _baseline_differs(self) -> "Recipe":
+    def _check_baseline(self) -> "Recipe":
         if self.dense_baseline and self.method is None:
             raise ValueError("dense_baseline: true needs a method; without one the run is dense already")
         return self
 
     @model_validator(mode="after")
-    def _can_be_settled(self) -> "Recipe":
-        # What is wrong at any length is refused here.
+    def _check_for_sparsity(self) -> "Recipe":
+        # Many steps, so that only errors that do not depend on the length of the run are found here.
         self._settled([self.optimizer.lr] * 10**6)
         return self
 
     def learning_rates(self, steps_an_epoch: int) -> list[float]:
-        """The learning rate of every step of the run."""
+        """Return the learning rate of every optimizer step of the run."""
         return [self.optimizer.lr * factor for factor in self.schedule.factors(steps_an_epoch)]
 
     @property
     def momentum(self) -> float:
-        """By how much weight decay is carried on from step to step; AdamW decays beside its momentum."""
+        """Momentum that acts on weight decay: that of SGD, and 0 for AdamW, whose weight decay is decoupled."""
         return self.optimizer.momentum if self.optimizer.name == "sgd" else 0.0
 
     def settled(self, steps_an_epoch: int) -> "Recipe":
-        """The same recipe with `for_sparsity` replaced by the init and weight decay that follow from it.
+        """Return the recipe with `for_sparsity` replaced by the init and weight decay that follow from it.
 
         Raises:
             InputError: the method is not STR; the weight decay is given as well; a value is out of
-                range, or the run too short.
+                range, or the run is too short.
         """
         return self._settled(self.learning_rates(steps_an_epoch))
 
@@ -213,38 +225,38 @@ class Recipe(Part):
         return self.model_copy(update={"method": spec, "optimizer": optimizer})
 
     def dense(self) -> "Recipe":
-        """The same run without its method."""
+        """Return the same recipe without its method."""
         return self.model_copy(update={"method": None, "select": None, "dense_baseline": False})
 
     def to_yaml(self) -> str:
-        """The resolved recipe: every key, defaults filled in."""
+        """Return the resolved recipe as YAML: every key, defaults filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 PATTERNS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "block": Block, "nm": NM, "filters": Filters}
-"""The patterns, by the name a recipe uses."""
+"""Patterns by the name that a recipe uses."""
 
 
 def build_method(spec: Mapping[str, Any], input_size: tuple[int, ...] | None = None) -> Method:
-    """Build the method that the `method:` of a recipe describes.
+    """Build the method that the section `method` of a recipe describes.
 
     Args:
-        spec: its name and arguments.
-        input_size: the shape of one input, for a target in MACs; `input_size` in the recipe itself takes precedence.
+        spec: name and arguments of the method.
+        input_size: shape of one input, for a target in MACs; `input_size` in the recipe itself takes precedence.
 
     Raises:
-        InputError: the name is missing or unknown, or the method refuses its arguments.
+        InputError: the name is missing or unknown; an argument is missing, unknown or invalid.
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise InputError("method needs a name, such as str or gmp; `sparing methods` lists them")
     method = find_method(name)
-    fields = {field.name: field for field in dataclasses.fields(method)}
+    fields = {field.name: field for field in dataclasses.fields(method) if field.init}
     for key in arguments:
         if key not in fields:
             raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
-    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in arguments]
+    missing = [key for key, field in fields.items() if key not in arguments and not _has_default(field)]
     if missing:
         raise InputError(f"method {name!r} needs {missing[0]}=")
     if arguments.get("macs") is not None and "input_size" in fields:
@@ -254,10 +266,14 @@ def build_method(spec: Mapping[str, Any], input_size: tuple[int, ...] | None = N
     return method(**arguments)
 
 
+def _has_default(field: "dataclasses.Field[Any]") -> bool:
+    return not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
+
+
 def _build_pattern(spec: Any) -> Pattern:
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = arguments.pop("name", None)
-    if name not in PATTERNS:
+    if not isinstance(name, str) or name not in PATTERNS:
         raise InputError(f"method.pattern: unknown pattern {name!r}; {nearest(str(name), PATTERNS)}")
     known = [field.name for field in dataclasses.fields(PATTERNS[name])]  # type: ignore[arg-type]
     for key in arguments:
@@ -271,26 +287,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the file.
-        overrides: `key=value`, applied in order; the key with dots, the value as YAML:
+        overrides: `key=value`, applied in order; the key in dotted form, the value as YAML, such as
             `optimizer.lr=0.05`.
 
     Raises:
-        InputError: the file is missing or is no YAML; a key is unknown (the nearest known one is
-            named), a value of the wrong type or out of range; an override is not `key=value`.
+        InputError: the file is missing or not valid YAML; a key is unknown (the nearest known one is named); a value
+            has the wrong type or is out of range; an override is not `key=value`.
     """
     return build_recipe(read_mapping(path, "recipe"), overrides, f"recipe {path}")
 
 
 def build_recipe(content: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """The recipe that a mapping describes, as `load_recipe` makes it from a file.
+    """Build a recipe from a mapping, as `load_recipe` does from a file.
 
     Args:
-        content: the keys of a recipe; left as it is.
+        content: keys and values of a recipe; not changed.
         overrides: `key=value`, applied in order.
-        where: what error messages begin with.
+        where: start of error messages.
 
     Raises:
-        InputError: as `load_recipe`.
+        InputError: a key, value or override is invalid, as for `load_recipe`.
     """
     for override in overrides:
         content = _override(content, override)
@@ -301,14 +317,14 @@ def build_recipe(content: dict[str, Any], overrides: Sequence[str] = (), where: 
 
 
 def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
-    """The keys of a YAML file.
+    """Read a YAML file that holds a mapping.
 
     Args:
         path: the file.
-        kind: what it is, for error messages.
+        kind: "recipe" or "sweep", for error messages.
 
     Raises:
-        InputError: the file is missing, is no YAML or holds no mapping.
+        InputError: the file is missing, not valid YAML, or does not hold a mapping.
     """
     path = Path(path)
     try:
@@ -327,7 +343,7 @@ def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people mean a number."""
+    """Loader that reads 1e-4 as a number; YAML 1.1 reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -341,32 +357,32 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise InputError(f"--set {override!r}: write key=value, such as optimizer.lr=0.05")
     raw = copy.deepcopy(raw)
     *parents, last = key.split(".")
-    place = raw
+    section = raw
     for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent]
-        if not isinstance(place, dict):
-            raise InputError(f"--set {override!r}: {parent!r} holds no keys")
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise InputError(f"--set {override!r}: {parent!r} is not a mapping")
     try:
-        place[last] = yaml.load(value, _Loader)
+        section[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override!r}: the value is not valid YAML") from error
     return raw
 
 
-def explain(error: ValidationError, root: type[Part]) -> str:
-    """What is wrong, in words: all of it, with the nearest known key for an unknown one.
+def explain(error: ValidationError, root: type[Section]) -> str:
+    """Return all validation errors as one line, with the nearest known key for each unknown one.
 
     Args:
-        error: of pydantic.
-        root: what was being read.
+        error: raised by pydantic.
+        root: class that was validated.
     """
     return "; ".join(_explain(each, root) for each in error.errors())
 
 
-def _explain(error: Any, root: type[Part]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _explain(error: Any, root: type[Section]) -> str:
+    where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         *parents, last = error["loc"]
         return f"unknown key {where!r}; {nearest(str(last), _keys_at(root, parents))}"
@@ -378,14 +394,14 @@ def _explain(error: Any, root: type[Part]) -> str:
     return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-def _keys_at(root: type[Part], location: list[Any]) -> list[str]:
-    part: Any = root
+def _keys_at(root: type[Section], location: list[Any]) -> list[str]:
+    section: Any = root
     for key in location:
-        part = part.model_fields[key].annotation
-    return list(part.model_fields)
+        section = section.model_fields[key].annotation
+    return list(section.model_fields)
 
 
-def _one_of(name: Any, table: Mapping[str, Any]) -> str:
-    if not isinstance(name, str) or name not in table:
-        raise InputError(f"unknown name {name!r}; {nearest(str(name), table)}")
+def _one_of(name: str, table: Mapping[str, Any]) -> str:
+    if name not in table:
+        raise InputError(f"unknown name {name!r}; {nearest(name, table)}")
     return name
