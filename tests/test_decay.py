@@ -1,4 +1,4 @@
-"""The rule that goes from a schedule and a sparsity to a weight decay on s, and the warning that uses it."""
+"""The rule that chooses the weight decay of s for a target sparsity, and the warning that uses it."""
 
 import csv
 import itertools
@@ -20,14 +20,14 @@ from sparing.train.run import train_run
 
 IMAGENET = [0.256 * warmup_cosine(epoch, 100, 5) for epoch in range(100) for _ in range(5004)]
 
-# The epoch at which s, decaying alone, reaches sigmoid⁻¹(1e-3): simulated with the release's schedule.
+# The epoch at which s reaches sigmoid⁻¹(1e-3) by weight decay alone, simulated with the schedule of the release.
 ONSETS = {
     "79.55": 40, "81.27": 39, "87.70": 32, "90.23": 29, "90.55": 25, "94.80": 26, "95.03": 24, "95.15": 21,
     "96.11": 10, "96.53": 20, "97.78": 16, "98.05": 14, "99.10": 10,
 }  # fmt: skip
 
 with Path(__file__).parent.parent.joinpath("recipes/imagenet/paper.csv").open(newline="") as file:
-    # Weight decay and init of all rows but 90.23 are recalled, not read.
+    # Weight decay and init of all rows but 90.23 were written down from memory.
     ROWS = {
         row["sparsity"]: (float(row["weight_decay"]), float(row["init"]))
         for row in csv.DictReader(file)
@@ -49,14 +49,14 @@ def optimized(kind, rates, decay, init, **options):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.875, 0.9])
-def test_s_decays_under_sgd_as_the_formula_says(momentum):
+def test_s_decays_under_sgd_by_the_formula(momentum):
     rates = [0.1 * warmup_cosine(step, 10_000, 500) for step in range(10_000)]
     decay, init = 8.0 * (1 - momentum) / sum(rates), -300.0
     seen = optimized(torch.optim.SGD, rates, decay, init, momentum=momentum)
     onset = next(step for step, s in enumerate(seen) if s >= ONSET)
     sums = itertools.accumulate(rates)
     predicted = next(step for step, total in enumerate(sums) if e_folds([total], decay, momentum) >= math.log(300 / 7))
-    # Momentum delays a pull by about 1 / (1 − μ) steps, and what it delays is of second order in η λ / (1 − μ)².
+    # Momentum delays the decay by about 1 / (1 − μ) steps; the error is of second order, η λ / (1 − μ)².
     second_order = 0.1 * decay / (1 - momentum) ** 2
     assert second_order < 0.02
     assert abs(onset - predicted) <= 1 / (1 - momentum) + second_order * predicted
@@ -69,13 +69,13 @@ def test_s_decays_under_adamw_without_the_factor_of_momentum():
     assert math.log(-50.0 / seen[-1]) == pytest.approx(e_folds(rates, 0.3), rel=0.01)
 
 
-def test_the_papers_run_has_the_e_folds_worked_out_for_it():
+def test_the_e_folds_of_the_released_configuration():
     assert e_folds(IMAGENET, 2.251757813e-5, 0.875) == pytest.approx(11.77, abs=0.005)
     assert e_folds(IMAGENET, 3.051757813e-5, 0.875) == pytest.approx(15.95, abs=0.005)
 
 
 @pytest.mark.parametrize("row", ONSETS)
-def test_the_onsets_of_the_papers_rows(row):
+def test_the_onset_of_pruning_for_each_row_of_the_paper(row):
     decay, init = ROWS[row]
     least = math.log(init / math.log(1e-3 / (1 - 1e-3)))
     sums = itertools.accumulate(IMAGENET)
@@ -84,23 +84,23 @@ def test_the_onsets_of_the_papers_rows(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_fit_to_the_papers_rows(row):
+def test_the_fit_to_each_row_of_the_paper(row):
     (decay, init), sparsity = ROWS[row], float(row)
     left = e_folds(IMAGENET, decay, 0.875) - math.log(init / ONSET)
     assert left == pytest.approx(0.75 * (1 - sparsity / 100) ** -0.85, rel=0.125)
     predicted = 100 * (1 - (left / 0.75) ** (-1 / 0.85))
     assert predicted == pytest.approx(sparsity, abs=1.3 if sparsity < 90 else 0.8)
-    # And so the rule gives the row's weight decay back.
+    # So the rule returns the weight decay of the row.
     assert weight_decay_for(sparsity / 100, IMAGENET, 0.875, init) == pytest.approx(decay, rel=0.11)
 
 
 @pytest.mark.parametrize(("sparsity", "share"), [(0.80, 0.69), (0.90, 0.52), (0.95, 0.38)])
-def test_the_shares_of_the_run_before_pruning_begins(sparsity, share):
+def test_the_share_of_the_run_before_pruning_starts(sparsity, share):
     decay = weight_decay_for(sparsity, IMAGENET, 0.875, -3200.0)
     assert math.log(3200 / 7) / e_folds(IMAGENET, decay, 0.875) == pytest.approx(share, abs=0.02)
 
 
-def test_the_rule_holds_decay_times_schedule_constant():
+def test_the_weight_decay_is_inversely_proportional_to_the_sum_of_the_schedule():
     rates = [0.1] * 5000
     first = weight_decay_for(0.9, rates, 0.9, -20.0)
     assert weight_decay_for(0.9, rates * 2, 0.9, -20.0) == pytest.approx(first / 2)
@@ -110,8 +110,8 @@ def test_the_rule_holds_decay_times_schedule_constant():
     assert STR.for_schedule(0.9, iter(rates), momentum=0.9) == (STR(init=-20.0), first)
 
 
-def test_a_run_that_is_just_long_enough_does_not_swing_past_zero():
-    """The bound on η λ is that of the step's own recurrence, v ← μ v + λ s, s ← s − η v."""
+def test_s_does_not_pass_zero_up_to_the_bound_on_the_weight_decay():
+    """The bound on η λ follows from v ← μ v + λ s, s ← s − η v."""
     for momentum in (0.0, 0.9):
         limit = (1 - math.sqrt(momentum)) ** 2
         assert max(optimized(torch.optim.SGD, [0.1] * 2000, 9.9 * limit, -20.0, momentum=momentum)) <= 0
@@ -135,7 +135,7 @@ def test_a_run_that_is_just_long_enough_does_not_swing_past_zero():
         ),
     ],
 )
-def test_what_cannot_be_followed_is_refused(arguments, message):
+def test_bad_arguments_of_the_rule_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         weight_decay_for(*arguments)
 
@@ -151,12 +151,12 @@ def recipe(**changes):
     return Recipe.model_validate(base | changes)
 
 
-def test_a_recipe_lets_the_rule_choose():
+def test_for_sparsity_in_a_recipe_chooses_the_weight_decay_by_the_rule():
     settled = recipe().settled(steps_an_epoch=35)
     assert settled.method == {"name": "str", "init": -20.0}
     rates = [0.1 * warmup_cosine(step, 30 * 35) for step in range(30 * 35)]
     assert settled.learning_rates(35) == rates
-    # Rounded, so that the last digit of a cosine on another machine makes no other recipe of it.
+    # Rounded, so that the recipe is the same on machines whose cosines differ in the last digit.
     chosen = float(f"{weight_decay_for(0.9, rates, 0.9, -20.0):.6g}")
     assert settled.optimizer.threshold_weight_decay == chosen
     assert settled.settled(35) is settled
@@ -169,7 +169,7 @@ def test_a_recipe_lets_the_rule_choose():
     )
 
 
-def test_a_short_run_of_many_steps_is_not_refused_beforehand():
+def test_whether_a_run_is_too_short_is_decided_by_its_steps():
     hard = recipe(method={"name": "str", "for_sparsity": 0.99}, schedule={"epochs": 1})
     assert hard.settled(5005).optimizer.threshold_weight_decay > 0
     with pytest.raises(InputError, match="50 steps are too few"):
@@ -196,7 +196,7 @@ def test_learning_rates_are_those_of_the_loop_per_epoch_too():
         ({"optimizer": {"threshold_weight_decay": 0.1}}, "leave one of them out"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_refused_when_the_recipe_is_read(tmp_path, changes, message):
+def test_bad_for_sparsity_settings_are_refused_when_the_recipe_is_read(tmp_path, changes, message):
     good = recipe().model_dump(mode="json", exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(good | changes))
     with pytest.raises(InputError, match=message):
@@ -212,11 +212,11 @@ def noise(monkeypatch):
     return {"name": "noise", "batch_size": 4}
 
 
-def test_a_run_keeps_what_was_chosen_and_resumes(tmp_path, noise):
-    wanted = recipe(data=noise, schedule={"epochs": 90})
-    assert train_run(wanted, tmp_path / "run", stop_after=1) is None
-    assert load_recipe(tmp_path / "run" / "recipe.yaml") == wanted.settled(10)
-    assert train_run(wanted, tmp_path / "run", resume=True, stop_after=1) is None
+def test_a_run_saves_the_chosen_weight_decay_and_resumes(tmp_path, noise):
+    asked = recipe(data=noise, schedule={"epochs": 90})
+    assert train_run(asked, tmp_path / "run", stop_after=1) is None
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == asked.settled(10)
+    assert train_run(asked, tmp_path / "run", resume=True, stop_after=1) is None
 
 
 def warned(**changes):
@@ -226,11 +226,11 @@ def warned(**changes):
     return [str(warning.message) for warning in caught if warning.category is SparsityWarning]
 
 
-def test_values_of_another_data_set_are_warned_of():
+def test_the_values_of_imagenet_warn_on_a_small_data_set():
     (message,) = warned(method={"name": "str", "init": -3200.0}, optimizer={"weight_decay": 2.25e-5})
     assert "in the 1050 steps of this run a weight decay of 2.25e-05 takes s from -3200 to -31" in message
     assert "a threshold of 0." in message
-    # What it recommends is enough.
+    # The weight decay that it recommends is enough.
     decay = float(message.partition("threshold_weight_decay=")[2].split()[0])
     assert not warned(method={"name": "str", "init": -20.0}, optimizer={"threshold_weight_decay": decay})
 
@@ -250,16 +250,16 @@ def test_values_of_another_data_set_are_warned_of():
         ({"name": "gmp", "sparsity": 0.5}, {"weight_decay": 0.0}, 0),
     ],
 )
-def test_the_warning_knows_optimizer_and_map(method, optimizer, count):
+def test_the_warning_takes_optimizer_and_map_into_account(method, optimizer, count):
     assert len(warned(method=method, optimizer=optimizer)) == count
 
 
-def test_a_run_too_short_for_any_weight_decay_is_warned_of():
+def test_a_run_too_short_for_any_weight_decay_warns():
     (message,) = warned(method={"name": "str", "init": -50.0}, schedule={"epochs": 1})
     assert "takes optimizer.threshold_weight_decay=more, over more steps" in message
 
 
-def test_training_warns_before_it_begins(tmp_path, noise):
-    hopeless = recipe(data=noise, method={"name": "str", "init": -3200.0})
+def test_training_warns_at_its_start(tmp_path, noise):
+    far = recipe(data=noise, method={"name": "str", "init": -3200.0})
     with pytest.warns(SparsityWarning, match="nothing can be pruned"):
-        train_run(hopeless, tmp_path / "run", stop_after=1)
+        train_run(far, tmp_path / "run", stop_after=1)

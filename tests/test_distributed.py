@@ -1,4 +1,4 @@
-"""One run on several ranks: the same network as on one, and nothing lost when a rank dies."""
+"""Distributed training: equal results on one and two ranks, resuming, and restarts after a rank was killed."""
 
 import json
 import os
@@ -44,11 +44,11 @@ def recipe(tmp_path):
 
 
 def torchrun(ranks, *arguments, restarts=0):
-    """Start `sparing train` under torchrun, one thread a rank, on a free port."""
+    """Start `sparing train` under torchrun, with one thread per rank, on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "--no-python", sys.executable, "-c"]
     command += ["from sparing.cli import main; main()", "train", *map(str, arguments)]
-    # With a store shared over restarts, ranks look for each other where the dead ones were.
+    # With a store shared over restarts, the new ranks would connect to the addresses of the killed ones.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -63,7 +63,7 @@ def epochs(run):
     return [line["epoch"] for line in read_history(run)]
 
 
-def test_two_ranks_train_resume_on_one_and_report(recipe, tmp_path):
+def test_a_run_of_two_ranks_resumes_on_one(recipe, tmp_path):
     out = tmp_path / "run"
     output = finish(torchrun(2, recipe, "--out", out, "--stop-after", 1))
     assert output.count("epoch   1/2") == output.count("stopped early") == 1
@@ -76,7 +76,7 @@ def test_two_ranks_train_resume_on_one_and_report(recipe, tmp_path):
     assert epochs(out) == [1, 2]
 
 
-def test_a_refusal_is_one_sentence_on_every_rank(recipe, tmp_path):
+def test_an_error_on_the_first_rank_ends_all_ranks_with_its_message(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").touch()
     process = torchrun(2, recipe, "--out", tmp_path / "run")
@@ -86,10 +86,24 @@ def test_a_refusal_is_one_sentence_on_every_rank(recipe, tmp_path):
     assert "Connection" not in output
 
 
-def test_two_ranks_take_the_steps_of_one(tmp_path):
+METHODS = {
+    "str": {"name": "str", "init": -4.0},
+    "gmp, global": {"name": "gmp", "sparsity": 0.75, "every": 3, "budget": "global"},
+    "dst, with a penalty": {"name": "dst", "alpha": 0.02},
+    # A lower temperature than the default, which amplifies rounding differences.
+    "continuous sparsification, with a penalty": {
+        "name": "continuous_sparsification",
+        "weight": 1e-3,
+        "final_temperature": 10.0,
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_take_the_same_steps_as_one(tmp_path, method):
     states = []
     for ranks in (1, 2):
-        torch.multiprocessing.spawn(twenty_steps, args=(ranks, tmp_path), nprocs=ranks)
+        torch.multiprocessing.spawn(twenty_steps, args=(ranks, tmp_path, METHODS[method]), nprocs=ranks)
         states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
     assert states[0].keys() == states[1].keys()
     for key, alone in states[0].items():
@@ -100,13 +114,14 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     assert all(torch.equal(masks[0][key], masks[1][key]) for key in masks[0])
 
 
-def twenty_steps(rank, count, folder):
-    """Batches of 32 over all ranks, each share in two parts, with batch normalization frozen."""
+def twenty_steps(rank, count, folder, method):
+    """Train on batches of 32 over all ranks, in two micro-batches per rank, with batch normalization frozen."""
     torch.set_num_threads(1)
     if count > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     ranks = Ranks(torch.device("cpu"), rank, count)
-    recipe = Recipe.model_validate(RECIPE | {"data": {"name": "mnist5k", "batch_size": 32, "accumulate": 2}})
+    data_section = {"name": "mnist5k", "batch_size": 32, "accumulate": 2}
+    recipe = Recipe.model_validate(RECIPE | {"data": data_section, "method": method})
     torch.manual_seed(5)
     data = build_data(recipe.data)
     model = build_model(recipe.model, data.model_arguments())
@@ -114,21 +129,26 @@ def twenty_steps(rank, count, folder):
     sparsifier = build_sparsifier(recipe, model, 20)
     optimizer = build_optimizer(recipe.optimizer, model)
     sparsifier.attach(optimizer)
-    parallel = ranks.wrap(model).eval()
+    parallel = ranks.wrap(model).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
     for _, batch in zip(range(20), train, strict=False):
         optimizer.zero_grad()
-        backward(parallel, batch, recipe, ranks, torch.amp.GradScaler("cpu", enabled=False))
+        backward(parallel, batch, recipe, ranks, torch.amp.GradScaler("cpu", enabled=False), sparsifier)
         optimizer.step()
+    model.eval()
     if rank == 0:
-        effective = {f"effective.{name}": layer.effective_weight for name, layer in sparsifier.layers.items()}
+        with torch.no_grad():
+            effective = {f"effective.{name}": layer.effective_weight for name, layer in sparsifier.layers.items()}
         torch.save({k: v.detach() for k, v in {**model.state_dict(), **effective}.items()}, folder / f"{count}.pt")
     if count > 1:
         torch.distributed.barrier()
-        os._exit(0)  # gloo may abort a rank whose peer is gone
+        os._exit(0)  # gloo may abort a rank whose peer has exited
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the rank to kill")
-def test_a_killed_rank_is_started_again_from_the_last_checkpoint(recipe, tmp_path):
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(recipe, tmp_path):
     out = tmp_path / "run"
     changes = ["--set", "schedule.epochs=12"]
     process = torchrun(2, recipe, "--out", out, "--resume", "auto", *changes, restarts=1)
@@ -146,7 +166,7 @@ def test_a_killed_rank_is_started_again_from_the_last_checkpoint(recipe, tmp_pat
     assert json.loads((out / "metrics.json").read_text())["ranks"] == 2
 
 
-def test_fully_sharded_training_saves_the_state_of_one_process(tmp_path):
+def test_fully_sharded_training_saves_the_same_state_as_one_process(tmp_path):
     states = []
     for ranks in (1, 2):
         torch.multiprocessing.spawn(sharded_steps, args=(ranks, tmp_path), nprocs=ranks)
@@ -165,7 +185,7 @@ def two_layers():
 
 
 def sharded_steps(rank, count, folder):
-    """STR under FSDP2, or alone: 110 steps, past a look for dead layers."""
+    """Train STR under FSDP2, or in one process: 110 steps, past the check for layers without weights at step 100."""
     torch.set_num_threads(1)
     model = two_layers()
     sparsifier = sparing.sparsify_(model, sparing.STR(init=-3.0))

@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "param_groups": {"errors", "layers", "parametrizations"},
     "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
     "goal": {"errors", "layers", "method", "parametrizations"},
-    "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations"},
-    "sparsify": {"errors", "goal", "layers", "method", "register", "select", "sparsifier"},
+    "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations", "schedules"},
+    "sparsify": {"errors", "goal", "layers", "method", "register", "schedules", "select", "sparsifier"},
     "growing": {"budget", "layers", "method", "optimizers", "parametrizations"},
     "target": {
         "budget", "errors", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",

@@ -1,16 +1,95 @@
 """Masks: exact counts whatever the scores, ties included, and exact shares of a total."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparing import InputError
-from sparing.masks import apportion, count_kept, keep_top, keep_top_together, random_mask, random_scores, rewire
+from sparing import InputError, masks
+from sparing.masks import (
+    apportion,
+    count_kept,
+    global_threshold,
+    keep_top,
+    keep_top_together,
+    prune_and_regrow,
+    random_scores,
+)
 
-laws = settings(max_examples=60, deadline=None)
-# Few different values, so that ties are the rule.
+laws = settings(max_examples=60)
+# Few different values, so that most scores tie.
 scores = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=40)
+
+
+def functions(tensors):
+    return [lambda tensor=tensor: tensor for tensor in tensors]
+
+
+@st.composite
+def layers(draw):
+    """Scores of a few layers, some of them empty: continuous, tied, equal, sorted or with outliers."""
+    seed = draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    kinds = {
+        "normal": lambda x: x,
+        "tied": lambda x: (2 * x).round() / 2,
+        "equal": lambda x: torch.full_like(x, 0.5),
+        "sorted": lambda x: x.sort().values,
+        "outliers": lambda x: torch.where(x > 1, 1e30 * x, 1e-30 * x),
+        "magnitudes": lambda x: x.abs() + 1e3,
+    }
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    sizes = draw(st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(any))
+    kind = st.sampled_from(sorted(kinds))
+    return [kinds[draw(kind)](torch.randn(size, generator=generator)).to(dtype) for size in sizes]
+
+
+@settings(max_examples=200)
+@given(layers(), st.integers(1, 500), st.integers(1, 64), st.data())
+def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once(tensors, few, sample, data):
+    """`few` is far below the number of scores, so that a bracket is narrowed as it is for millions of them."""
+    ranked = torch.cat(tensors).sort(descending=True).values
+    count = data.draw(st.integers(0, len(ranked) - 1))
+    with mock.patch.multiple(masks, FEW=few, SAMPLE=sample):
+        threshold = global_threshold(functions(tensors), count)
+        kept = keep_top_together(functions(tensors), count)
+    assert threshold == ranked[count]
+    assert threshold.dtype == tensors[0].dtype
+    flat = torch.cat(kept)
+    assert int(flat.sum()) == count
+    assert torch.equal(torch.cat(tensors)[flat].sort(descending=True).values, ranked[:count])
+    # Among equal scores the first ones.
+    tied = torch.cat(tensors) == threshold
+    assert flat[tied].tolist() == sorted(flat[tied].tolist(), reverse=True)
+
+
+OVERFLOWS = pytest.mark.xfail(
+    strict=True, raises=OverflowError, reason="global_threshold widens its bracket to infinity: masks.py"
+)
+
+
+@pytest.mark.parametrize(
+    ("nan", "few"),
+    [
+        (501, masks.FEW),
+        (900, masks.FEW),
+        (1000, masks.FEW),
+        (1000, 100),
+        pytest.param(501, 100, marks=OVERFLOWS),
+        pytest.param(900, 100, marks=OVERFLOWS),
+    ],
+)
+def test_more_scores_that_are_nan_than_are_kept_are_refused(nan, few):
+    tensor = torch.randn(1000)
+    tensor[:nan] = torch.nan
+    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match="of 1000 scores are NaN"):
+        keep_top(tensor[torch.randperm(1000)], 500)
+
+
+def test_all_scores_are_the_zero_threshold():
+    assert global_threshold(functions([torch.ones(2), torch.ones(3)]), 5) == 0
 
 
 @laws
@@ -33,63 +112,63 @@ def test_keep_top_keeps_the_shape_of_any_layout(count):
     assert set(tensor[mask].tolist()) == set(sorted(tensor.flatten().tolist())[12 - count :])
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(
+            (2, 3, 4, 5),
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=RuntimeError,
+                reason="keep_top_together: mask.view(-1) of a channels_last mask: masks.py",
+            ),
+        ),
+        (8, 4, 1, 1),
+    ],
+)
+def test_ties_in_a_channels_last_tensor_are_broken_by_position(shape):
+    tensor = torch.zeros(shape).to(memory_format=torch.channels_last)
+    assert keep_top(tensor, 7).flatten().nonzero().flatten().tolist() == list(range(7))
+
+
 @pytest.mark.parametrize("count", [-1, 4])
 def test_keep_top_refuses_a_count_out_of_range(count):
     with pytest.raises(InputError, match=f"cannot keep {count} of 3 weights"):
         keep_top(torch.zeros(3), count)
 
 
-@laws
-@given(st.lists(scores, min_size=1, max_size=4), st.data())
-def test_keep_top_together_is_keep_top_over_all_tensors(parts, data):
-    tensors = [torch.tensor(part) for part in parts]
-    count = data.draw(st.integers(0, sum(map(len, parts))))
-    masks = keep_top_together(tensors, count)
-    assert [mask.shape for mask in masks] == [tensor.shape for tensor in tensors]
-    assert sum(int(mask.sum()) for mask in masks) == count
-    kept = [float(v) for t, m in zip(tensors, masks, strict=True) for v in t[m]]
-    dropped = [float(v) for t, m in zip(tensors, masks, strict=True) for v in t[~m]]
-    assert not kept or not dropped or min(kept) >= max(dropped)
-
-
-def test_keep_top_together_keeps_the_shapes():
-    masks = keep_top_together([torch.zeros(2, 3), torch.ones(3, 1, 2)], 7)
-    assert [mask.shape for mask in masks] == [(2, 3), (3, 1, 2)]
-    assert [int(mask.sum()) for mask in masks] == [1, 6]
+def test_meta_scores_give_masks_of_their_shapes():
+    kept = keep_top_together(functions([torch.empty(2, 3, device="meta")]), 2)
+    assert (kept[0].shape, kept[0].dtype, kept[0].is_meta) == ((2, 3), torch.bool, True)
 
 
 @laws
 @given(st.data())
-def test_rewire_drops_the_smallest_live_and_grows_the_largest_others(data):
+def test_prune_and_regrow_prunes_the_smallest_active_and_regrows_the_largest_others(data):
     size = data.draw(st.integers(1, 30))
     # Distinct scores, so that which positions are right has one answer; zeros and negatives among them.
     keep = torch.tensor(data.draw(st.permutations(range(-2, size - 2)))).float()
     grow = torch.tensor(data.draw(st.permutations(range(-2, size - 2)))).float()
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    live = int(mask.sum())
-    count = data.draw(st.integers(0, live))
-    new = rewire(mask, keep, grow, count)
+    before, active = mask.clone(), int(mask.sum())
+    count = data.draw(st.integers(0, active))
+    new = prune_and_regrow(mask, keep, grow, count)
 
-    survivors = sorted((i for i in range(size) if mask[i]), key=lambda i: -keep[i])[: live - count]
-    born = sorted((i for i in range(size) if i not in survivors), key=lambda i: -grow[i])[:count]
-    assert sorted(survivors + born) == new.nonzero().flatten().tolist()
+    survivors = sorted((i for i in range(size) if mask[i]), key=lambda i: -keep[i])[: active - count]
+    regrown = sorted((i for i in range(size) if i not in survivors), key=lambda i: -grow[i])[:count]
+    assert sorted(survivors + regrown) == new.nonzero().flatten().tolist()
+    assert torch.equal(mask, before)
 
 
 @laws
 @given(scores, st.data())
-def test_rewire_conserves_the_count_when_scores_are_equal(values, data):
+def test_prune_and_regrow_conserves_the_count_when_scores_are_equal(values, data):
     tensor = torch.tensor(values)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
     count = data.draw(st.integers(0, int(mask.sum())))
-    new = rewire(mask, tensor, tensor.flip(0), count)
+    new = prune_and_regrow(mask, tensor, tensor.flip(0), count)
     assert int(new.sum()) == int(mask.sum())
     assert int((mask & ~new).sum()) <= count
-
-
-def test_rewire_leaves_the_mask_it_was_given():
-    mask = torch.tensor([True, False])
-    assert rewire(mask, torch.ones(2), torch.tensor([0.0, 1.0]), 1).tolist() == [False, True]
-    assert mask.tolist() == [True, False]
 
 
 parts = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, max_size=8)
@@ -97,20 +176,12 @@ parts = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), min_size=1, 
 
 @laws
 @given(parts, st.data())
-def test_apportion_sums_exactly_within_the_rooms(parts, data):
+def test_apportion_sums_exactly_within_the_rooms_and_is_proportional_up_to_one(parts, data):
     shares, rooms = zip(*parts, strict=True)
     total = data.draw(st.integers(0, sum(rooms)))
     split = apportion(total, shares, rooms)
     assert sum(split) == total
     assert all(0 <= part <= room for part, room in zip(split, rooms, strict=True))
-
-
-@laws
-@given(parts, st.data())
-def test_apportion_is_proportional_up_to_one(parts, data):
-    shares, rooms = zip(*parts, strict=True)
-    total = data.draw(st.integers(0, sum(rooms)))
-    split = apportion(total, shares, rooms)
     free = [i for i in range(len(parts)) if split[i] < rooms[i]]
     if len(free) == len(parts) and sum(shares) > 0:
         assert all(abs(split[i] - total * shares[i] / sum(shares)) < 1 for i in free)
@@ -141,35 +212,20 @@ def test_apportion_refuses_more_than_there_is_room_for():
         apportion(8, [1, 1], [3, 4])
 
 
-@laws
-@given(st.integers(1, 5), st.integers(1, 7), st.data())
-def test_random_masks_are_exact_and_follow_from_seed_and_index(rows, columns, data):
-    weight = torch.empty(rows, columns)
-    count = data.draw(st.integers(0, rows * columns))
-    seed, index = data.draw(st.integers(0, 2**40)), data.draw(st.integers(0, 200))
-    mask = random_mask(weight, count, seed, index)
-    assert mask.shape == weight.shape
-    assert int(mask.sum()) == count
-    torch.rand(3)  # the global state has no part in it
-    assert torch.equal(mask, random_mask(weight, count, seed, index))
-
-
-def test_random_masks_differ_between_layers_and_seeds_and_scores_between_steps():
-    weight = torch.empty(32, 32)
-    masks = [random_mask(weight, 300, seed, index) for seed in range(3) for index in range(3)]
-    scores = [random_scores(weight, 0, 0, step) for step in range(5)]
-    for draws in (masks, scores):
-        assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
-
-
-def test_random_numbers_leave_the_global_generator_alone():
+def test_random_scores_follow_from_seed_and_position_alone():
     before = torch.get_rng_state()
-    random_mask(torch.empty(4, 4), 3, seed=1, index=2)
+    position = [(seed, index, step) for seed in range(2) for index in range(3) for step in range(3)]
+    position += [(0,), (0, 1), (2**40, 200)]
+    draws = [random_scores((32, 32), torch.device("cpu"), *where) for where in position]
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    again = [random_scores((32, 32), torch.device("cpu"), *where) for where in position]
+    assert all(map(torch.equal, draws, again))
 
 
 def test_random_scores_are_uniform():
-    values = random_scores(torch.empty(200, 200), 0, 3)
+    values = random_scores((200, 200), torch.device("cpu"), 0, 3)
     assert values.min() >= 0
     assert values.max() < 1
     assert float(values.mean()) == pytest.approx(0.5, abs=0.01)

@@ -322,7 +322,9 @@ class Allocation:
             chosen = self._together(scores, kept)
         else:
             chosen = {name: self.units[name].keep_top(each(), kept[name]) for name, each in scores.items()}
-        return {name: self.units[name].expand(mask) for name, mask in chosen.items()}
+        # In the memory format of the weight, so that the effective weight keeps it.
+        full = {name: torch.empty_like(layer.weight, dtype=torch.bool) for name, layer in self.layers.items()}
+        return {name: full[name].copy_(self.units[name].expand(mask)) for name, mask in chosen.items()}
 
     @torch.no_grad()
     def thresholds(self, score: Score, progress: float = 1.0) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def group_norm(weight: Tensor, view: Shape, dims: Shape) -> Tensor:
         return weight.abs()
     wide = torch.promote_types(weight.dtype, torch.float32)
     norm = torch.linalg.vector_norm(weight.reshape(view), dim=dims, keepdim=True, dtype=wide)
-    return norm / prod(view[d] for d in dims) ** 0.5  # type: ignore[no-any-return]
+    return norm / prod([view[d] for d in dims]) ** 0.5  # type: ignore[no-any-return]
 
 
 def group_soft_threshold(weight: Tensor, threshold: Tensor, view: Shape, dims: Shape) -> Tensor:
@@ -96,7 +96,7 @@ class _GroupSoftThreshold(torch.autograd.Function):
         active = norm > t
         grad, w = grad_output.reshape(view).to(norm.dtype), weight.reshape(view).to(norm.dtype)
         inner = torch.where(active, (grad * w).sum(dims, keepdim=True), 0.0)
-        size = prod(view[d] for d in dims)
+        size = prod([view[d] for d in dims])
         radial = inner * (t / (size * norm**3))
         grad_weight = torch.where(active, grad * (1 - t / norm) + w * radial, 0.0)
         grad_weight = grad_weight.to(weight.dtype).reshape(weight.shape)

@@ -75,8 +75,10 @@ def keep_top_together(scores: Sequence[Scores], count: int) -> list[Tensor]:
     for mask, each in zip(masks, scores, strict=True):
         if missing > 0:
             first = (each() == threshold).reshape(-1).nonzero()[:missing, 0]
-            mask.view(-1)[first] = True
+            mask[torch.unravel_index(first, mask.shape)] = True
             missing -= len(first)
+    if missing > 0:
+        raise InputError(f"scores of {missing} or more of {total} weights are NaN: the weights have diverged")
     return masks
 
 
@@ -102,7 +104,9 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
         return scores[0]().new_zeros(())
     low, high, below, inside, margin = -torch.inf, torch.inf, 0, total, 0.01
     while inside > FEW and low < high:
-        sample = torch.cat([_between(each(), low, high)[:: max(inside // SAMPLE, 1)] for each in scores])
+        stride = max(inside // SAMPLE, 1)
+        # Cloned: a slice would keep all scores of its layer in memory.
+        sample = torch.cat([_between(each(), low, high)[::stride].clone() for each in scores])
         if not sample.numel():
             break
         sample = sample.double().sort().values
@@ -115,6 +119,8 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
         up_to = int(sum((each() <= upper).count_nonzero() for each in scores))
         if not under < rank <= up_to:
             margin *= 4  # the sample was not typical: look further
+            if margin > 1:
+                break
             continue
         if up_to - under == inside:
             break  # nothing was left out

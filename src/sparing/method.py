@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -42,6 +43,10 @@ class Method(ABC):
     state: what a checkpoint needs is a parameter or buffer of the parametrizations. The length of the run is an
     argument of `sparsify_`, not of the method.
 
+    Attributes:
+        name: in recipes and messages.
+        retargets: whether the target may change in a run, see `Sparsifier.retarget`.
+
     Examples:
         A method that prunes the smaller half of each layer after the first step:
 
@@ -60,6 +65,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    retargets: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Return what follows from method, model and length of the run: `Sparsifier.plan`.
@@ -183,8 +189,11 @@ class Ranking(Method):
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and len(value) <= 16:
         return dict(value)
+    if isinstance(value, Mapping):  # a Budget of many layers: the description is saved with each of them
+        digest = hashlib.sha256(json.dumps(dict(value), sort_keys=True).encode()).hexdigest()
+        return f"{len(value)} layers, {digest[:12]}"
     if isinstance(value, Tensor):
         return list(value.shape)
     return getattr(value, "__qualname__", None) or repr(value)

@@ -1,4 +1,4 @@
-"""What methods and the sparsifier do to torch's optimizers, and know of them."""
+"""Helpers for torch's optimizers: look through wrappers, recognize steps that are not taken, reset state."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,15 +32,15 @@ def is_skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def is_priming(optimizers: Iterable[Optimizer]) -> bool:
+def is_priming(optimizer: Optimizer) -> bool:
     """Return whether a step is one that only creates optimizer state: learning rate 0 and gradients all 0.
 
     torch.distributed.checkpoint takes such a step before it saves or loads.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    if any(group["lr"] != 0 for group in groups):
+    if any(group["lr"] != 0 for group in optimizer.param_groups):
         return False
-    return not any(bool(p.grad.any()) for group in groups for p in group["params"] if p.grad is not None)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(gradient.any()) for gradient in gradients)
 
 
 def gradient_scale(optimizers: Iterable[Optimizer]) -> Tensor | None:
@@ -66,7 +66,7 @@ def with_hook(closure: Callable[[], Any], hook: Callable[[], None]) -> Callable[
 def reset_state(optimizers: Iterable[Optimizer], parameter: Tensor, where: Tensor | None = None) -> None:
     """Zero the state of the optimizers for some weights, momentum and second moments alike.
 
-    A regrown weight starts anew: the momentum of what stood in its place is not its own.
+    A regrown weight starts without momentum: what is stored belongs to the weight that was pruned there.
 
     Args:
         optimizers: those that may hold the parameter.
@@ -77,11 +77,3 @@ def reset_state(optimizers: Iterable[Optimizer], parameter: Tensor, where: Tenso
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value.zero_() if where is None else value.masked_fill_(where, 0)
-
-
-def skip_step(optimizers: Iterable[Optimizer]) -> None:
-    """Skip the upcoming optimizer step by clearing the gradients."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 from sparing.threshold import soft_threshold
 
-_BLOCK = 512
-"""The saved clock is padded to a multiple of this many bytes: its size must not change with the step."""
-
 
 @dataclass
 class Clock:
@@ -28,9 +25,10 @@ class Clock:
         steps: length of the run in optimizer steps; None if the method needs none.
         step: optimizer steps taken.
         start: the share of the final sparsity that the run started with; above 0 after `retarget`.
+        layers: how many layers the run has.
         goal: the most that the layers may cost at the end of the run; None without a target. It follows
             from model and method, so it is not saved.
-        costs: cost of one weight by layer name; None means 1, and `goal` is a number of weights.
+        unit: of the goal, "weights" or "MACs".
         stale: set when layers were densified, so that the sparsifier looks for its layers again.
     """
 
@@ -38,14 +36,17 @@ class Clock:
     steps: int | None = None
     step: int = 0
     start: float = 0.0
+    layers: int = 0
     goal: int | None = None
-    costs: Mapping[str, int] | None = None
+    unit: str = "weights"
     stale: bool = False
 
     def save(self) -> Tensor:
         """Return the clock as bytes of JSON, in a uint8 tensor."""
-        text = json.dumps({"step": self.step, "steps": self.steps, "start": self.start, "method": self.method}).encode()
-        return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _BLOCK) * _BLOCK)), dtype=torch.uint8)
+        rest = json.dumps({"steps": self.steps, "method": self.method})[1:]
+        # Numbers that change are padded: torch.distributed.checkpoint loads into tensors of the same size.
+        text = f'{{"step": {self.step:>20}, "start": {json.dumps(self.start):>30}, {rest}'.encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def load(self, state: Tensor) -> None:
         """Set step and start from what `save` returned.
@@ -79,10 +80,13 @@ class Sparse(nn.Module):
     Attributes:
         decays: for each parameter that gets weight decay, the group of `param_groups` whose decay it gets:
             "thresholds", "weights" or "norms". A parameter that is not named gets none.
+        clock: of the run; set by `sparsify_`.
+        cost: of one weight, in the unit of the goal of the run.
     """
 
     decays: ClassVar[Mapping[str, str]] = {}
     clock: Clock | None = None
+    cost: int = 1
 
     def threshold(self) -> Tensor | None:
         """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""

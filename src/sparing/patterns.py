@@ -44,12 +44,12 @@ class Units(ABC):
     @property
     def unit_shape(self) -> Shape:
         """The shape of a tensor with one value for each unit."""
-        return self.shape if self.weights == 1 else tuple(1 if d in self.dims else n for d, n in enumerate(self.view))
+        return tuple(1 if d in self.dims and self.weights > 1 else n for d, n in enumerate(self.view))
 
     @property
     def group_size(self) -> int:
         """Weights in one group."""
-        return prod(self.view[d] for d in self.dims)
+        return prod([self.view[d] for d in self.dims])
 
     @property
     @abstractmethod
@@ -81,9 +81,9 @@ class Units(ABC):
     def expand(self, per_unit: Tensor) -> Tensor:
         """Return a value of each unit as a tensor of the shape of the weight."""
 
+    @abstractmethod
     def active(self, mask: Tensor) -> Tensor:
         """Return which units of a mask of the shape of the weight are kept."""
-        return self.mean(mask.to(torch.float32)) > 0
 
 
 @dataclass(frozen=True)

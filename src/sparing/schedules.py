@@ -146,7 +146,7 @@ class Updates:
     def resolve(
         cls, method: Any, begin: int | float, end: int | float, every: int, steps: int | None, after_ramp: bool = False
     ) -> "Updates":
-        """Resolve positions of a run of `steps`; an interval longer than the ramp is shortened to a tenth of it.
+        """Resolve positions of a run of `steps`; an interval that fits less than twice is shortened to a tenth.
 
         Args:
             method: names itself in errors.
@@ -165,8 +165,9 @@ class Updates:
             raise InputError(f"{who}: begin={begin!r} (step {first}) comes after end={end!r} (step {last})")
         if after_ramp and steps is None:
             raise InputError(f"{who} needs the length of the run: sparsify_(model, method, steps=...)")
-        if every > max(last - first, 1):
-            every = max((last - first) // 10, 1)
+        span = (steps if after_ramp and steps is not None else last) - first
+        if 2 * every > span:
+            every = max(span // 10, 1)
         return cls(first, last, every, steps if after_ramp else None)
 
     def due(self, step: int) -> bool:
@@ -181,6 +182,16 @@ class Updates:
     def progress(self, step: int, start: float = 0.0) -> float:
         """Return the share of the final sparsity to have after `step` steps: the cubic ramp from `start` to 1."""
         return 1.0 if step >= self.end else start + (1 - start) * cubic(step, self.begin, self.end, 1.0)
+
+
+def check_steps(steps: int | None) -> None:
+    """Check the length of a run.
+
+    Raises:
+        InputError: it is neither None nor a whole number of optimizer steps.
+    """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise InputError(f"steps must be a whole number of optimizer steps, at least 1, got {steps!r}")
 
 
 def check_positions(method: Any, *fields: str) -> None:

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import goal_reached, make_clock, warn_missed_target
-from sparing.layers import Layer
+from sparing.goal import goal_reached, make_clock, set_costs, warn_missed_target
+from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.optimizers import gradient_scale, is_priming, is_skipped, unwrap, with_hook
 from sparing.parametrizations import Clock, Sparse
+from sparing.schedules import check_steps
 
 Kind = TypeVar("Kind", bound=Sparse)
+
+_MAY_CHANGE = {"sparsity", "macs", "input_size", "budget", "begin", "end", "every", "phase"}
+"""Arguments of a method that `retarget` may change: targets and schedules."""
 
 
 class Sparsifier:
@@ -43,7 +47,8 @@ class Sparsifier:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
         self.optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
-        self._counts = self._penalized = True
+        self._stepped: set[int] = set()  # optimizers that have taken their part of the step
+        self._taken = self._acted = self._penalized = self._penalty_warned = False
         self._warned: set[str] = set()
 
     @property
@@ -79,12 +84,15 @@ class Sparsifier:
         A second call moves over to the new optimizers, for a second phase of training.
 
         Args:
-            optimizers: all that train the model, in the order in which they step: the method acts before the first
-                and after the last. A wrapper such as accelerate's is looked through.
+            optimizers: all that train the model. A wrapper such as accelerate's is looked through. With several, the
+                method acts before the first and after the last of them has stepped; with a GradScaler, call
+                `scaler.unscale_` on all of them before the first steps.
 
         Raises:
-            InputError: no optimizer is given, or they do not hold a threshold or dense weight of a sparsified layer.
+            InputError: no optimizer is given; they do not hold a threshold or dense weight of a sparsified layer; the
+                method works on gradients, which LBFGS computes several times in a step.
         """
+        self._active()
         inner = tuple(unwrap(optimizer) for optimizer in optimizers)
         if not inner:
             raise InputError("attach() needs the optimizer that trains the model")
@@ -96,6 +104,8 @@ class Sparsifier:
                         f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
                         "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
                     )
+        if self._edits_gradients and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in inner):
+            raise InputError(f"{self.method.name} works on the gradients of a step and does not support LBFGS")
         self.optimizers = inner
         self._hook()
 
@@ -123,27 +133,52 @@ class Sparsifier:
         while self._active() and self.clock.steps is not None and self.clock.step < self.clock.steps:
             self.clock.step += 1
             self.method.after_step(self, self.optimizers)
-        warn_missed_target(self.model)
+        warn_missed_target(self.model, self.clock)
 
     def retarget(self, method: Method, steps: int | None = None) -> None:
         """Continue with another target or length: the step count starts again at 0, the ramp at today's sparsity.
 
         Args:
-            method: of the class of the present one.
+            method: of the class of the present one, with another target, budget or schedule.
             steps: length of the new run.
 
         Raises:
-            InputError: the method is of another class, or does not fit the model.
+            InputError: the method is of another class, differs in more than that, or makes its masks only once.
         """
+        check_steps(steps)
         if type(method) is not type(self.method):
             raise InputError(
                 f"retarget() changes the arguments of {self.method.name!r}, not the method, to {method.name!r}: call "
                 "densify_() and sparsify_() for that"
             )
+        if not method.retargets:
+            raise InputError(f"retarget(): {method.name!r} cannot change its sparsity during training")
+        ours, theirs = self.method.describe(), method.describe()
+        changed = [key for key in ours if ours[key] != theirs[key] and key not in _MAY_CHANGE]
+        if changed:
+            raise InputError(f"retarget() changes targets and schedules, not {', '.join(changed)}")
+        self._active()
         plan = method.prepare(self.model, self.layers, steps)
-        start = goal_reached(self.layers, method.goal(plan))
+        if getattr(getattr(plan, "updates", None), "end", 1) == 0:
+            raise InputError("retarget(): begin=0 and end=0 prune in sparsify_() only; give a later end")
         self.method, self.plan = method, plan
-        vars(self.clock).update(vars(make_clock(method, plan, steps, start)))
+        set_costs(self.layers, method, plan)
+        clock = make_clock(method, plan, steps, len(self.layers))
+        clock.start = goal_reached(self.layers, clock.goal)
+        vars(self.clock).update(vars(clock))
+
+    def skip_step(self) -> None:
+        """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
+        kept: set[int] = set()
+        for layer in sparse_layers(self.model).values():
+            part = layer.parametrization
+            if part is not None and part.clock is not self.clock:
+                kept |= {id(p) for p in (layer.weight, *part.parameters())}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) not in kept:
+                        parameter.grad = None
 
     def collapsed(self) -> list[str]:
         """Return the names of the sparsified layers in which every effective weight is zero."""
@@ -177,60 +212,81 @@ class Sparsifier:
     def _regularizes(self) -> bool:
         return type(self.method).penalty is not Method.penalty
 
+    @property
+    def _edits_gradients(self) -> bool:
+        return type(self.method).before_step is not Method.before_step
+
     def _active(self) -> bool:
-        if self.clock.stale:
-            self.layers = {name: layer for name, layer in self.layers.items() if layer.parametrization is not None}
+        if self.clock.stale:  # layers were densified: the target is that of the others
             self.clock.stale = False
+            self.layers = {name: layer for name, layer in self.layers.items() if layer.parametrization is not None}
+            if self.layers:
+                self.plan = self.method.prepare(self.model, self.layers, self.steps)
+                rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
+                self.clock.goal, self.clock.layers = rest.goal, rest.layers
+                set_costs(self.layers, self.method, self.plan)
         return bool(self.layers)
 
     def _hook(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        if self.optimizers:
-            self._handles.append(self.optimizers[0].register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizers[-1].register_step_post_hook(self._after_step))
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied optimizer has lost its hooks.
-        vars(self).update(state)
+        # A copied optimizer has lost its hooks, and has another identity.
+        vars(self).update({**state, "_stepped": set(), "_acted": False})
         self._hook()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        self._counts = self._active() and not is_skipped(optimizer) and not is_priming(self.optimizers)
-        if not self._counts or type(self.method).before_step is Method.before_step:
-            return None
         # The optimizer itself is the first positional argument.
-        closure = kwargs.get("closure") or next((arg for arg in args[1:] if callable(arg)), None)
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
+        if id(optimizer) in self._stepped:  # the others skipped the step before
+            self._stepped, self._acted = set(), False
+        # With a closure the gradients are not there yet.
+        taken = not is_skipped(optimizer) and (closure is not None or not is_priming(optimizer))
+        self._taken = taken and self._active()
+        if not self._taken or self._acted:
+            return None
+        self._acted = True
+        if not self._edits_gradients:
+            return None
         if closure is None:
             self.method.before_step(self, self.optimizers)
             return None
         # The closure computes the gradients within the step.
         closure = with_hook(closure, lambda: self.method.before_step(self, self.optimizers))
-        return (args[0], closure), {key: value for key, value in kwargs.items() if key != "closure"}
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._counts:
+        if not self._taken:
             return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) < len(self.optimizers):
+            return
+        self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1
         self.method.after_step(self, self.optimizers)
         if clock.step % self.WATCH_EVERY == 0:
             self.warn_collapsed()
         if clock.step == clock.steps:
-            warn_missed_target(self.model)
-        if self._regularizes and not self._penalized:
-            self._penalized = True  # warn once in a row, not at every step
+            warn_missed_target(self.model, clock)
+        if self._regularizes and not self._penalized and not self._penalty_warned:
+            self._penalty_warned = True
             warnings.warn(
                 f"{self.method.name} adds a term to the loss, and step {clock.step} was taken without it: train with "
                 "loss = loss + sparsifier.penalty()",
                 SparsityWarning,
                 stacklevel=2,
             )
-        else:
-            self._penalized = False
+        self._penalized = False
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.goal import make_clock, warn_missed_target
+from sparing.goal import make_clock, set_costs, warn_missed_target
 from sparing.layers import sparse_layers
 from sparing.method import Method
 from sparing.register import check_held_once, check_weight, register, unregister
+from sparing.schedules import check_steps
 from sparing.select import Select, resolve
 from sparing.sparsifier import Sparsifier
 
@@ -20,7 +21,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     """Make layers of a model sparse, in place.
 
     Every selected weight W becomes the effective weight that the method makes of it; the dense W stays in the model
-    as the parameter that the optimizer moves. Layers that another call has sparsified are left alone.
+    as the parameter that the optimizer moves. Another call may sparsify other layers by another method.
 
     Args:
         model: any module.
@@ -47,8 +48,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     """
     if not isinstance(method, Method):
         raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise InputError(f"steps must be a whole number of optimizer steps, at least 1, got {steps!r}")
+    check_steps(steps)
     layers = resolve(model, select)
     for layer in layers.values():
         check_weight(layer)
@@ -59,10 +59,11 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         for name, layer in layers.items():
             made[name](layer.weight)
     # Everything that can fail has been tried by now, so an error leaves the model as it was.
-    clock = make_clock(method, plan, steps)
+    clock = make_clock(method, plan, steps, len(layers))
     for name, layer in layers.items():
         made[name].clock = clock
         register(layer, made[name])
+    set_costs(layers, method, plan)
     sparsifier = Sparsifier(model, method, layers, plan, clock)
     sparsifier.warn_collapsed()
     return sparsifier

@@ -71,7 +71,8 @@ class ResolvedTarget:
 
     def wanted(self, step: int, start: float) -> int:
         """Return the cost to have after `step` steps of a run that started at a share of the way."""
-        return self.dense - math.floor(self.updates.progress(step, start) * (self.dense - self.final))
+        # The small number is for 119.99999 of 120 weights, where a run starts on the way.
+        return self.dense - math.floor(self.updates.progress(step, start) * (self.dense - self.final) + 1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,8 @@ class Rescaling(Method):
         InputError: both sparsity and macs are given; macs without input_size; a value is out of range; the target
             cannot be reached.
     """
+
+    retargets = True
 
     sparsity: float | None = None
     macs: float | int | None = None
@@ -229,8 +232,7 @@ class _Count:
     """How many units of a layer are active under any factor.
 
     Attributes:
-        norms: of the units of which that is not yet known for every factor that is still possible; flat.
-        s: theirs, or one for all of them.
+        s: of the units of which that is not yet known for every factor that is still possible; or one for all.
         certain: how many others are active.
 
     Args:
@@ -243,10 +245,10 @@ class _Count:
     def __init__(self, layer: Layer, units: Units, cost: int = 1, least: int = 0) -> None:
         assert isinstance(layer.parametrization, LearnedThreshold)
         self.part, self.cost, self.least = layer.parametrization, cost, least
-        norm = units.norm(layer.weight)
-        self.norms = norm.flatten()
+        self.layer, self.units = layer, units
+        self._norms: Tensor | None = None
         s = self.part.s
-        self.s = s if s.numel() == 1 else s.expand_as(norm).flatten()
+        self.s = s if s.numel() == 1 else s.expand(units.unit_shape).flatten()
         self.certain = torch.zeros((), dtype=torch.int64, device=s.device)
 
     def active(self, factor: float) -> Tensor:
@@ -258,13 +260,19 @@ class _Count:
         sure = self._above(low)
         self.certain += sure.count_nonzero()
         unsure = self._above(high) & ~sure
-        self.norms = self.norms[unsure]
+        self._norms = self.norms[unsure]
         self.s = self.s if self.s.numel() == 1 else self.s[unsure]
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms of the units that are left, flat; computed anew until most are dropped, to save memory."""
+        return self.units.norm(self.layer.weight).flatten() if self._norms is None else self._norms
 
     def _above(self, factor: float) -> Tensor:
         # As the operator has it, to the last bit.
         threshold = self.part.scale * self.part.g(_moved(self.s, factor))
-        return self.norms > threshold.to(self.norms.dtype)
+        norms = self.norms
+        return norms > threshold.to(norms.dtype)
 
 
 def _last_affordable(counts: Sequence[_Count], budget: int) -> float:

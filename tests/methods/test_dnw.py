@@ -1,7 +1,6 @@
 """DNW: the mask keeps the largest weights, and all weights are trained straight through it."""
 
 import pytest
-import torch
 from harness import Rows, Run
 
 from sparing import DNW

@@ -35,11 +35,16 @@ def test_a_case_by_hand():
     assert model.parametrizations.weight[0].threshold() == 1.0
 
 
-@pytest.mark.parametrize("theta", [0.0, 0.5, 1])
 @pytest.mark.parametrize(
-    ("pattern", "view"),
-    [(Unstructured(), (8, 1, 6)), (Block(2), (4, 2, 6)), (Block(4), (2, 4, 6)), (Filters(), (8, 6, 1))],
-    ids=["unstructured", "block2", "block4", "filters"],
+    ("pattern", "view", "theta"),
+    [
+        (Unstructured(), (8, 1, 6), 0.0),
+        (Unstructured(), (8, 1, 6), 1),
+        (Block(2), (4, 2, 6), 0.5),
+        (Block(4), (2, 4, 6), 1.0),
+        (Filters(), (8, 6, 1), 0.5),
+    ],
+    ids=str,
 )
 def test_effective_weights_and_gradients_follow_the_formula(pattern, view, theta):
     """S_G = W_G (1 − (th / ‖W_G‖)³)^(1/3),  dW = dS (M + θ (1 − M)); the middle one of `view` is the group."""

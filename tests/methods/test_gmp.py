@@ -7,6 +7,9 @@ from torch import nn
 
 import sparing
 from sparing import GMP, Budget
+from sparing.masks import count_kept
+from sparing.patterns import NM, Block, Filters
+from sparing.schedules import cubic
 
 
 def masks(run):
@@ -51,6 +54,41 @@ def test_counts_follow_the_cubic_ramp_at_each_update_and_masks_stay_in_between(b
         counts = [int(mask.sum()) for mask in before]
         assert ([sum(counts)] if budget == "global" else counts) == expected
     assert sparsity == 0.75
+
+
+@pytest.mark.parametrize("pattern", [Block(2), Block(4), Filters()], ids=str)
+def test_whole_groups_of_largest_norm_are_kept_with_an_exact_count_at_each_step(pattern):
+    run = Run("linear", GMP(sparsity=0.75, begin=0, end=10, every=1, pattern=pattern))
+    for done in range(1, 11):
+        run.train(1)
+        for layer in run.sparsifier.layers.values():
+            # The middle dimension is the group.
+            inputs = layer.weight.shape[1]
+            view = (-1, inputs, 1) if pattern == Filters() else (-1, pattern.n, inputs)
+            norms = layer.weight.detach().reshape(view).square().mean(1).flatten()
+            groups = layer.parametrization.mask.reshape(view)
+            kept = groups.any(1).flatten()
+            assert torch.equal(groups.any(1), groups.all(1))
+            # The ramp goes from all groups to the exact number of the end.
+            final = count_kept(len(kept), 0.75)
+            assert int(kept.sum()) == count_kept(len(kept), cubic(done, 0, 10, 1 - final / len(kept)))
+            assert kept.all() or norms[kept].min() >= norms[~kept].max()
+
+
+def test_n_of_m_keeps_the_largest_of_each_group_and_prunes_them_one_at_a_time():
+    run = Run("linear", GMP(begin=0, end=4, every=1, pattern=NM(1, 4)))
+    counts = []
+    for _ in range(4):
+        run.train(1)
+        for layer in run.sparsifier.layers.values():
+            sizes = layer.weight.detach().abs().reshape(-1, 4)
+            groups = layer.parametrization.mask.reshape(-1, 4)
+            (count,) = groups.sum(1).unique().tolist()
+            order = sizes.argsort(1, descending=True)
+            assert groups.gather(1, order).tolist() == [[position < count for position in range(4)]] * len(groups)
+        counts.append(count)
+    # 0.75 · (1 − (3/4)³, 1 − (2/4)³, 1 − (1/4)³, 1) of 4 weights, rounded.
+    assert counts == [4 - 2, 4 - 3, 4 - 3, 4 - 3]
 
 
 def test_a_budget_that_is_no_round_number_is_met_exactly():

@@ -31,8 +31,7 @@ def groups(mask, n):
     return mask.reshape(mask.shape[0] // n, n, mask.shape[1])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize(("n", "optimizer"), [(1, "adamw"), (2, "sgd"), (4, "adamw")])
 @every_method
 def test_updates_move_whole_blocks_keep_the_count_and_regrow_from_zero_without_momentum(name, n, optimizer):
     run = Run("linear", make(name, pattern=Block(n)), optimizer)

@@ -69,8 +69,7 @@ class Training:
         for layer in self.sparsifier.layers.values():
             weight = layer.weight.detach().clone().requires_grad_()
             own = {
-                key: value.detach().clone().requires_grad_()
-                for key, value in layer.parametrization.named_parameters()
+                key: value.detach().clone().requires_grad_() for key, value in layer.parametrization.named_parameters()
             }
             total = total + self.formula(weight, own, self.sparsifier.step)
             copies[id(layer.weight)] = weight
@@ -88,7 +87,7 @@ every_term = pytest.mark.parametrize("method", TERMS, ids=lambda method: method.
 
 
 @every_term
-@pytest.mark.parametrize("step", [0, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("step", [0, 3, 9])
 def test_value_and_gradient_are_those_of_the_formula_and_nothing_else_is_added_in_a_step(method, step):
     training = Training(method, step=step)
     total, copies = training.expected()

@@ -1,4 +1,4 @@
-"""Data-parallel training: ranks of other seeds and other data hold the same masks and weights after every step."""
+"""Data-parallel training: ranks of different seeds and data hold the same masks and weights after each step."""
 
 import os
 import time
@@ -25,8 +25,8 @@ def train_all(rank, meeting):
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
     for name in SETTINGS:
         train(name, rank)
-    # gloo may abort a rank whose peer is gone, or whose wrappers outlive their group. What is tested is
-    # over, so the ranks wait for each other outside of gloo and leave without tearing anything down.
+    # gloo may abort a rank whose peer is gone, or whose wrappers outlive their group. So the ranks wait for
+    # each other outside of gloo, and exit without destroying the group.
     done = [Path(f"{meeting.removeprefix('file://')}.{each}") for each in range(RANKS)]
     done[rank].touch()
     for _ in range(3000):
@@ -39,7 +39,7 @@ def train_all(rank, meeting):
 def train(name, rank):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
-    sparsifier = sparing.sparsify_(model, make(name))
+    sparsifier = sparing.sparsify_(model, make(name), steps=STEPS)
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-2), lr=0.1, momentum=0.9)
     sparsifier.attach(optimizer)
@@ -47,19 +47,19 @@ def train(name, rank):
     for step in range(STEPS):
         x, y = batch((16,), RANKS * step + rank)
         optimizer.zero_grad()
-        F.cross_entropy(parallel(x), y).backward()
+        (F.cross_entropy(parallel(x), y) + sparsifier.penalty()).backward()
         optimizer.step()
-        # Compared before the next forward pass, in which the first rank's buffers are handed to all.
+        # Compared before the next forward pass, which broadcasts the buffers of the first rank.
         agree(name, step, held(model))
-    assert not torch.equal(start, held(model)), f"{name} has trained nothing"
+    assert not torch.equal(start, held(model)), f"{name} has not trained"
 
 
 def held(model):
-    """All that a model holds, masks and other buffers included, in one vector."""
+    """Return the state of a model in one vector: parameters, masks, other buffers and the step count."""
     return torch.cat([tensor.detach().double().flatten() for tensor in model.state_dict().values()])
 
 
 def agree(name, step, own):
     everyone = [torch.empty_like(own) for _ in range(RANKS)]
     dist.all_gather(everyone, own)
-    assert torch.equal(everyone[0], everyone[1]), f"{name}: the ranks have parted after step {step}"
+    assert torch.equal(everyone[0], everyone[1]), f"{name}: the ranks differ after step {step}"

@@ -129,5 +129,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(InputError, match="SNFS: final_fraction=0.6 is larger than fraction=0.5"):
         SNFS(sparsity=0.9, final_fraction=0.6)
     # Filters of 16 and of 24 weights, which cannot take each other's place.
-    with pytest.raises(InputError, match="SNFS: Filters.. makes groups of 16 to 24 weights, and they must have one size"):
+    with pytest.raises(
+        InputError, match="SNFS: Filters.. makes groups of 16 to 24 weights, and they must have one size"
+    ):
         Run("linear", SNFS(sparsity=0.5, pattern=Filters()))

@@ -1,4 +1,4 @@
-"""SNIP: connection sensitivity of the first mini-batch decides, and moves nothing."""
+"""SNIP: the connection sensitivity of the first mini-batch makes the masks, and its step moves no weight."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import sparing
 from sparing import SNIP
+from sparing.patterns import Block
 
 
 def sensitivities(model_name, accumulated=1):
@@ -29,7 +30,7 @@ def flat(run):
 
 
 @pytest.mark.parametrize("model", ["linear", "conv2d"])
-def test_keeps_the_most_sensitive_weights_of_all_layers(model):
+def test_keeps_exactly_the_most_sensitive_weights_of_all_layers(model):
     run = Run(model, SNIP(sparsity=0.75))
     assert flat(run).all()
     mask, scores = flat(run.train(1)), sensitivities(model)
@@ -38,8 +39,21 @@ def test_keeps_the_most_sensitive_weights_of_all_layers(model):
     assert torch.equal(flat(run.train(10)), mask)
 
 
+def test_keeps_the_blocks_of_largest_mean_sensitivity():
+    run = Run("linear", SNIP(sparsity=0.75, pattern=Block(4))).train(1)
+
+    def blocks(values, reduce):
+        parts = zip(values.split([24 * 16, 4 * 24]), (16, 24), strict=True)
+        return torch.cat([reduce(part.reshape(-1, 4, inputs), 1).flatten() for part, inputs in parts])
+
+    mask, scores = blocks(flat(run), torch.any), blocks(sensitivities("linear"), torch.mean)
+    assert torch.equal(mask, blocks(flat(run), torch.all))
+    assert int(mask.sum()) == 30
+    assert scores[mask].min() >= scores[~mask].max() * (1 - 1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_first_step_moves_nothing_and_the_second_does(optimizer):
+def test_the_first_step_moves_no_parameter_and_the_second_does(optimizer):
     run = Run("linear", SNIP(sparsity=0.75), optimizer)
     start = [p.detach().clone() for p in run.model.parameters()]
     run.train(1)
@@ -48,7 +62,7 @@ def test_the_first_step_moves_nothing_and_the_second_does(optimizer):
     assert not any(map(torch.equal, run.model.parameters(), start))
 
 
-def test_several_mini_batches_decide_together():
+def test_accumulated_mini_batches_decide_together():
     run = Run("linear", SNIP(sparsity=0.75))
     for step in range(4):
         x, y = batch(run.shape, step)
@@ -58,9 +72,9 @@ def test_several_mini_batches_decide_together():
     assert scores[mask].min() >= scores[~mask].max() * (1 - 1e-5)
 
 
-# Both ways round, as no choice among ties is right twice.
+# In both orders: if the scores tied, one of them would be wrong.
 @pytest.mark.parametrize("weights", [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
-def test_products_too_small_for_half_precision_still_have_an_order(weights):
+def test_products_too_small_for_half_precision_are_ranked(weights):
     model = nn.Linear(4, 1, bias=False).half()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([weights]) * 1e-4)
@@ -83,8 +97,3 @@ def test_a_layer_without_gradient_is_pruned_first():
     optimizer.step()
     assert sparsifier.collapsed() == ["1"]
     assert sparsifier.layers["0"].sparsity() == 0.0
-
-
-def test_needs_a_sparsity():
-    with pytest.raises(sparing.InputError, match="SNIP: give sparsity="):
-        SNIP(sparsity=None)

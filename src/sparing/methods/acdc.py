@@ -71,6 +71,7 @@ class ACDC(Ranking):
     """
 
     name = "acdc"
+    retargets = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.1

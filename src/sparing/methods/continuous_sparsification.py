@@ -80,7 +80,7 @@ class ContinuousSparsification(Method):
     def __post_init__(self) -> None:
         check_number(self, "weight", "[0, inf)")
         check_number(self, "init", "[-10, 10]")
-        check_number(self, "final_temperature", "[1, inf)")
+        check_number(self, "final_temperature", "(1, inf)")
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> int:
         return to_step(1.0, steps, "ContinuousSparsification")

@@ -37,6 +37,7 @@ class DNW(Ranking):
     """
 
     name = "dnw"
+    retargets = True
 
     every: int = 1
 

@@ -27,6 +27,7 @@ from sparing.method import Layers, Method, Optimizers, Parametrizations
 from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
+from sparing.threshold import sum_to
 
 LEAST_DENSITY = 0.01
 
@@ -52,26 +53,32 @@ class StepMask(Sparse):
         return self.t.clamp(min=0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask: Tensor = _Step.apply(weight.abs() - self.t)
-        return weight * mask.to(weight.dtype)
+        result: Tensor = _StepMask.apply(weight, self.t)
+        return result
 
 
-class _Step(torch.autograd.Function):
+class _StepMask(torch.autograd.Function):
+    """The formula of the module; saves W and t alone and makes the mask anew in the backward pass."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return (x > 0).to(x.dtype)
+    def forward(weight: Tensor, t: Tensor) -> Tensor:
+        return weight * (weight.abs() - t > 0).to(weight.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
-        size = ctx.saved_tensors[0].abs()
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        weight, t = ctx.saved_tensors
+        x = weight.abs() - t
+        size = x.abs()
         tail = torch.where(size <= 0.4, 2 - 4 * size, 0.4).masked_fill_(size > 1, 0)
-        return grad_output * tail
+        through_mask = grad_output * weight * tail
+        grad_weight = grad_output * (x > 0).to(weight.dtype) + through_mask.to(weight.dtype) * weight.sign()
+        return grad_weight.to(weight.dtype), -sum_to(through_mask, t.shape, t.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class Feather(Ranking):
     """
 
     name = "feather"
+    retargets = True
     takes_nm = False
     after_ramp = True
 

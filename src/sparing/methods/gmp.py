@@ -42,6 +42,7 @@ class GMP(Ranking):
     """
 
     name = "gmp"
+    retargets = True
 
     begin: int | float = 0.2
     end: int | float = 0.8

@@ -23,7 +23,6 @@ from torch import Tensor
 from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
-from sparing.optimizers import skip_step
 from sparing.parametrizations import Masked
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
@@ -121,7 +120,7 @@ class GraSP(Ranking):
             part.displacement = torch.empty(0, device=gradient.device)
         if products:
             _keep_best(sparsifier, products)
-        skip_step(optimizers)
+        sparsifier.skip_step()
 
 
 def _keep_best(sparsifier: Sparsifier, products: Mapping[str, Tensor]) -> None:

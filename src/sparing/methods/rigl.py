@@ -22,7 +22,6 @@ from torch import Tensor
 from sparing.growing import Growing, replace_mask
 from sparing.masks import prune_and_regrow
 from sparing.method import Layers, Optimizers, Parametrizations, Plan
-from sparing.optimizers import skip_step
 from sparing.parametrizations import Masked
 from sparing.schedules import check_number, cosine
 from sparing.sparsifier import Sparsifier
@@ -68,7 +67,7 @@ class RigL(Growing):
             count = int(cosine(step, plan.updates.end, self.fraction) * int(active.sum()))
             chosen = prune_and_regrow(active, units.norm(weight), units.norm(weight.grad), count)
             replace_mask(layer, part, units.expand(chosen), optimizers)
-        skip_step(optimizers)
+        sparsifier.skip_step()
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         plan, step = sparsifier.plan, sparsifier.step

@@ -20,7 +20,6 @@ from torch import Tensor
 from sparing.budget import Budget
 from sparing.layers import Layer
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
-from sparing.optimizers import skip_step
 from sparing.parametrizations import Mask
 from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
@@ -56,7 +55,7 @@ class SNIP(Ranking):
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step == 0:
             sparsifier.set_masks(sparsifier.plan.allocation.masks(_sensitivity))
-            skip_step(optimizers)
+            sparsifier.skip_step()
 
 
 def _sensitivity(layer: Layer, units: Units) -> Tensor:

@@ -83,8 +83,8 @@ class Spartan(Ranking):
 
     def updates(self, steps: int | None) -> Updates:
         # From the first step on: before t0, k is on its way, and the masks follow it.
-        to_step(self.begin, steps, f"Spartan: begin={self.begin!r}")
-        return Updates.resolve(self, 0, self.end, self.every, steps)
+        ramp = Updates.resolve(self, self.begin, self.end, self.every, steps)
+        return Updates(0, ramp.end, ramp.every)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: SoftTopK(layer.weight) for name, layer in layers.items()}

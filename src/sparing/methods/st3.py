@@ -39,6 +39,7 @@ class _ST3(Ranking):
     """Abstract: both methods; a subclass gives σ_l."""
 
     takes_nm = False
+    retargets = True
     after_ramp = True
 
     budget: Budget | str = "global"

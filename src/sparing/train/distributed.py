@@ -78,12 +78,12 @@ class Ranks:
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model wrapped so that gradients are averaged over the ranks; it starts from the state of rank 0."""
+        """Return the model, wrapped to average gradients over the ranks, with the state of rank 0 on all of them."""
         if self.count == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        # Masks are computed identically on every rank, and broadcasting them at each step would cost more than
-        # averaging the gradients. share_buffers() broadcasts the statistics of batch normalization before they are used.
+        # Buffers are not broadcast at each step. Masks are computed identically on every rank, and broadcasting them
+        # would cost more than averaging the gradients. Statistics of batch normalization: see share_buffers().
         wrapper = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # in torch 2.11 or later
         option: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}

@@ -263,7 +263,10 @@ def build_method(spec: Mapping[str, Any], input_size: tuple[int, ...] | None = N
         arguments.setdefault("input_size", input_size)
     if "pattern" in arguments:
         arguments["pattern"] = _build_pattern(arguments["pattern"])
-    return method(**arguments)
+    try:
+        return method(**arguments)
+    except TypeError as error:
+        raise InputError(f"method {name!r} cannot be built from {arguments}: {error}") from error
 
 
 def _has_default(field: "dataclasses.Field[Any]") -> bool:

@@ -1,4 +1,4 @@
-"""The run directory: what `sparing train` makes, and what the other commands read."""
+"""Run directories: written by `sparing train`, read by the other commands."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ from sparing.train.log import read_history
 from sparing.train.loop import Fitted, fit
 from sparing.train.recipe import Recipe, load_recipe
 
-Weights = Literal["last", "best", "dense"]
+WeightsSource = Literal["last", "best", "dense"]
 
 
 def train_run(
@@ -45,17 +45,18 @@ def train_run(
     """Train a recipe into a run directory.
 
     Args:
-        recipe: what to do.
-        out: the directory; made if it is not there.
-        resume: continue what the directory holds, or return its metrics if it is finished.
-        stop_after: stop after this many epochs, to be continued later.
-        console: where to print; None prints nothing.
+        recipe: recipe of the run.
+        out: run directory; created if it does not exist.
+        resume: continue the run in the directory, or return its metrics if it is finished.
+        stop_after: stop after this many epochs; `resume` continues the run later.
+        console: console to print to; None prints nothing.
 
     Returns:
-        The content of `metrics.json`, or None if stopped early.
+        The content of `metrics.json`, or None if the run was stopped before its last epoch.
 
     Raises:
-        InputError: the directory holds something and `resume` is not set, or holds another recipe.
+        InputError: the directory is not empty and `resume` is not set, or it holds a run of another recipe; the recipe
+            does not fit its data.
     """
     out = Path(out)
     console = console or Console(quiet=True)
@@ -66,11 +67,10 @@ def train_run(
 def _train(
     recipe: Recipe, out: Path, ranks: Ranks, resume: bool, stop_after: int | None, console: Console
 ) -> dict[str, Any] | None:
-    # Built once before anything is written, so that what cannot work leaves no directory behind.
+    # Checked before anything is written, so that an invalid recipe leaves no directory behind.
     data = build_data(recipe.data)
     recipe = check_fits(recipe, data, ranks)
-    # Known to every rank before any goes on.
-    finished = ranks.ask_first(lambda: _open(out, recipe, resume))
+    finished = ranks.run_on_first(lambda: _prepare_directory(out, recipe, resume))
     if finished is not None:
         console.print(f"{out} is finished")
         return finished
@@ -87,17 +87,17 @@ def _train(
     if fitted is None:
         return None
     test = evaluate(fitted.model, data.evaluation("test", ranks.rank, ranks.count), ranks)
-    return ranks.ask_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
+    return ranks.run_on_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
 def check_fits(recipe: Recipe, data: SplitDataset, ranks: Ranks) -> Recipe:
-    """Go through a run without computing anything.
+    """Check that a recipe can be trained, without computing anything.
 
     Returns:
-        The recipe, with what follows from the length of the run worked out.
+        The recipe with `for_sparsity` resolved (see `Recipe.settled`).
 
     Raises:
-        InputError: model, method and batch size do not fit the data and one another.
+        InputError: model, method and batch size do not fit the data or each other.
     """
     if recipe.data.batch_size < ranks.count * recipe.data.accumulate:
         raise InputError(
@@ -105,7 +105,7 @@ def check_fits(recipe: Recipe, data: SplitDataset, ranks: Ranks) -> Recipe:
             f"data.accumulate ({recipe.data.accumulate})"
         )
     steps = len(data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count))
-    # As for one rank: a recipe does not depend on how many there are.
+    # The steps of one rank, since the resolved recipe must not depend on the number of ranks.
     recipe = recipe.settled(len(data.training(recipe.data.batch_size, recipe.seed)))
     trial = build_model(recipe.model, data.model_arguments()).to("meta")
     build_sparsifier(recipe, trial, recipe.schedule.epochs * steps, data.input_size)
@@ -122,21 +122,21 @@ def _finish(
     test: Evaluation,
     dense: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write what a finished run leaves behind; its metrics last."""
-    account = report(fitted.model, data.input_size)
+    """Write the files of a finished run and return its metrics."""
+    counts = report(fitted.model, data.input_size)
     device = ranks.device
     _write_model(out, fitted.model)
-    write_text(out / "report.json", account.to_json() + "\n")
-    _write_figures(out, account)
+    write_text(out / "report.json", counts.to_json() + "\n")
+    _write_figures(out, counts)
     metrics = {
         "accuracy": test.accuracy,
         **({"dense_accuracy": dense["accuracy"]} if dense else {}),
-        "sparsity": account.total.sparsity,
-        "backbone_sparsity": account.backbone.sparsity,
-        "weights": account.total.weights,
-        "nonzero": account.total.nonzero,
-        "dense_macs": account.total.dense_macs,
-        "macs": account.total.macs,
+        "sparsity": counts.total.sparsity,
+        "backbone_sparsity": counts.backbone.sparsity,
+        "weights": counts.total.weights,
+        "nonzero": counts.total.nonzero,
+        "dense_macs": counts.total.dense_macs,
+        "macs": counts.total.macs,
         **_compacted(fitted.model, data),
         **({"top5_accuracy": test.top5_accuracy} if test.top5_accuracy is not None else {}),
         "dense_bytes": (out / "model.safetensors").stat().st_size,
@@ -156,34 +156,33 @@ def _finish(
         "threads": torch.get_num_threads(),
         "ranks": ranks.count,
     }
-    # Last: a run is finished when its metrics are there.
+    # Written last: a run counts as finished once its metrics exist.
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
 def _compacted(model: nn.Module, data: SplitDataset) -> dict[str, Any]:
-    """What low ranks are worth: the ranks, and the counts after `sparing.rnn.compact_`."""
+    """Return the ranks of low-rank layers, and the counts after `sparing.rnn.compact_`; empty without such layers."""
     found = ranks_of(model)
     if not found.rows:
         return {}
-    account = report(compact_(copy.deepcopy(model)), data.input_size)
-    counts = {"compact_weights": account.total.nonzero, "compact_macs": account.total.macs}
-    return {"weight_ranks": found.as_dict(), **counts}
+    total = report(compact_(copy.deepcopy(model)), data.input_size).total
+    return {"weight_ranks": found.as_dict(), "compact_weights": total.nonzero, "compact_macs": total.macs}
 
 
-def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Recipe, dict[str, Any]]:
-    """The model of a run directory, on the CPU, in evaluation mode.
+def load_run(run: str | Path, weights: WeightsSource = "last") -> tuple[nn.Module, Recipe, dict[str, Any]]:
+    """Load the model of a run directory, on the CPU, in evaluation mode.
 
     Args:
-        run: the directory.
-        weights: "last", the last checkpoint; "best", the best epoch; "dense", plain modules with
-            the exported tensors of `model.safetensors`.
+        run: the run directory.
+        weights: "last", the last checkpoint; "best", the best epoch; "dense", plain modules with the effective weights
+            of `model.safetensors`.
 
     Returns:
-        The model, the recipe, and what the checkpoint says of the data: "input_size", "model_arguments", "steps".
+        The model, the recipe, and the section "data" of the checkpoint: "input_size", "model_arguments", "steps".
 
     Raises:
-        InputError: the directory is none of a run.
+        InputError: it is not a run directory.
         CheckpointError: the file cannot be read, or does not fit the recipe.
     """
     run = Path(run)
@@ -198,8 +197,7 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
         path = run / "model.safetensors"
         state = _read_model(path)
     else:
-        # On the meta device while its weights are still the initial ones, for which a warning
-        # about their thresholds would be noise.
+        # On the meta device, so that sparsify_() does not warn about the initial weights.
         model = model.to("meta")
         build_sparsifier(recipe, model, saved["data"]["steps"], tuple(saved["data"]["input_size"]))
         model = model.to_empty(device="cpu")
@@ -208,40 +206,42 @@ def load_run(run: str | Path, weights: Weights = "last") -> tuple[nn.Module, Rec
             state = {k.removeprefix("module."): v for k, v in saved["average"].items() if k.startswith("module.")}
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (InputError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: does not fit the recipe ({str(error).splitlines()[-1].strip()})"
         ) from error
     return model.eval(), recipe, saved["data"]
 
 
-def evaluate_run(run: str | Path, part: str = "test", weights: Weights = "last") -> tuple[Evaluation, Report]:
-    """Evaluate the model of a run directory on one part of its data, "test" or "validation"."""
+def evaluate_run(run: str | Path, part: str = "test", weights: WeightsSource = "last") -> tuple[Evaluation, Report]:
+    """Evaluate the model of a run directory on a split of its data, "test" or "validation"."""
     model, recipe, _ = load_run(run, weights)
     return _evaluate(model, build_data(recipe.data), recipe.device, part)
 
 
 def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple[Evaluation, Report]:
-    """Evaluate a file of weights in the network of a recipe, on one part of the recipe's data.
+    """Evaluate a file of weights in the model of a recipe, on a split of the recipe's data.
 
     Args:
-        path: a .safetensors file of effective weights, such as a run's `model.safetensors`, or of
-            weights and thresholds, as `sparing convert --keep-thresholds` writes it.
-        recipe: its `model` and `data` are used, and nothing else but `device`.
-        part: "test" or "validation".
+        path: a .safetensors file of effective weights, such as `model.safetensors` of a run, or of weights and
+            thresholds, as `sparing convert --keep-thresholds` writes it.
+        recipe: gives `model`, `data` and `device`; its other keys are not used.
+        part: split of the data, "test" or "validation".
 
     Raises:
-        InputError: the file is none of safetensors.
-        CheckpointError: it cannot be read, or does not fit the network.
+        InputError: the file is not a .safetensors file.
+        CheckpointError: it cannot be read, or does not fit the model.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is no .safetensors file; sparing convert makes one of a checkpoint of the release")
+        raise InputError(
+            f"{path} is no .safetensors file; convert a checkpoint of the STR release with sparing convert"
+        )
     state = _read_model(path)
     data = build_data(recipe.data)
     model = build_model(recipe.model, data.model_arguments())
-    mark = ".parametrizations.weight.0.s"
-    thresholded = [key.removesuffix(mark) for key in state if key.endswith(mark)]
+    suffix = ".parametrizations.weight.0.s"
+    thresholded = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
     try:
         if thresholded:
             # On the meta device, as in load_run.
@@ -254,47 +254,46 @@ def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple
     return _evaluate(model, data, recipe.device, part)
 
 
-def _evaluate(model: nn.Module, data: SplitDataset, wanted: str, part: str) -> tuple[Evaluation, Report]:
+def _evaluate(model: nn.Module, data: SplitDataset, device_name: str, part: str) -> tuple[Evaluation, Report]:
     try:
-        device = pick_device(wanted)
-    except InputError:  # trained on another machine
+        device = pick_device(device_name)
+    except InputError:  # the run was trained on another machine
         device = pick_device("auto")
-    chosen = check_split(part)
-    if not data.size(chosen):
-        raise InputError(f"the data has no {part} part")
+    split = check_split(part)
+    if not data.size(split):
+        raise InputError(f"the data has no {split} split")
     data = data.to(device)
-    return evaluate(model.to(device), data.evaluation(chosen)), report(model, data.input_size)
+    return evaluate(model.to(device), data.evaluation(split)), report(model, data.input_size)
 
 
-def report_run(run: str | Path, weights: Weights = "last") -> Report:
-    """The account of a run directory's model; needs none of its data."""
+def report_run(run: str | Path, weights: WeightsSource = "last") -> Report:
+    """Report the counts of the model of a run directory; the data is not needed."""
     model, _, data = load_run(run, weights)
     return report(model, data["input_size"])
 
 
-def _open(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Make the run directory, or check that it is this recipe's; its metrics if the run is finished."""
+def _prepare_directory(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Create the run directory, or check that it holds a run of this recipe; return its metrics if it is finished."""
     try:
-        _make_or_check(out, recipe, resume)
+        _create_or_check(out, recipe, resume)
     except OSError as error:
-        raise InputError(f"{out} cannot be made: {error.strerror}; choose another directory with --out") from error
+        raise InputError(f"{out} cannot be created: {error.strerror}; choose another directory with --out") from error
     return _read_metrics(out)
 
 
-def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
-    written = out / "recipe.yaml"
+def _create_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another directory with --out")
-    # Hidden files are what a killed write leaves behind.
+    # Interrupted atomic writes leave hidden files.
     if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
         out.mkdir(parents=True, exist_ok=True)
-        write_text(written, recipe.to_yaml())
+        write_text(out / "recipe.yaml", recipe.to_yaml())
         return
     if not resume:
         raise InputError(
             f"{out} exists already; continue it with --resume auto, or choose another directory with --out"
         )
-    different = differing_keys(*(what_is_computed(each) for each in (_read_recipe(out), recipe)))
+    different = differing_keys(what_is_computed(_read_recipe(out)), what_is_computed(recipe))
     if different:
         raise InputError(
             f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
@@ -304,8 +303,8 @@ def _make_or_check(out: Path, recipe: Recipe, resume: bool) -> None:
 
 def _read_recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
-        found = "there is no such directory" if not run.is_dir() else "it has no recipe.yaml"
-        raise InputError(f"{run} is not a run directory: {found}")
+        reason = "there is no such directory" if not run.is_dir() else "it has no recipe.yaml"
+        raise InputError(f"{run} is not a run directory: {reason}")
     return load_recipe(run / "recipe.yaml")
 
 
@@ -316,17 +315,17 @@ def _read_metrics(out: Path) -> dict[str, Any] | None:
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: unreadable ({error}); remove it to finish the run again") from error
+        raise InputError(f"{path}: unreadable ({error}); delete it and resume the run to write it again") from error
     return metrics
 
 
 def what_is_computed(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe without those that say where it runs and what it shows."""
+    """Return the keys of a recipe that affect its results: all but device, data location and logging."""
     return recipe.model_dump(mode="json", exclude={"device": True, "tensorboard": True, "data": {"root", "workers"}})
 
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys, with dots, in which two nested mappings differ."""
+    """Return the keys, in dotted form, in which two nested mappings differ."""
     before, now = _flatten(before), _flatten(now)
     return sorted(key for key in (now | before) if before.get(key) != now.get(key))
 
@@ -341,7 +340,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _write_model(out: Path, model: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    # Cloned, since safetensors refuses tied tensors; contiguous, since it knows no memory formats.
+    # Cloned because safetensors rejects tensors that share memory, and contiguous because it has no memory formats.
     plain = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in dense_state_dict(model).items()
     }
@@ -363,10 +362,10 @@ def _read_model(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({error})") from error
 
 
-def _write_figures(out: Path, account: Report) -> None:
+def _write_figures(out: Path, counts: Report) -> None:
     history = read_history(out)
-    figures = {"budget": budget_by_depth(account), "sparsity": layers_over_time(history, "sparsity")}
-    if any(row.threshold is not None for row in account.layers):
+    figures = {"budget": budget_by_depth(counts), "sparsity": layers_over_time(history, "sparsity")}
+    if any(row.threshold is not None for row in counts.layers):
         figures["threshold"] = layers_over_time(history, "threshold")
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
@@ -376,7 +375,7 @@ def _write_figures(out: Path, account: Report) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the source this runs from; None for an installed package."""
+    """Return the commit of the source tree that runs; None for an installed package."""
     try:
         source = Path(sparing.__file__).parent
         tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=source, capture_output=True)
