@@ -24,7 +24,7 @@ from ledger import ROOT, train_into
 from sparing import METHODS, STR
 from sparing.parametrizations import SoftThreshold
 from sparing.schedules import to_step
-from sparing.target import FARTHEST, pull
+from sparing.target import FARTHEST, rescale
 
 RECIPE = ROOT / "recipes" / "targets" / "resnet8-mnist5k.yaml"
 
@@ -42,7 +42,7 @@ class Fixed(STR):
 
     def before_step(self, sparsifier):
         if self.is_frozen(sparsifier.step):
-            for _, part in sparsifier.parts(SoftThreshold):
+            for _, part in sparsifier.each(SoftThreshold):
                 part.s.grad = None  # optimizers pass it by: no decay and no momentum either
 
     def after_step(self, sparsifier):
@@ -61,8 +61,8 @@ class Lifted(Fixed):
         if not self.is_frozen(sparsifier.step):
             super().after_step(sparsifier)
         elif not self.is_frozen(sparsifier.step - 1):
-            pull(sparsifier.layers, sparsifier.plan, sparsifier.plan.final)
-            for layer, part in sparsifier.parts(SoftThreshold):
+            rescale(sparsifier.layers, sparsifier.plan, sparsifier.plan.final)
+            for layer, part in sparsifier.each(SoftThreshold):
                 layer.weight.copy_(layer.effective_weight)
                 part.s.fill_(-FARTHEST)
                 for optimizer in sparsifier.optimizers:

@@ -67,6 +67,8 @@ class Study:
             return {"name": "str", "sparsity": sparsity}, []
         if variant == "str_matched":
             return {"name": "str", "sparsity": self.finished("str", sparsity, seed)["sparsity"]}, []
+        if variant == "global_magnitude":
+            return {"name": "gmp", "budget": "global", "sparsity": sparsity}, []
         if variant in ("feather", "str_feather"):
             return {"name": variant, "sparsity": sparsity}, CLIPPED
         if variant in ("str_macs", "str_feather_macs"):

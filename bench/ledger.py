@@ -12,21 +12,28 @@ from sparing.train.run import train_run
 ROOT = Path(__file__).parent.parent
 
 CLIPPED = ["clip_grad_norm=3.0"]
-"""The codes of ST-3 and of Feather clip gradients at this norm, and renew the threshold at every step."""
+"""Recipe changes for ST-3 and Feather: the codes of their authors clip gradients at this norm."""
+
+GMP_VARIANTS = {
+    "magnitude": {"begin": 0, "end": 0},
+    "global_magnitude": {"budget": "global"},
+    "global_magnitude_one_shot": {"budget": "global", "begin": 0, "end": 0},
+}
+"""Ways to use GMP, which were methods of their own: name in results/ → arguments."""
 
 
 def train_into(entry, recipe, overrides, run, **facts):
-    """Train a recipe, or take the run that is finished, and write a ledger entry.
+    """Train a recipe, unless the run is finished already, and write an entry of results/.
 
     Args:
         entry: the JSON file to write.
-        recipe: the file of the recipe.
-        overrides: `key=value` for it.
-        run: the run directory; continued if it is there.
-        facts: more to say in the entry.
+        recipe: the recipe file.
+        overrides: changes of the recipe, `key=value`.
+        run: the run directory; an unfinished run in it is continued.
+        facts: additional keys of the entry.
 
     Returns:
-        What was written: recipe and facts, the metrics, the sparsity of each layer.
+        The entry: recipe and facts, metrics, sparsity of each layer.
     """
     metrics = train_run(load_recipe(recipe, overrides), run, resume=True, console=Console(quiet=True))
     layers = json.loads((Path(run) / "report.json").read_text())["layers"]

@@ -1,11 +1,11 @@
-"""The ledger of our own runs, and the tables of README and docs that are built from it.
+"""Build the tables of README and docs from the results of our runs.
 
     python bench/results.py add RUN RECIPE    copy the metrics of a finished run into results/
     python bench/results.py table             write the tables into README.md and the pages of docs/
     python bench/results.py figures           draw docs/figures/
 
-A row of accuracy is the mean over the seeds of one recipe at one commit, with the sample standard
-deviation where there are several. Nothing in the tables is typed by hand.
+An accuracy is the mean over the seeds of one recipe at one commit, with the sample standard deviation if there are
+several seeds. No number in the tables is typed by hand.
 """
 
 import csv
@@ -19,39 +19,45 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 FRONTIER = {
     "dense": "dense",
     "str": "STR",
-    "str_sparsity": "STR, asked for the sparsity",
-    "str_matched": "STR, asked for what STR reached",
+    "str_sparsity": "STR, target sparsity",
+    "str_matched": "STR, target: the sparsity that STR reached",
     "str_feather": "STR-Feather",
     "gmp": "GMP, uniform",
-    "gmp_str_budget": "GMP, with the budget STR learned",
+    "gmp_str_budget": "GMP, budget learned by STR",
     "rigl": "RigL, ERK",
     "st3_as_released": "ST-3, as released",
     "feather": "Feather",
     "feather_as_released": "Feather, as released",
-    "global_magnitude": "global magnitude",
+    "global_magnitude": "GMP, global",
     "acdc": "AC/DC",
-    "str_macs": "STR, asked for the MACs of Feather as released",
-    "str_feather_macs": "STR-Feather, asked for the MACs of Feather as released",
+    "str_macs": "STR, target: the MACs of Feather as released",
+    "str_feather_macs": "STR-Feather, target: the MACs of Feather as released",
 }
-"""What bench/frontier.py trains: name → what the tables call it."""
+"""Variants that bench/frontier.py trains: name in results/ → label in the tables."""
+METHOD_LABELS = {
+    "magnitude": "gmp, one-shot",
+    "global_magnitude": "gmp, global",
+    "global_magnitude_one_shot": "gmp, global, one-shot",
+}
+"""Former methods in results/ that are arguments of GMP now: name → label in the tables. Others keep their names."""
 PAIRS = {
     "resnet8-mnist5k": "resnet8, MNIST-5k",
     "resnet8-fashion-mnist": "resnet8, Fashion-MNIST",
     "mobilenet_v1-fashion-mnist": "MobileNetV1 × 0.25, Fashion-MNIST",
     "fastgrnn-watch": "FastGRNN, watch",
 }
-ZEROS_ASKED, MACS_ASKED = (80, 90, 95, 98), (20, 10, 5)
-"""What bench/target.py trains: recipes of recipes/targets/, and percentages."""
+SPARSITY_TARGETS, MACS_TARGETS = (80, 90, 95, 98), (20, 10, 5)
+"""Targets that bench/target.py trains, in percent; `PAIRS` has the recipes of recipes/targets/."""
 FREEZING = {
-    "fixed": "s fixed for the last fifth",
-    "lifted": "thresholds lifted for the last fifth",
+    "fixed": "s fixed for the last fifth of the run",
+    "lifted": "thresholds removed for the last fifth of the run",
 }
-"""What bench/freezing.py trains beside STR as it is."""
+"""Variants of STR that bench/freezing.py compares with STR: name in results/ → label in the table."""
 BEGIN, END = "<!-- {}: built by bench/results.py from results/ -->", "<!-- end -->"
 
 
 def add(run, recipe):
-    """Put a finished run into the ledger, one file a seed."""
+    """Copy the metrics of a finished run into results/, in one file per seed."""
     metrics = json.loads(Path(run, "metrics.json").read_text())
     folder = ROOT / "results" / Path(recipe).with_suffix("").relative_to("recipes")
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,20 +67,20 @@ def add(run, recipe):
 
 
 def spread(values, scale=1.0, form=".2f"):
-    """The mean, with the standard deviation if the values differ."""
+    """Return the mean as text, with the standard deviation if the values differ."""
     mean = f"{scale * statistics.mean(values):{form}}"
     return mean if len(set(values)) == 1 else f"{mean} ± {scale * statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def recipes():
-    """The finished runs, a list of seeds for each recipe: dense first, then by sparsity."""
+    """Return the entries of each recipe, one per seed; recipes are sorted by folder and sparsity."""
     folders = {path.parent for path in ROOT.joinpath("results").rglob("seed*.json")}
     found = [[json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))] for folder in folders]
     return sorted(found, key=lambda entries: (Path(entries[0]["recipe"]).parent, entries[0]["sparsity"]))
 
 
 def runs_table():
-    """A sparse row a recipe, and a dense row where it was trained beside it."""
+    """One row per recipe, and a row for its dense baseline if it has one."""
     rows = [
         "| recipe | | test accuracy, % | sparsity, % | weights kept | MACs | runs |",
         "|---|---|---|---|---|---|---|",
@@ -96,11 +102,11 @@ def runs_table():
             f"| {round(statistics.mean(values['nonzero'])):,} | {round(statistics.mean(values['macs'])):,} | {count} |"
         )
     notes = [f"{', '.join(sorted(names))}: {machine}" for machine, names in hardware.items()]
-    return [*rows, "", f"Seeds 0 up; mean ± standard deviation; {'; '.join(notes)}."]
+    return [*rows, "", f"Seeds from 0; mean ± standard deviation; {'; '.join(notes)}."]
 
 
 def budget_figure():
-    """Learned budgets by depth, ours on Fashion-MNIST beside the paper's on ImageNet."""
+    """Draw learned budgets by depth: ours on Fashion-MNIST, and those of the paper on ImageNet."""
     from matplotlib.figure import Figure
 
     from sparing import Budget
@@ -124,12 +130,12 @@ def budget_figure():
 
 
 def methods_table():
-    """Every method at 90 % on one recipe, best first, beside static random and dense."""
+    """Every method at 90 % sparsity with one recipe, sorted by accuracy."""
     rows = [
-        "| method | test accuracy, % | sparsity, % | MACs | above static random | step time, of dense |",
+        "| method | test accuracy, % | sparsity, % | MACs | above static random | step time, relative to dense |",
         "|---|---|---|---|---|---|",
     ]
-    # In the order of their names: what was timed again stands in a file of its own and counts.
+    # Sorted by name: timings that were repeated are in later files and replace the first ones.
     timings = [json.loads(p.read_text()) for p in sorted(ROOT.joinpath("results/step_overhead").glob("methods*.json"))]
     step = {row["variant"]: row["ratio"] for timed in timings for row in timed["rows"]}
     first = timings[0]["rows"][0]
@@ -138,7 +144,7 @@ def methods_table():
     entries = [json.loads(path.read_text()) for path in ROOT.joinpath("results/all_methods").glob("*.json")]
     by_method = {}
     for entry in sorted(entries, key=lambda entry: entry["seed"]):
-        by_method.setdefault(entry["method"], []).append(entry)
+        by_method.setdefault(entry.get("variant", entry["method"]), []).append(entry)
     mean = {name: statistics.mean(e["accuracy"] for e in runs) for name, runs in by_method.items()}
     floor = mean.get("static_random", 0)
     for name in sorted(mean, key=mean.get, reverse=True):
@@ -146,17 +152,18 @@ def methods_table():
         above = "" if name in ("dense", "static_random") else ("yes" if mean[name] > floor else "no")
         time = f"{step[name]:.2f}" if name in step else "not run"
         rows.append(
-            f"| {name} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
-            f"| {round(statistics.mean(values['macs'])):,} | {above} | {time} |"
+            f"| {METHOD_LABELS.get(name, name)} | {spread(values['accuracy'], 100)} "
+            f"| {spread(values['sparsity'], 100)} | {round(statistics.mean(values['macs'])):,} | {above} | {time} |"
         )
     notes = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
     count = {len(runs) for runs in by_method.values()}
     seeds = f"{min(count, default=0)} seed(s)"
-    return [*rows, "", f"Recipe gmp with one word swapped; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."]
+    note = f"Recipe mnist5k/gmp with each method; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."
+    return [*rows, "", note]
 
 
 def frontier(data):
-    """The runs of the frontier study on one data set: (name, asked sparsity) → entries by seed; 0 for dense."""
+    """Return the runs of the frontier study on a data set: (variant, target sparsity) → entries; 0 for dense."""
     found = {}
     for path in sorted(ROOT.joinpath("results/frontier", data).glob("*.json")):
         entry = json.loads(path.read_text())
@@ -165,7 +172,7 @@ def frontier(data):
 
 
 def frontier_table():
-    """Accuracy and MACs of every method at every sparsity; "not run" where there is no run."""
+    """Accuracy and MACs of every variant at every sparsity."""
     folders = {path.name for path in ROOT.joinpath("results/frontier").glob("*/")} | {"fashion_mnist"}
     rows = []
     for data in sorted(folders, key=lambda name: (name != "fashion_mnist", name)):
@@ -184,12 +191,12 @@ def frontier_table():
         seeds = sorted({len(group) for group in found.values()})
         if entries:
             count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
-            rows += [f"Mean ± standard deviation; {count} seed(s) a cell; {ran_on(entries)}.", ""]
+            rows += [f"Mean ± standard deviation; {count} seed(s) per cell; {ran_on(entries)}.", ""]
     return rows[:-1]
 
 
 def frontier_differences(found):
-    """Accuracy of one less that of another with the same seed and as many zeros, or as many MACs."""
+    """Return rows with the differences in accuracy of two variants with the same seed and target."""
     others = ("gmp", "rigl", "st3_as_released", "feather", "feather_as_released", "global_magnitude", "acdc")
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
@@ -203,7 +210,7 @@ def frontier_differences(found):
 
 
 def points_apart(entries, others):
-    """Accuracy of runs less that of others with the same seeds."""
+    """Return the difference in accuracy, in percentage points, between runs with the same seeds, as text."""
     mine, theirs = ({entry["seed"]: entry["accuracy"] for entry in group} for group in (entries, others))
     points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
     return spread(points, form="+.2f") if points else "not run"
@@ -211,7 +218,7 @@ def points_apart(entries, others):
 
 def frontier_accuracy(entries, asked):
     reached = statistics.mean(entry["sparsity"] for entry in entries)
-    # To the last digit that is shown.
+    # Compared to the last digit shown.
     at = f" (at {100 * reached:.2f} %)" if round(100 * reached, 2) != round(100 * asked, 2) else ""
     return spread([entry["accuracy"] for entry in entries], 100) + at
 
@@ -221,18 +228,18 @@ def frontier_macs(entries, asked):
 
 
 def frontier_figure():
-    """Accuracy against the weights kept and against MACs, a line a method, where there are runs."""
+    """Draw accuracy against the weights kept and against MACs, with one line per variant."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     found = frontier("fashion_mnist")
     if not found:
         return
-    # Left out: what lies on the line of another.
+    # These lie on the line of another variant.
     same = ("str_matched", "str_macs", "str_feather_macs", "feather_as_released")
     drawn = [name for name in FRONTIER if name != "dense" and name not in same]
     figure = Figure(figsize=(11, 4), layout="constrained")
-    costs = {"weights kept, of all": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
+    costs = {"fraction of weights kept": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
     for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
         for index, name in enumerate(drawn):
             groups = [entries for (variant, _), entries in found.items() if variant == name]
@@ -247,7 +254,7 @@ def frontier_figure():
                 dense = statistics.mean(e["accuracy"] for e in group)
                 axes.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
         axes.set(xlabel=title, xscale="log")
-    lowest = 0.75  # below it there is one line after another straight down, to chance
+    lowest = 0.75  # below it, all lines drop to chance
     figure.axes[0].set(ylabel="test accuracy", ylim=(lowest, 0.92))
     figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="small")
     path = ROOT / "docs" / "figures" / "frontier.png"
@@ -256,8 +263,8 @@ def frontier_figure():
 
 
 def overhead_table():
-    """The cost of a step as ratios to dense."""
-    rows = ["| step time, of dense | STR | formula left to autograd |", "|---|---|---|"]
+    """Time of a training step with STR, relative to dense training."""
+    rows = ["| step time, relative to dense | STR | formula with autograd |", "|---|---|---|"]
     notes = set()
     for path in sorted(ROOT.joinpath("results/step_overhead").glob("cpu*.json")):
         result = json.loads(path.read_text())
@@ -272,12 +279,12 @@ def overhead_table():
                 for row in (mine["str"], mine["naive"])
             ]
             rows.append(f"| {model}, batch {mine['str']['batch']}, {mine['str']['size']}² | {' | '.join(cells)} |")
-        rows.append(f"| `import sparing`, of `import torch` | {result['import']['ratio']:.2f} | |")
-    return [*rows, "", f"Medians, lowest and highest; {'; '.join(sorted(notes))}."]
+        rows.append(f"| `import sparing`, relative to `import torch` | {result['import']['ratio']:.2f} | |")
+    return [*rows, "", f"Median (minimum to maximum); {'; '.join(sorted(notes))}."]
 
 
 def ranks_table():
-    """Learned against fixed ranks, run by run at equal ranks."""
+    """Learned ranks and fixed ranks of the same size."""
     rows = [
         "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, random start "
         "| fixed, SVD start | learned − random start | learned − SVD start |",
@@ -314,7 +321,7 @@ def ranks_table():
 
 
 def _ranks_row(pressure, runs, *others):
-    """One budget: its ranks seed by seed, its accuracy, those of the others and the differences at equal seeds."""
+    """Return a row: ranks of each seed, accuracy, accuracies of fixed ranks, and differences at equal seeds."""
     ranks = "; ".join("/".join(str(row["rank"]) for row in run["weight_ranks"].values()) for run in runs.values())
     weights = [sum(row["compact_parameters"] for row in run["weight_ranks"].values()) for run in runs.values()]
 
@@ -330,8 +337,8 @@ def _ranks_row(pressure, runs, *others):
 
 
 def rnn_speed_table():
-    """FastGRNN as a ratio to GRU, and lower ranks as a ratio to full rank."""
-    rows = ["| | batch | side | time, of the first side | milliseconds |", "|---|---|---|---|---|"]
+    """Time of FastGRNN relative to GRU, and of low rank relative to full rank."""
+    rows = ["| | batch | network | time, relative to the first of its group | milliseconds |", "|---|---|---|---|---|"]
     notes = set()
     for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
         result = json.loads(path.read_text())
@@ -348,7 +355,7 @@ def rnn_speed_table():
 
 
 def paper_table():
-    """The rows of the paper that have a recipe: what it reports, how we know, and what we ran."""
+    """The rows of the paper's tables: reported values, how we know them, and our runs."""
     rows = [
         "| recipe | top-1, % | weights | MACs | known | λ | init | known | our run |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -370,8 +377,8 @@ def paper_table():
 
 
 def wishes_table():
-    """Sparsities wished for with for_sparsity, and what came out."""
-    rows = ["| wished for | learned | test accuracy, % | init | weight decay of s |", "|---|---|---|---|---|"]
+    """Sparsities requested with for_sparsity, and the sparsities reached."""
+    rows = ["| requested | reached | test accuracy, % | init | weight decay of s |", "|---|---|---|---|---|"]
     notes, seeds = set(), set()
     for path in sorted(ROOT.joinpath("results/for_schedule").glob("*.json")):
         entry = json.loads(path.read_text())
@@ -381,16 +388,16 @@ def wishes_table():
             f"| {100 * entry['wish']:g} % | {100 * entry['sparsity']:.2f} % | {100 * entry['accuracy']:.2f} "
             f"| {entry['init']:g} | {entry['threshold_weight_decay']:.4f} |"
         )
-    text = f"Recipe mnist5k/gmp with the method swapped, a run a row, seed {', '.join(sorted(seeds))}"
+    text = f"Recipe mnist5k/gmp with STR, one run per row, seed {', '.join(sorted(seeds))}"
     return [*rows, "", f"{text}; {'; '.join(sorted(notes))}."]
 
 
 def sizes_table():
-    """Bytes on disk of published and uniform networks, and how near the bound they are."""
+    """File sizes of networks with published and uniform budgets."""
     result = json.loads(ROOT.joinpath("results/export/size.json").read_text())
     rows = [
         "| network | budget | sparsity, % | dense, bytes | compressed, bytes | smaller | bf16 values, bytes | smaller "
-        "| weights, of the bound |",
+        "| weights, relative to the bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -404,27 +411,27 @@ def sizes_table():
     return [*rows, "", note]
 
 
-# As in bench/latency.py, which writes a file for each.
+# The networks of bench/latency.py, which writes one file for each.
 LATENCIES = (
     "resnet50-str-90.23", "resnet50-uniform-90.23", "resnet50-str-95.15", "resnet50-uniform-95.15",
     "resnet50-str-98.05", "resnet50-uniform-98.05", "mobilenet_v1-uniform-90", "mobilenet_v1-uniform-95",
 )  # fmt: skip
-RIVALS = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "OpenVINO bf16", "torch eager", "torch compiled")
-FP32_RIVALS = tuple(rival for rival in RIVALS if rival != "OpenVINO bf16")
+BASELINES = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "OpenVINO bf16", "torch eager", "torch compiled")
+FP32_BASELINES = tuple(baseline for baseline in BASELINES if baseline != "OpenVINO bf16")
 
 
 def latency_table():
-    """How many times as fast each sparse runtime is as its rivals, and below which sparsity MNN's is none."""
+    """Speedup of each sparse runtime over the dense baselines, and the break-even sparsity in MNN."""
     rows = [
         "| network | batch | threads | sparse in | ms | of the fastest fp32 "
-        f"| {' | '.join(f'of {rival}' for rival in RIVALS)} |",
-        f"|---|---|---|---|---|---|{'---|' * len(RIVALS)}",
+        f"| {' | '.join(f'of {baseline}' for baseline in BASELINES)} |",
+        f"|---|---|---|---|---|---|{'---|' * len(BASELINES)}",
     ]
     notes, sweeps = set(), []
     for name in LATENCIES:
         path = ROOT / "results" / "export" / f"latency-{name}.json"
         if not path.is_file():
-            rows.append(f"| {name} | not run | | | | | {' | ' * (len(RIVALS) - 1)}|")
+            rows.append(f"| {name} | not run | | | | | {' | ' * (len(BASELINES) - 1)}|")
             continue
         result = json.loads(path.read_text())
         versions = ", ".join(f"{package} {version}" for package, version in result["machine"]["versions"].items())
@@ -441,24 +448,24 @@ def latency_table():
                 own = mine.get(f"{sparse} sparse")
                 if own is None or own["seconds"] is None:
                     note = "not run" if own is None else own["note"]
-                    rows.append(f"| {name} | {batch} | {threads} | {sparse} | {note} | | {' | ' * (len(RIVALS) - 1)}|")
+                    rows.append(
+                        f"| {name} | {batch} | {threads} | {sparse} | {note} | | {' | ' * (len(BASELINES) - 1)}|"
+                    )
                     continue
-                cells = [_ratio(mine.get(rival), own) for rival in RIVALS]
-                best = min(mine[r]["ratio"] for r in FP32_RIVALS if r in mine and mine[r]["ratio"]) / own["ratio"]
+                cells = [_ratio(mine.get(baseline), own) for baseline in BASELINES]
+                best = min(mine[r]["ratio"] for r in FP32_BASELINES if r in mine and mine[r]["ratio"]) / own["ratio"]
                 rows.append(
                     f"| {name} | {batch} | {threads} | {sparse} | {1000 * own['seconds']:.2f} | {best:.2f} "
                     f"| {' | '.join(cells)} |"
                 )
     swept = "; ".join(sweeps) or "not run"
-    text = (
-        f"Zeros at random places, every layer alike, MNN, times as fast as the fastest of three fp32 rivals: {swept}."
-    )
+    text = f"Speedup in MNN over the fastest of three fp32 baselines, at random masks of equal sparsity: {swept}."
     return [
         *rows,
         "",
         text,
         "",
-        f"Seconds of the rival / seconds of the sparse network, medians; {'; '.join(sorted(notes))}.",
+        f"Time of the dense baseline / time of the sparse network, medians; {'; '.join(sorted(notes))}.",
     ]
 
 
@@ -469,7 +476,7 @@ def _ratio(row, own):
 
 
 def kernels_table():
-    """What the sparse kernels do in a second, layer by layer."""
+    """Multiplications per second of the sparse kernels, layer by layer."""
     result = json.loads((ROOT / "results" / "export" / "kernels.json").read_text())
     columns = [(kind, sparsity) for sparsity in (0.9, 0.95) for kind in ("native", "mnn")]
     names = {"native": "torch sparse", "mnn": "MNN sparse"}
@@ -483,15 +490,15 @@ def kernels_table():
         rows.append(f"| {layer} | {' | '.join(cells)} | {dense:.0f} |")
     versions = result["machine"]["versions"]
     note = (
-        f"10⁹ multiplications of nonzero weights (dense: of all) a second, one thread, batch 1, the least of "
-        f"{result['rounds']} executions in turns; {result['machine']['processor']}, torch {versions['torch']}, "
+        f"10⁹ multiplications per second of nonzero weights (dense: of all), one thread, batch 1, from the minimum of "
+        f"{result['rounds']} interleaved executions; {result['machine']['processor']}, torch {versions['torch']}, "
         f"mnn {versions['mnn']}, commit {result['commit'][:7]}."
     )
     return [*rows, "", note]
 
 
 def target_entries(pair):
-    """The runs of bench/target.py on one pair: (row, percentage) → entries by seed."""
+    """Return the runs of bench/target.py on a pair of network and data: (row, percentage) → entries."""
     found = {}
     for path in sorted(ROOT.joinpath("results/target", pair).glob("*.json")):
         entry = json.loads(path.read_text())
@@ -500,22 +507,23 @@ def target_entries(pair):
 
 
 def ran_on(entries):
-    """Machines and commits of runs."""
+    """Return the machines and commits of runs as text."""
     machines = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}" for e in entries}
     commits = sorted({(e["commit"] or "none")[:7] for e in entries})
     return f"{'; '.join(sorted(machines))}; commit {', '.join(commits)}"
 
 
 def requests_table():
-    """Totals that STR was asked for, and what came out of one run each."""
-    rows = ["| network, data | dense accuracy, % | asked for | reached | test accuracy, % |", "|---|---|---|---|---|"]
-    asked = [("str_sparsity", percent) for percent in ZEROS_ASKED] + [("str_macs", percent) for percent in MACS_ASKED]
+    """Targets of STR, and the values reached in one run each."""
+    rows = ["| network, data | dense accuracy, % | target | reached | test accuracy, % |", "|---|---|---|---|---|"]
+    targets = [("str_sparsity", percent) for percent in SPARSITY_TARGETS]
+    targets += [("str_macs", percent) for percent in MACS_TARGETS]
     shown = []
     for pair, name in PAIRS.items():
         found = target_entries(pair)
         dense = [f"{100 * entry['accuracy']:.2f}" for entry in found.get(("dense", 0), [])]
-        for row, percent in asked:
-            what = f"{percent} % zeros" if row == "str_sparsity" else f"{percent} % of MACs"
+        for row, percent in targets:
+            what = f"{percent} % sparsity" if row == "str_sparsity" else f"{percent} % of the MACs"
             entry = next((each for each in found.get((row, percent), []) if each["seed"] == 0), None)
             if entry is None:
                 rows.append(f"| {name} | {''.join(dense) or 'not run'} | {what} | not run | not run |")
@@ -526,17 +534,17 @@ def requests_table():
                 f"| {name} | {''.join(dense) or 'not run'} | {what} | {100 * reached:.3f} % "
                 f"| {100 * entry['accuracy']:.2f} |"
             )
-    return [*rows, "", f"One run each, seed 0, no setting changed but the total; {ran_on(shown)}."]
+    return [*rows, "", f"One run each, seed 0, no setting changed but the target; {ran_on(shown)}."]
 
 
 def freezing_table():
-    """What became of STR whose thresholds were left alone at the end, less what became of STR as it is."""
+    """Difference in accuracy between STR with frozen thresholds at the end of the run and STR."""
     found = {}
     for path in sorted(ROOT.joinpath("results/freezing").glob("*.json")):
         entry = json.loads(path.read_text())
         found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
     percents = sorted({percent for _, percent in found})
-    rows = [f"| points of test accuracy, less STR as it is | {' | '.join(f'{p} %' for p in percents)} |"]
+    rows = [f"| difference to STR in test accuracy, points | {' | '.join(f'{p} %' for p in percents)} |"]
     rows.append(f"|---|{'---|' * len(percents)}")
     for name, label in FREEZING.items():
         cells = [
@@ -550,10 +558,10 @@ def freezing_table():
 
 
 def target_cost_table():
-    """A step of STR with a total, of one without."""
+    """Time of a step of STR with a target, relative to STR without one."""
     result = json.loads(ROOT.joinpath("results/step_overhead/target.json").read_text())
     names = {"str_sparsity": "`sparsity=`", "str_macs": "`macs=`"}
-    rows = ["| | step time, of plain STR | the pulls alone, of a step |", "|---|---|---|"]
+    rows = ["| | step time, relative to STR without a target | rescaling alone, share of a step |", "|---|---|---|"]
     for row in result["rows"]:
         if row["variant"] in names:
             ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
@@ -562,7 +570,7 @@ def target_cost_table():
     clock = "processor time" if options["cpu_time"] else "wall time"
     precision = "bf16 autocast" if options["amp"] else "float32"
     how = f"{first['model']}, batch {first['batch']}, {first['size']}², {precision}, {clock}"
-    note = f"Medians, lowest and highest of {options['rounds']} interleaved rounds; {how}; {result['device']}, "
+    note = f"Median (minimum to maximum) of {options['rounds']} interleaved rounds; {how}; {result['device']}, "
     return [*rows, "", f"{note}torch {result['torch']}, commit {result['commit'][:7]}."]
 
 
@@ -594,7 +602,7 @@ PAGES = (
 
 
 def filled(text):
-    """The text with every table between its marks built anew."""
+    """Return the text with the table between each pair of marks replaced."""
     for name, build in TABLES.items():
         begin = BEGIN.format(name)
         before, mark, rest = text.partition(begin)

@@ -62,17 +62,17 @@ def naive_(model):
 def sparse_(name):
     """Sparsify with a method, at 90 % where it has to be asked for, over a run of 1000 steps."""
     fields = sparing.METHODS[name].__dataclass_fields__
-    wanted = {"sparsity": 0.9, "steps": STEPS, "alpha": 1e-4, "penalty": 1e-5, "kl_weight": 1e-4}
+    wanted = {"sparsity": 0.9, "alpha": 1e-4, "weight": 1e-5, "kl_weight": 1e-4}
     if name == "str":  # learns its sparsity unless asked
         wanted = {}
     return lambda model: sparing.sparsify_(
-        model, sparing.METHODS[name](**{key: value for key, value in wanted.items() if key in fields})
+        model, sparing.METHODS[name](**{key: value for key, value in wanted.items() if key in fields}), steps=STEPS
     )
 
 
 def asked(**target):
     """STR that is asked for a total, over a run of 1000 steps."""
-    return lambda model: sparing.sparsify_(model, sparing.STR(steps=1000, **target))
+    return lambda model: sparing.sparsify_(model, sparing.STR(**target), steps=STEPS)
 
 
 VARIANTS = {"dense": dense_, "naive": naive_} | {name: sparse_(name) for name in sparing.METHODS}
@@ -99,13 +99,15 @@ class Side:
     def at(self, number):
         """Pretend that so many steps have been taken."""
         if self.sparsifier is not None:
-            self.sparsifier.step = number
+            self.sparsifier.clock.step = number
 
     def step(self):
         """One training step."""
         device = self.images.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self.run(self.images), self.labels)
+        if self.sparsifier is not None:
+            loss = loss + self.sparsifier.penalty()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -133,7 +135,7 @@ class Side:
             return 0.0
         self.at(self.update)
         start = self.clock()
-        self.sparsifier.method.after_step(self.sparsifier)
+        self.sparsifier.method.after_step(self.sparsifier, self.sparsifier.optimizers)
         if self.images.device.type == "cuda":
             torch.cuda.synchronize()
         return (self.clock() - start) / self.every

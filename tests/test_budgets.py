@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import sparing
-from sparing import Budget, InputError
-from sparing.budget import check_target, kept_counts
+from sparing import NM, Block, Budget, Filters, InputError, Unstructured
+from sparing.budget import Allocation, check_target, magnitude, random_score
 
-POOL = 100_352  # multiply-accumulates that the papers' tables count for the last pooling, always dense
+POOL = 100_352  # MACs that the papers' tables count for the last pooling
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def resnet():
 
 @pytest.fixture(scope="module")
 def cost(resnet):
-    """The weights and multiply-accumulates that a budget leaves of ResNet-50, in millions."""
+    """Return a function that counts the weights and MACs that a budget leaves of ResNet-50, in millions."""
     layers = sparing.layers.find_layers(resnet)
-    uses = sparing.count_applications(resnet, (1, 3, 224, 224))
+    applications = sparing.count_applications(resnet, (1, 3, 224, 224))
 
     def count(budget):
         assert list(budget) == list(layers)
         kept = {name: layer.weight.numel() * (1 - budget[name]) for name, layer in layers.items()}
-        return sum(kept.values()) / 1e6, sum(uses[name] * weights for name, weights in kept.items()) / 1e6
+        return sum(kept.values()) / 1e6, sum(applications[name] * weights for name, weights in kept.items()) / 1e6
 
     return count
 
@@ -190,30 +190,32 @@ def test_files_that_hold_no_budget_are_refused(tmp_path, name, text):
 
 @pytest.mark.parametrize(
     ("sparsity", "budget"),
-    [(0.9, None), (0.0, "uniform"), (0.5, "erk"), (None, Budget({"fc": 0.5})), (None, "resnet50-str-90.23")],
+    [(0.9, "uniform"), (0.0, "uniform"), (0.5, "erk"), (0.5, "global"), (None, Budget({"fc": 0.5})), (None, "a.csv")],
 )
-def test_targets_that_say_enough_pass(sparsity, budget):
+def test_a_complete_target_passes(sparsity, budget):
     check_target("GMP", sparsity, budget)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "budget", "message"),
     [
-        (None, None, r"GMP: give sparsity=, a fraction in \[0, 1\), or a budget="),
-        (None, "erk", r"GMP: give sparsity=, a fraction in \[0, 1\), or a budget="),
+        (None, "uniform", r"GMP: give sparsity=, a fraction in \[0, 1\), or a Budget as budget="),
+        (None, "global", r"GMP: give sparsity=, a fraction in \[0, 1\), or a Budget as budget="),
         (0.5, Budget({"fc": 0.5}), "GMP: give sparsity= or a budget= with sparsities of its own, not both"),
         (0.5, "budget.json", "GMP: give sparsity= or a budget= with sparsities of its own, not both"),
-        (1.0, None, r"GMP: sparsity must be a fraction in \[0, 1\), got 1.0"),
+        (1.0, "uniform", r"GMP: sparsity must be a fraction in \[0, 1\), got 1.0"),
         (90, "erk", r"GMP: sparsity must be a fraction in \[0, 1\), got 90"),
-        (False, None, r"GMP: sparsity must be a fraction in \[0, 1\), got False"),
+        (False, "uniform", r"GMP: sparsity must be a fraction in \[0, 1\), got False"),
+        (float("nan"), "uniform", r"GMP: sparsity must be a fraction in \[0, 1\), got nan"),
         (
             0.5,
             {"fc": 0.5},
-            "GMP: budget must be a Budget, 'uniform', 'erk', a file or a published name; got {'fc': 0.5}",
+            "GMP: budget must be 'uniform', 'erk', 'global', a Budget, a file or a published name, got {",
         ),
+        (0.5, None, "GMP: budget must be .* got None"),
     ],
 )
-def test_targets_that_do_not_are_refused(sparsity, budget, message):
+def test_an_incomplete_or_contradictory_target_is_refused(sparsity, budget, message):
     with pytest.raises(InputError, match=message):
         check_target("GMP", sparsity, budget)
 
@@ -223,14 +225,89 @@ def layers():
     return sparing.layers.find_layers(nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4)))
 
 
-def test_kept_counts_are_exact(layers, tmp_path):
-    assert kept_counts(layers, 0.9, None) == {"0": 10, "2": 4}
-    assert kept_counts(layers, 0.9, "uniform") == {"0": 10, "2": 4}
-    assert kept_counts(layers, None, Budget({"2": 0.5, "0": 0.27})) == {"0": 73, "2": 20}
+def resolve(layers, sparsity, budget, pattern=None):
+    return Allocation.resolve(layers, pattern or Unstructured(), sparsity, budget)
+
+
+def test_numbers_of_weights_to_keep_by_hand(layers, tmp_path):
+    assert resolve(layers, 0.9, "uniform").kept == {"0": 10, "2": 4}
+    assert resolve(layers, 0.9, "global").kept == 14
+    assert resolve(layers, None, Budget({"2": 0.5, "0": 0.27})).kept == {"0": 73, "2": 20}
     Budget({"0": 0.0, "2": 0.975}).save(tmp_path / "budget.csv")
-    assert kept_counts(layers, None, str(tmp_path / "budget.csv")) == {"0": 100, "2": 1}
-    # ERK: ε = (100 − 50 + 40 − 20) / (20 + 14); a keeps 20 ε, b 14 ε.
-    assert kept_counts(layers, 0.5, "erk") == {"0": 41, "2": 29}
+    assert resolve(layers, None, str(tmp_path / "budget.csv")).kept == {"0": 100, "2": 1}
+    # ERK: ε = (100 − 50 + 40 − 20) / (20 + 14); the first layer keeps 20 ε, the second 14 ε.
+    assert resolve(layers, 0.5, "erk").kept == {"0": 41, "2": 29}
+
+
+def test_numbers_of_groups_to_keep_by_hand(layers):
+    # 50 and 20 blocks of two weights; 10 and 4 filters of ten weights.
+    blocks = resolve(layers, 0.9, "uniform", Block(2))
+    assert (blocks.kept, blocks.goal) == ({"0": 5, "2": 2}, 14)
+    assert resolve(layers, 0.9, "global", Block(2)).kept == 14
+    filters = resolve(layers, 0.75, "uniform", Filters())
+    assert (filters.kept, filters.goal) == ({"0": 2, "2": 1}, 30)
+    assert resolve(layers, 0.75, "global", Filters()).kept == 40  # 4 of 14 filters
+    # The sparsity of N:M is that of the pattern, in every layer.
+    fifths = resolve(layers, None, "global", NM(2, 5))
+    assert (fifths.kept, fifths.goal) == ({"0": 40, "2": 16}, 56)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pattern"),
+    [
+        ("uniform", Unstructured()),
+        ("erk", Block(2)),
+        ("global", Unstructured()),
+        ("global", Filters()),
+        ("uniform", NM(2, 5)),
+    ],
+)
+def test_masks_keep_the_largest_and_fewer_of_them_on_the_way_to_the_target(layers, budget, pattern):
+    sparsity = None if isinstance(pattern, NM) else 0.7
+    allocation = resolve(layers, sparsity, budget, pattern)
+    before = dict.fromkeys(layers, torch.tensor(True))
+    for progress in (0.0, 0.3, 0.30001, 0.9, 1.0):
+        masks = allocation.masks(magnitude, progress)
+        for name, layer in layers.items():
+            mask, norm = masks[name], allocation.units[name].norm(layer.weight)
+            assert (mask.shape, mask.dtype) == (layer.weight.shape, torch.bool)
+            mask.logical_not_().logical_not_()  # would fail if elements of an expanded mask shared memory
+            assert not (mask & ~before[name]).any()
+            if budget != "global" and not isinstance(pattern, NM) and 0 < int(mask.sum()) < mask.numel():
+                size = allocation.units[name].expand(norm)
+                assert size[mask].min() > size[~mask].max()
+        before = masks
+    assert sum(int(mask.sum()) for mask in masks.values()) == allocation.goal
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(2), Filters()])
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_thresholds_separate_what_the_masks_keep(layers, budget, pattern):
+    allocation = resolve(layers, 0.7, budget, pattern)
+    for progress in (0.5, 1.0):
+        masks, thresholds = allocation.masks(magnitude, progress), allocation.thresholds(magnitude, progress)
+        for name, layer in layers.items():
+            units = allocation.units[name]
+            assert torch.equal(units.expand(units.norm(layer.weight) > thresholds[name]), masks[name])
+        if budget == "global":
+            assert thresholds["0"] == thresholds["2"]
+
+
+def test_groups_of_different_sizes_are_kept_in_the_order_of_their_norm_as_many_as_fit():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(5, 2, bias=False))
+    for module, norms in zip(model, ([5.0, 1.0, 3.0], [4.0, 2.0]), strict=True):
+        module.weight.data = torch.tensor(norms)[:, None].expand_as(module.weight).clone()
+    layers = sparing.layers.find_layers(model)
+    # 16 weights, of which round(16 · 0.4) = 6 are pruned: 2 of norm 5, 5 of norm 4, 2 of norm 3, and no 5 of norm 2.
+    masks = resolve(layers, 0.4, "global", Filters()).masks(magnitude)
+    assert [mask[:, 0].tolist() for mask in masks.values()] == [[True, False, True], [True, False]]
+
+
+def test_random_scores_follow_the_seed_and_differ_between_layers(layers):
+    kept = [resolve(layers, 0.5, "uniform").masks(random_score(layers, seed)) for seed in (0, 0, 1)]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in layers)
+    assert not torch.equal(kept[0]["0"], kept[2]["0"])
+    assert not torch.equal(kept[0]["0"][:4], kept[0]["2"])
 
 
 @pytest.mark.parametrize(
@@ -246,13 +323,15 @@ def test_kept_counts_are_exact(layers, tmp_path):
         ("nowhere.json", "budget nowhere.json: cannot be read"),
     ],
 )
-def test_budgets_that_do_not_fit_the_layers_are_refused(layers, budget, message):
+def test_a_budget_that_does_not_fit_the_layers_is_refused(layers, budget, message):
     with pytest.raises(InputError, match=message):
-        kept_counts(layers, None, budget)
+        resolve(layers, None, budget)
+    with pytest.raises(InputError, match=r"NM\(n=2, m=5\) fixes the sparsity of every layer at 0.6: leave budget out"):
+        resolve(layers, None, budget, NM(2, 5))
 
 
 def test_a_budget_that_empties_layers_warns(layers):
     with pytest.warns(
-        sparing.SparsityWarning, match=r"no weight in 2 of 2 layers \('0': sparsity 0.999 of 100 weights\)"
+        sparing.SparsityWarning, match=r"no weight in 2 of 2 layers \('0': sparsity 0.999 of 100 weights or groups\)"
     ):
-        assert kept_counts(layers, 0.999, None) == {"0": 0, "2": 0}
+        assert resolve(layers, 0.999, "uniform").kept == {"0": 0, "2": 0}

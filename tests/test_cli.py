@@ -19,6 +19,7 @@ import typer
 
 from sparing.cli import Format, app, main
 from sparing.export.formats import FORMATS
+from tolerance import near, relative_error
 
 RECIPE = """# test
 model: {name: resnet8, width: 2}
@@ -296,13 +297,14 @@ def test_export_to_torch_writes_a_network_with_sparse_convolutions(sparse_run, m
     output = json.loads(done.stdout)
     assert output["path"] == str(sparse_run / "model.pt2")
     assert output["bytes"] == (sparse_run / "model.pt2").stat().st_size
-    assert output["error"] < 1e-3
     network = native.load(sparse_run / "model.pt2")
     assert "sparse_conv2d" in network.code
     model, _, data = load_run(sparse_run, "dense")
     x = torch.randn(3, *data["input_size"][1:])
+    assert output["error"] < relative_error(model, x)
+    close = near(model, x)
     with torch.inference_mode():
-        torch.testing.assert_close(network(x), model(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(network(x), model(x), **close)
 
 
 def test_export_accepts_exactly_the_formats_of_the_table():

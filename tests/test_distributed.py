@@ -90,12 +90,6 @@ METHODS = {
     "str": {"name": "str", "init": -4.0},
     "gmp, global": {"name": "gmp", "sparsity": 0.75, "every": 3, "budget": "global"},
     "dst, with a penalty": {"name": "dst", "alpha": 0.02},
-    # A lower temperature than the default, which amplifies rounding differences.
-    "continuous sparsification, with a penalty": {
-        "name": "continuous_sparsification",
-        "weight": 1e-3,
-        "final_temperature": 10.0,
-    },
 }
 
 

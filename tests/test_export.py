@@ -14,6 +14,7 @@ from sparing.export import csr, formats, latency, mnn, network, onnx, openvino, 
 from sparing.export.runtimes import Process
 from sparing.export.shrink import shrink
 from sparing.plots import latency_bars
+from tolerance import near, relative_error, tolerance
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} of sparing[export] is not installed")
@@ -80,17 +81,18 @@ def test_outputs_match_pytorch_in_every_runtime(name):
     make, example = MODELS[name]
     model = trained(make)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    written = onnx.save(model, "network.onnx", example)
-    assert written.error < 1e-5
-    mnn.convert(Path("network.onnx"), Path("network.mnn"))
     plain = network.plain(model)
+    allowed = relative_error(plain, *network.random_inputs(example, 5)[0])
+    written = onnx.save(model, "network.onnx", example)
+    assert written.error < allowed
+    mnn.convert(Path("network.onnx"), Path("network.mnn"))
     files = {"onnxruntime": "network.onnx", "openvino_fp32": "network.onnx", "mnn": "network.mnn"}
     for runtime, file in files.items():
         with Process(runtime, file, threads=1) as process:
             for batch in (1, 5):  # the batch size is dynamic
                 args, kwargs = network.random_inputs(example, batch)
                 got = process.run([tensor.numpy() for tensor in args])
-                assert network.max_relative_error(network.outputs(plain, args, kwargs), got) < 1e-5, runtime
+                assert network.max_relative_error(network.outputs(plain, args, kwargs), got) < allowed, runtime
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     graph = package.load("network.onnx").graph
@@ -103,11 +105,12 @@ def test_outputs_match_pytorch_in_every_runtime(name):
 
 def test_every_format_writes_a_file_with_matching_outputs():
     model = trained(lambda: nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)))
-    sizes = {}
+    sizes, plain = {}, network.plain(model)
+    allowed = relative_error(plain, *network.random_inputs((1, 3, 8, 8))[0])
     for name, (file, save) in formats.FORMATS.items():
         written = save(model, Path(file), (1, 3, 8, 8))
         assert written.path == Path(file)
-        assert written.error < 1e-5
+        assert written.error < allowed
         sizes[name] = written.bytes
     assert sizes["onnx"] == Path("model.onnx").stat().st_size
     assert sizes["openvino"] == Path("model.xml").stat().st_size + Path("model.bin").stat().st_size
@@ -116,7 +119,7 @@ def test_every_format_writes_a_file_with_matching_outputs():
     with Process("openvino_fp32", "model.xml", threads=1) as process:
         args, _ = network.random_inputs((1, 3, 8, 8))
         got = process.run([args[0].numpy()])
-    assert network.max_relative_error(network.outputs(network.plain(model), args, {}), got) < 1e-5
+    assert network.max_relative_error(network.outputs(plain, args, {}), got) < allowed
     state = sparing.export.compressed.load("compressed.safetensors")
     assert all(torch.equal(state[key], tensor) for key, tensor in sparing.dense_state_dict(model).items())
 
@@ -144,11 +147,11 @@ def test_fastgrnn_onnx_export_has_a_dynamic_batch_size(ranks):
 
     model = sparing.models.fastgrnn(5, 6, hidden_size=32, **ranks).eval()
     written = onnx.save(model, "model.onnx", (1, 9, 6))  # compares the outputs with PyTorch
-    assert written.error < 1e-5
-    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
     x = torch.randn(7, 9, 6)
+    assert written.error < relative_error(model, x)
+    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), **near(model, x))
     # U is stored as two low-rank factors if they are smaller.
     assert ((32, 32) in stored_shapes(written.path)) == ("hidden_rank" not in ranks)
 
@@ -160,12 +163,12 @@ def test_export_compacts_learned_ranks():
     x = torch.randn(3, 9, 6)
     small = network.plain(model)
     assert [row.parameters for row in sparing.rnn.ranks(small).rows] == [32 * 6, 2 * 4 * 32]
-    torch.testing.assert_close(small(x), model(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(small(x), model(x), **near(model, x))
     with torch.no_grad():
         model.rnn.cell.hidden.diagonal.weight.zero_()
     zero = network.plain(model)
     assert all(parameter.numel() for parameter in zero.parameters())  # runtimes reject matrices without elements
-    torch.testing.assert_close(zero(x), model(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(zero(x), model(x), **near(model, x))
     with pytest.raises(sparing.InputError, match=r"^OpenVINO cannot read the network: [^\n]+$"):
         openvino.save(sparing.rnn.compact_(model), "zero.xml", (1, 9, 6))
 
@@ -184,7 +187,8 @@ def test_sparse_fastgrnn_outputs_match_in_mnn():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter[torch.rand_like(parameter) < 0.9] = 0
-    assert mnn.save(model, "model.mnn", (1, 9, 6)).error < 1e-5  # checked with another batch size
+    allowed = relative_error(model, torch.randn(2, 9, 6))
+    assert mnn.save(model, "model.mnn", (1, 9, 6)).error < allowed  # checked with another batch size
 
 
 def test_export_errors_name_the_cause_in_one_line():
@@ -249,7 +253,7 @@ def test_every_backend_has_a_row(measured):
         if row.name == "OpenVINO bf16":  # not every processor supports it
             assert row.seconds is not None or row.note == "this processor does not support bf16"
             continue
-        assert row.error < 1e-3  # dense MNN uses Winograd convolutions
+        assert row.error < network.TOLERANCE  # dense MNN uses Winograd convolutions
         assert 0 < row.lowest <= row.seconds <= row.highest
         assert 0 < row.ratio_lowest <= row.ratio <= row.ratio_highest
     for batch in (1, 2):  # ratios are relative to the fastest sparse backend
@@ -359,7 +363,7 @@ def test_verdict(rows, verdict):
         ({0.5: 0.8, 0.9: 2.0}, "Break-even sparsity is between 50 and 90 % (...); speedup of 2.00x at 90 %."),
         (
             {0.5: 1.1, 0.9: 2.0},
-            "Break-even sparsity is at most 50 %, the lowest that was measured (...); speedup of 1.10x at 50 %.",
+            "Break-even sparsity is at allowed 50 %, the lowest that was measured (...); speedup of 1.10x at 50 %.",
         ),
         ({0.5: 1.1, 0.7: 0.9, 0.9: 2.0}, "Break-even sparsity is between 70 and 90 % (...); speedup of 2.00x at 90 %."),
         ({0.5: 0.5, 0.9: 0.9}, "Break-even sparsity is above 90 % (...)."),
@@ -389,14 +393,14 @@ def sparse_(layer, sparsity):
 def test_csr_linear_matches_linear(shape, bias):
     layer = sparse_(nn.Linear(64, 30, bias=bias), 0.9)
     x = torch.randn(shape)
-    torch.testing.assert_close(csr.CSRLinear(layer)(x), layer(x))
+    torch.testing.assert_close(csr.CSRLinear(layer)(x), layer(x), **near(layer, x))
 
 
 @pytest.mark.parametrize("stride", [1, 2, (2, 3)])
 def test_csr_pointwise_matches_conv2d(stride):
     layer = sparse_(nn.Conv2d(12, 7, 1, stride=stride), 0.9)
     x = torch.randn(3, 12, 9, 8)
-    torch.testing.assert_close(csr.CSRPointwise(layer)(x), layer(x))
+    torch.testing.assert_close(csr.CSRPointwise(layer)(x), layer(x), **near(layer, x))
 
 
 def fix_times(monkeypatch, dense, sparse):
@@ -409,16 +413,16 @@ def test_faster_layers_are_replaced_and_outputs_match(monkeypatch):
     model = sparing.densify_(trained(sparing.models.resnet8))
     model.layer1[0].conv1 = nn.Conv2d(16, 16, 3, padding=1)  # 3×3 convolutions and dense layers are not replaced
     x = torch.randn(2, 1, 28, 28)
-    expected = model.eval()(x)
+    expected, close = model.eval()(x), near(model, x)
     fix_times(monkeypatch, 2.0, 1.0)
     swaps = csr.accelerate_(model, (1, 1, 28, 28))
     assert [(swap.name, swap.swapped) for swap in swaps] == [
         ("layer2.0.downsample.0", True), ("layer3.0.downsample.0", True), ("fc", True)
     ]  # fmt: skip
-    assert all(swap.error < 1e-5 for swap in swaps)
+    assert all(swap.error < tolerance(torch.float32, terms=64) for swap in swaps)  # the largest fan-in
     assert type(model.fc) is csr.CSRLinear
     assert type(model.layer2[0].downsample[0]) is csr.CSRPointwise
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected, **close)
 
 
 def test_slower_and_dense_layers_are_not_replaced(monkeypatch):
@@ -443,12 +447,12 @@ def test_shared_layer_is_replaced_in_both_places(monkeypatch):
     shared = sparse_(nn.Linear(20, 20), 0.95)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     x = torch.randn(3, 20)
-    expected = model(x)
+    expected, close = model(x), near(model, x)
     fix_times(monkeypatch, 2.0, 1.0)
     csr.accelerate_(model, (1, 20))
     assert model[0] is model[2]
     assert type(model[0]) is csr.CSRLinear
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected, **close)
 
 
 def test_accelerate_uses_measured_times():
@@ -493,7 +497,8 @@ def assert_smaller(model, example, expected):
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparing.layers.find_layers(small).items()}
     assert {name: shapes[name] for name in expected} == expected
     args, kwargs = network.random_inputs(example, 4)
-    assert network.max_relative_error(network.outputs(model, args, kwargs), network.outputs(small, args, kwargs)) < 1e-5
+    error = network.max_relative_error(network.outputs(model, args, kwargs), network.outputs(small, args, kwargs))
+    assert error < relative_error(model, *args)
     return small
 
 
@@ -618,7 +623,7 @@ def test_channels_of_a_parameter_outside_of_layers_are_kept():
     with torch.no_grad():
         model.first.weight[2:5] = 0
     x = torch.randn(4, 6)
-    torch.testing.assert_close(shrink(model, (1, 6))(x), model(x))
+    torch.testing.assert_close(shrink(model, (1, 6))(x), model(x), **near(model, x))
 
 
 def test_shrink_rejects_a_model_with_output_mismatch():
@@ -638,4 +643,5 @@ def test_shrink_after_str_with_a_threshold_per_filter():
     weights = sum(layer.weight.numel() for layer in sparing.layers.find_layers(small).values())
     assert weights < 0.7 * 77_072
     args, _ = network.random_inputs((1, 1, 28, 28))
-    assert network.max_relative_error(network.outputs(model.eval(), args, {}), network.outputs(small, args, {})) < 1e-5
+    error = network.max_relative_error(network.outputs(model.eval(), args, {}), network.outputs(small, args, {}))
+    assert error < relative_error(model, *args)

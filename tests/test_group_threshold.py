@@ -19,6 +19,9 @@ GROUPS = {
     "slices": ((4, 3, 2), (2, 2, 3, 2), (1, 3)),
     "all": ((4, 3), (4, 3), (0, 1)),
 }
+SUMS_ALL = pytest.mark.xfail(
+    strict=True, reason="the backward of group_soft_threshold sums over all dimensions where dims is empty"
+)
 every_grouping = pytest.mark.parametrize("groups", GROUPS)
 
 
@@ -64,7 +67,9 @@ def test_the_norm_is_the_root_mean_square_of_each_group(groups):
     assert low.dtype == (torch.float32 if dims else torch.bfloat16)
 
 
-@every_grouping
+@pytest.mark.parametrize(
+    "groups", [pytest.param(name, marks=SUMS_ALL) if name == "weights" else name for name in GROUPS]
+)
 def test_the_group_soft_threshold_has_its_formula_and_the_gradients_of_finite_differences(groups):
     shape, view, dims = GROUPS[groups]
     weight, threshold = pair(groups)
@@ -81,6 +86,7 @@ def test_a_threshold_per_group_gets_a_gradient_per_group():
     assert torch.autograd.gradcheck(lambda w, t: group_soft_threshold(w, t, (6, 5), (1,)), (weight, threshold))
 
 
+@SUMS_ALL
 def test_groups_of_one_weight_are_thresholded_and_trained_as_by_the_soft_threshold():
     weight, threshold = pair("weights")
     upstream = torch.randn_like(weight)
@@ -115,6 +121,16 @@ def test_groups_at_the_threshold_and_of_zeros_are_pruned_with_finite_gradients(f
         assert all(gradient.isfinite().all() for gradient in gradients)
         if function is group_soft_threshold:
             assert not gradients[0][2].any()
+
+
+@pytest.mark.xfail(strict=True, reason="t / (n ‖W‖³) is 0 / 0 or infinite where the cube underflows")
+@pytest.mark.parametrize("threshold", [0.0, 1.6e-28])
+def test_a_group_of_tiny_weights_above_a_tiny_threshold_has_finite_gradients(threshold):
+    """These are the thresholds of s = -3200, where the paper starts, and of s = -64."""
+    weight = torch.full((1, 4), 1e-18, requires_grad=True)
+    effective = group_soft_threshold(weight, torch.tensor([threshold]), (1, 4), (1,))
+    effective.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    torch.testing.assert_close(weight.grad, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
 
 
 def test_a_frozen_weight_or_threshold_gets_no_gradient():

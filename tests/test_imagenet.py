@@ -26,6 +26,7 @@ from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unread
 from sparing.data.shards import read_shards
 from sparing.train.recipe import Recipe, load_recipe
 from sparing.train.run import train_run
+from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent
 CLASSES, TRAIN, VAL = 100, 4, 2
@@ -246,7 +247,8 @@ def test_pixels_are_normalized_on_the_device(colors, device):
     stored = decode(data.splits["test"].path(0)).getpixel((40, 40))
     for channel, mean, std in zip(range(3), MEAN, STD, strict=True):
         wanted = torch.full((32, 32), (stored[channel] / 255 - mean) / std)
-        assert torch.allclose(pixels[0, channel].cpu(), wanted, atol=1e-5)
+        rounding = tolerance(torch.float32, terms=2, scale=1 / std)
+        torch.testing.assert_close(pixels[0, channel].cpu(), wanted, rtol=0, atol=rounding)
 
 
 def test_evaluation_resizes_the_shorter_side_and_crops_the_center(textures):
@@ -258,7 +260,8 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_center(textures):
     left, top = round((scaled.width - 56) / 2), (64 - 56) // 2
     middle = np.asarray(scaled.crop((left, top, left + 56, top + 56)), dtype=np.float32)
     wanted = (middle / 255 - np.array(MEAN)) / np.array(STD)
-    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), wanted, atol=1e-4)
+    rounding = tolerance(torch.float32, terms=2, scale=1 / min(STD))
+    np.testing.assert_allclose(pixels[0].permute(1, 2, 0).numpy(), wanted, rtol=0, atol=rounding)
 
 
 def test_training_crops_8_to_100_percent_and_flips_half(tmp_path):

@@ -54,6 +54,15 @@ def shards(images):
     return images / "shards"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the subprocesses: the number of threads can change the order of sums, and results are compared exactly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def sparing(*arguments, ranks=1):
     command = [sys.executable, "-c", PROGRAM]
     if ranks > 1:

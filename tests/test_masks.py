@@ -65,26 +65,12 @@ def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once
     assert flat[tied].tolist() == sorted(flat[tied].tolist(), reverse=True)
 
 
-OVERFLOWS = pytest.mark.xfail(
-    strict=True, raises=OverflowError, reason="global_threshold widens its bracket to infinity: masks.py"
-)
-
-
-@pytest.mark.parametrize(
-    ("nan", "few"),
-    [
-        (501, masks.FEW),
-        (900, masks.FEW),
-        (1000, masks.FEW),
-        (1000, 100),
-        pytest.param(501, 100, marks=OVERFLOWS),
-        pytest.param(900, 100, marks=OVERFLOWS),
-    ],
-)
+@pytest.mark.parametrize("few", [masks.FEW, 100])
+@pytest.mark.parametrize("nan", [501, 900, 1000])
 def test_more_scores_that_are_nan_than_are_kept_are_refused(nan, few):
     tensor = torch.randn(1000)
     tensor[:nan] = torch.nan
-    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match="of 1000 scores are NaN"):
+    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match="of 1000 .*are NaN"):
         keep_top(tensor[torch.randperm(1000)], 500)
 
 
@@ -112,20 +98,7 @@ def test_keep_top_keeps_the_shape_of_any_layout(count):
     assert set(tensor[mask].tolist()) == set(sorted(tensor.flatten().tolist())[12 - count :])
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param(
-            (2, 3, 4, 5),
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=RuntimeError,
-                reason="keep_top_together: mask.view(-1) of a channels_last mask: masks.py",
-            ),
-        ),
-        (8, 4, 1, 1),
-    ],
-)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (8, 4, 1, 1)])
 def test_ties_in_a_channels_last_tensor_are_broken_by_position(shape):
     tensor = torch.zeros(shape).to(memory_format=torch.channels_last)
     assert keep_top(tensor, 7).flatten().nonzero().flatten().tolist() == list(range(7))

@@ -11,6 +11,7 @@ from sparing.schedules import (
     Updates,
     check_number,
     check_positions,
+    check_steps,
     cosine,
     cubic,
     to_step,
@@ -88,7 +89,7 @@ def test_updates_are_due_at_begin_every_interval_and_end(data):
     length = data.draw(st.integers(1, 120))
     end = data.draw(st.integers(0, length))
     begin = data.draw(st.integers(0, end))
-    every = data.draw(st.integers(1, max(end - begin, 1)))
+    every = data.draw(st.integers(1, max((end - begin) // 2, 1)))
     on_the_ramp = set(range(begin, end + 1, every)) | {end}
     updates = resolve(begin, end, every, length)
     due = {step for step in range(length + 50) if updates.due(step)}
@@ -117,11 +118,20 @@ def test_progress_rises_from_the_start_to_exactly_one(data, start):
 
 
 @pytest.mark.parametrize(
-    ("begin", "end", "every", "interval"),
-    [(0, 100, 100, 100), (0, 100, 101, 10), (20, 35, 16, 1), (20, 80, 1000, 6), (5, 5, 7, 1), (0, 0, 100, 1)],
+    ("begin", "end", "every", "after_ramp", "interval"),
+    [
+        (0, 100, 50, False, 50),
+        (0, 100, 51, False, 10),
+        (20, 35, 8, False, 1),
+        (20, 35, 8, True, 8),  # updates go on to step 100
+        (20, 80, 1000, False, 6),
+        (20, 80, 1000, True, 8),
+        (5, 5, 7, False, 1),
+        (0, 0, 100, False, 1),
+    ],
 )
-def test_an_interval_longer_than_the_ramp_becomes_a_tenth_of_it(begin, end, every, interval):
-    assert resolve(begin, end, every, 100).every == interval
+def test_an_interval_that_fits_less_than_twice_becomes_a_tenth(begin, end, every, after_ramp, interval):
+    assert resolve(begin, end, every, 100, after_ramp).every == interval
 
 
 @pytest.mark.parametrize(
@@ -147,6 +157,9 @@ def test_an_int_is_a_step_and_a_float_a_fraction(position, step):
         (lambda: check_positions(Scheduled(every=0)), "every must be a whole number of optimizer steps.* got 0"),
         (lambda: check_positions(Scheduled(every="10")), "every must be a whole number of optimizer steps.* got '10'"),
         (lambda: check_positions(Scheduled(every=2.0)), "every must be a whole number of optimizer steps.* got 2.0"),
+        (lambda: check_steps(0), "steps must be a whole number of optimizer steps, at least 1, got 0"),
+        (lambda: check_steps(1e3), "steps must be a whole number of optimizer steps, at least 1, got 1000.0"),
+        (lambda: check_steps(True), "steps must be a whole number of optimizer steps, at least 1, got True"),
         (lambda: check_positions(Scheduled(every=True)), "every must be a whole number of optimizer steps.* got True"),
     ],
 )
@@ -158,6 +171,7 @@ def test_a_schedule_that_cannot_be_followed_is_refused(call, message):
 def test_a_step_needs_no_length_and_a_schedule_that_fits_passes():
     assert to_step(40, None) == 40
     assert resolve(0, 40, 10, None) == Updates(0, 40, 10)
+    check_steps(None)
     check_positions(Scheduled(begin=0, end=0.5, every=3), "begin", "end")
 
 

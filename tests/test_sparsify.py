@@ -1,4 +1,4 @@
-"""sparsify_, densify_ and what must survive between them."""
+"""sparsify_ and densify_ on every kind of layer, copies and state dicts between them, and bad input."""
 
 import copy
 import warnings
@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import sparing
 from sparing import STR, InputError, SparsityWarning, select
+from tolerance import near
 
-# sigmoid(-3) = 0.047: some weights of every model below are under it and some above.
+# sigmoid(-3) = 0.047: some weights of every layer below are under it and some above.
 HALF = STR(init=-3.0)
 
 
@@ -92,13 +93,13 @@ def small():
 
 
 def loss(out):
-    """A fixed projection: unlike in a plain sum, every output matters differently."""
+    """Return a weighted sum of the outputs, with another weight for each of them."""
     return (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_outputs_and_gradients_are_those_of_the_thresholded_weights(case, granularity):
-    """An independent reading: the plain model with its weights replaced by the formula's."""
+    """The reference is the dense model with its weights replaced by those of the formula."""
     model, x = case
     reference = copy.deepcopy(model)
     sparsifier = sparing.sparsify_(model, STR(init=-3.0, granularity=granularity))
@@ -119,12 +120,12 @@ def test_outputs_and_gradients_are_those_of_the_thresholded_weights(case, granul
     dense = dict(reference.named_parameters())
     for layer in sparsifier.layers.values():
         gradient = dense[layer.places[0].key].grad
-        live = layer.effective_weight.detach() != 0
-        torch.testing.assert_close(layer.weight.grad, gradient * live)
+        active = layer.effective_weight.detach() != 0
+        torch.testing.assert_close(layer.weight.grad, gradient * active)
         assert layer.weight.grad.abs().sum() > 0
 
 
-def test_densify_is_bit_equal_and_plain(case):
+def test_densify_leaves_plain_modules_with_equal_outputs(case):
     model, x = case
     plain_keys = list(model.state_dict())
     parameters = {id(p) for p in model.parameters()}
@@ -143,7 +144,7 @@ def test_densify_is_bit_equal_and_plain(case):
     assert sparing.sparse_layers(model) == {}
 
 
-def test_densify_of_a_dense_model_leaves_it_alone():
+def test_densify_does_not_change_a_dense_model():
     model, x = small()
     expected = model(x)
     assert torch.equal(sparing.densify_(model)(x), expected)
@@ -153,7 +154,7 @@ def test_a_deepcopy_is_independent_and_either_can_be_densified(case):
     model, x = case
     sparing.sparsify_(model, HALF)
     model.eval()
-    expected = model(x)  # also leaves a graph behind, which a copy must not stumble over
+    expected = model(x)  # keeps a graph, which a copy must not fail on
     replica = copy.deepcopy(model)
     assert torch.equal(replica(x), expected)
     sparing.densify_(replica)
@@ -218,7 +219,7 @@ def test_s_stays_float32_in_a_half_precision_model(dtype):
     assert layer.weight.dtype == layer.effective_weight.dtype == dtype
     assert layer.parametrization.s.dtype == torch.float32
     assert torch.equal(layer.parametrization.s, torch.tensor([s_value]))
-    # The step that rounds away in bf16: s must move.
+    # In bf16 this step would be lost to rounding.
     optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=5e-4), lr=0.1)
     model(x.to(dtype)).float().sum().backward()
     optimizer.step()
@@ -244,27 +245,27 @@ def test_double_moves_s_to_double_and_meta_model_can_be_materialized():
 def test_moves_between_devices(device):
     model, x = small()
     sparing.sparsify_(model, STR(init=-3.0, granularity="global"))
-    expected = model(x)
+    expected, close = model(x), near(model, x)
     model.to(device)
-    torch.testing.assert_close(model(x.to(device)).cpu(), expected)
+    torch.testing.assert_close(model(x.to(device)).cpu(), expected, **close)
     shared = {id(layer.parametrization.s) for layer in sparing.sparse_layers(model).values()}
     assert len(shared) == 1
 
 
-# torch.compile trips over what torch itself deprecates.
+# torch.compile uses functions that torch itself deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["linear", "conv2d", "channels_last"])
-def test_compiles_whole_and_exports(name):
+def test_compiles_in_one_graph_and_exports(name):
     model, x = MODELS[name]()
     sparing.sparsify_(model, HALF)
     model.eval()
-    expected = model(x)
+    expected, close = model(x), near(model, x)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, **close)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, **close)
 
 
-def test_a_recurrent_layer_computes_each_weight_once_a_call():
+def test_a_recurrent_layer_computes_each_weight_once_per_call():
     model, x = MODELS["lstm"]()
     sparsifier = sparing.sparsify_(model, HALF)
     calls = []
@@ -331,7 +332,7 @@ def test_multihead_attention_on_request():
     assert torch.equal(model(x, x, x)[0], out)
 
 
-def test_filter_thresholds_have_one_number_an_output_channel():
+def test_filter_thresholds_have_one_number_per_output_channel():
     shapes = {
         nn.Conv2d(4, 8, 3): (8, 1, 1, 1),
         nn.Conv2d(4, 8, 3, groups=4): (8, 1, 1, 1),
@@ -348,7 +349,7 @@ def test_filter_thresholds_have_one_number_an_output_channel():
 # Bad input
 
 
-def test_nothing_to_select_says_what_was_there():
+def test_a_selection_of_nothing_names_the_weights_of_the_model():
     with pytest.raises(InputError, match="no weight matrix or kernel; its modules are ReLU"):
         sparing.sparsify_(nn.Sequential(nn.ReLU()), HALF)
     with pytest.raises(InputError, match=r"select chose no layer; the model's weights are 0 \(Linear\), 2 \(Linear\)"):
@@ -372,14 +373,28 @@ def test_a_bad_selection_is_refused(choice, message):
     assert not parametrize.is_parametrized(model[0])
 
 
-def test_an_already_sparsified_model_is_refused():
+def test_a_layer_is_sparsified_once_and_others_by_another_call():
     model, _ = small()
     sparing.sparsify_(model, HALF, select=["0"])
-    with pytest.raises(InputError, match=r"sparsified already \('0'\); call sparing.densify_"):
+    with pytest.raises(
+        InputError, match=r"'0' is sparsified already: choose other layers with select=, change its targ"
+    ):
         sparing.sparsify_(model, HALF)
+    assert list(sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0), select=["2"]).layers) == ["2"]
+    assert list(sparing.sparse_layers(model)) == ["0", "2"]
+    sparing.densify_(model)
+    assert not sparing.sparse_layers(model)
 
 
-def test_nan_weights_are_refused_by_name_and_nothing_is_changed():
+@pytest.mark.parametrize("steps", [0, -1, 10.0, True, "10"])
+def test_a_length_that_is_no_number_of_steps_is_refused(steps):
+    model, _ = small()
+    with pytest.raises(InputError, match="steps must be a whole number of optimizer steps, at least 1, got"):
+        sparing.sparsify_(model, HALF, steps=steps)
+    assert not sparing.sparse_layers(model)
+
+
+def test_nan_weights_are_refused_by_name_without_changing_the_model():
     model, _ = small()
     with torch.no_grad():
         model[2].weight[0, :2] = float("nan")
@@ -388,7 +403,7 @@ def test_nan_weights_are_refused_by_name_and_nothing_is_changed():
     assert not parametrize.is_parametrized(model[0])
 
 
-def test_other_parametrizations_lazy_modules_and_wrong_methods_are_refused():
+def test_other_parametrizations_lazy_modules_and_what_is_no_method_are_refused():
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(InputError, match="'0' already carries the parametrization _WeightNorm"):
         sparing.sparsify_(normed, HALF)
@@ -401,11 +416,10 @@ def test_other_parametrizations_lazy_modules_and_wrong_methods_are_refused():
         sparing.sparsify_(nn.Linear(2, 2), "str")
 
 
-def test_an_initial_threshold_over_every_weight_warns_with_the_numbers():
+def test_an_initial_threshold_above_every_weight_warns_with_the_numbers():
     model, _ = small()
     with pytest.warns(
-        SparsityWarning,
-        match=r"2 of 2 layers are all zero before training \(0: largest \|weight\| 0\.3.* under a threshold of 0\.88",
+        SparsityWarning, match=r"step 0: every weight of '0' \(largest .weight. 0\.3.*, threshold 0.881\)"
     ):
         sparing.sparsify_(model, STR(init=2.0))
 
@@ -417,7 +431,7 @@ def test_a_weight_held_outside_a_layer_as_well_is_refused():
         sparing.sparsify_(model, HALF)
 
 
-def test_weights_that_something_recomputes_are_refused_and_not_skipped():
+def test_weights_that_something_else_computes_are_refused_and_not_left_out():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
@@ -430,7 +444,7 @@ def test_weights_that_something_recomputes_are_refused_and_not_skipped():
     assert list(sparing.sparsify_(pruned, HALF, select=["1"]).layers) == ["1"]
 
 
-def test_a_map_that_fails_on_one_layer_leaves_the_model_as_it_was():
+def test_a_map_that_fails_on_one_layer_leaves_the_model_unchanged():
     def picky(s):
         if len(s) == 3:
             raise RuntimeError("no")
@@ -449,7 +463,7 @@ def test_a_layer_without_weights_is_refused():
         sparing.sparsify_(empty, HALF)
 
 
-def test_global_thresholds_stay_one_through_meta_and_assignment():
+def test_a_global_threshold_stays_shared_after_to_empty_and_assignment():
     method = STR(init=-3.0, granularity="global")
     model, x = small()
     sparing.sparsify_(model, method)
@@ -462,7 +476,7 @@ def test_global_thresholds_stay_one_through_meta_and_assignment():
     assert torch.equal(other(x), model(x))
 
 
-def test_sparsifying_the_original_leaves_a_copy_with_another_parametrization_alone():
+def test_sparsifying_a_model_does_not_change_a_copy_with_another_parametrization():
     model = nn.Sequential(nn.Linear(3, 3))
     parametrize.register_parametrization(model[0], "bias", nn.Identity())
     replica = copy.deepcopy(model)

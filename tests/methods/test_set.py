@@ -70,8 +70,8 @@ def test_prunes_the_share_of_the_cosine_by_an_independent_reading(step):
 
 
 def test_blocks_are_pruned_by_their_norm():
-    """Of the active blocks (−4, 2) goes or is regrown at once, though its first weight is larger than 3.5."""
-    weight = torch.tensor([[5.0, -4.0, 9.0], [5.0, 2.0, 9.0], [3.5, 9.0, 9.0], [3.5, 9.0, 9.0]])
+    """(−4, 2) has the smallest norm, (3.5, 3.5) the smallest maximum, (0.1, 5) the smallest mean."""
+    weight = torch.tensor([[0.1, -4.0, 9.0], [5.0, 2.0, 9.0], [3.5, 9.0, 9.0], [3.5, 9.0, 9.0]])
     active = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], dtype=torch.bool)
     regrown = set()
     for seed in range(30):

@@ -65,10 +65,9 @@ def test_weights_move_to_the_layer_of_larger_mean_momentum_and_to_its_largest_mo
 
 
 def test_blocks_are_pruned_by_their_norm_and_regrown_by_the_norm_of_their_momentum():
-    """Of four active blocks (−4, 2) and (3, 3) go; of the others (0, 5) and (4, 4) have the largest momentum."""
+    """(1, 1) and (4, 2) have the smallest norms; of the other blocks (0, 5) and (4, 4) have the largest momentum."""
     model = nn.Linear(4, 4, bias=False)
-    weight = torch.tensor([[5.0, -4.0, 9.0, 9.0], [5.0, 2.0, 9.0, 9.0], [3.5, 3.0, 9.0, 9.0], [3.5, 3.0, 9.0, 9.0]])
-    model.weight.data = weight.clone()
+    model.weight.data = torch.tensor([[0.1, 4.0, 9, 9], [-5.0, 2.0, 9, 9], [3.5, 1.0, 9, 9], [3.5, 1.0, 9, 9]])
     method = SNFS(sparsity=0.5, end=100, every=1, fraction=0.5, final_fraction=0.5, pattern=Block(2))
     sparsifier = sparing.sparsify_(model, method, steps=100)
     sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.0))
