@@ -1,4 +1,4 @@
-"""Train every method on the same recipe to 90 %: a small ResNet on the 5,000 MNIST digits.
+"""Train every method with the same recipe to 90 % sparsity: a small ResNet on the 5,000 MNIST digits.
 
     python bench/all_methods.py [--seeds 0 1] [--methods gmp rigl] [--out runs/all_methods]
 

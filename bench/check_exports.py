@@ -1,9 +1,9 @@
-"""Does every model of sparing.models, sparse at 90 %, compute in each runtime what it computes in torch?
+"""Check that every model of sparing.models, at 90 % sparsity, has the same outputs in each runtime as in PyTorch.
 
 python bench/check_exports.py [MODEL ...]
 
-Prints a row a model and format: the size, and the largest difference to torch on random inputs, as a
-fraction of the largest output. Exit status 1 if one fails.
+Prints one row per model and format: file size, and maximum relative error against PyTorch on random inputs. Exit
+status 1 if an export fails.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Bytes on disk: ResNet-50 and MobileNetV1 at published and uniform budgets, in every form sparing writes.
+"""Measure file sizes: ResNet-50 and MobileNetV1 with published and uniform budgets, in every format of sparing.
 
     python bench/export_size.py [--json results/export/size.json]
 
-Weights are random, thresholded to the budget: the size depends on how many live and hardly on where. The bound
-is the entropy of where they are and the bytes of what they are (`sparing.export.compressed.entropy_bound`);
-the tensors of batch normalization, which nobody can leave out, count with their bytes.
-Exit status 1 if a file is more than 1.10 times the bound.
+Weights are random, thresholded to the budget: the size depends on the number of nonzero weights and hardly on their
+positions. The lower bound is the entropy of the positions plus the bytes of the values
+(`sparing.export.compressed.entropy_bound`); the tensors of batch normalization count with their bytes. Exit status 1
+if a file is larger than 1.10 times the bound.
 """
 
 import argparse
@@ -26,19 +26,19 @@ UNIFORM = {"resnet50": (0.9, 0.95), "mobilenet_v1": (0.9, 0.95)}  # MobileNetV1'
 
 
 def networks():
-    """(model name, budget name, model) for every row."""
-    for share in PUBLISHED:
+    """Yield (model name, budget name, model) for every row."""
+    for sparsity in PUBLISHED:
         model = sparing.models.resnet50()
-        yield "resnet50", f"str-{share}", thinned_(model, sparing.Budget.published(f"resnet50-str-{share}"))
-    for name, shares in UNIFORM.items():
-        for share in shares:
+        yield "resnet50", f"str-{sparsity}", prune_(model, sparing.Budget.published(f"resnet50-str-{sparsity}"))
+    for name, sparsities in UNIFORM.items():
+        for sparsity in sparsities:
             model = sparing.models.MODELS[name]()
-            yield name, f"uniform-{100 * share:g}", thinned_(model, sparing.Budget.uniform(model, share))
+            yield name, f"uniform-{100 * sparsity:g}", prune_(model, sparing.Budget.uniform(model, sparsity))
 
 
 @torch.no_grad()
-def thinned_(model, budget):
-    """The model with the smallest weights of each layer set to zero, as many as the budget says."""
+def prune_(model, budget):
+    """Set the smallest weights of each layer to zero, in place, and return the model."""
     for name, layer in sparing.layers.find_layers(model).items():
         mask = keep_top(layer.weight.abs(), count_kept(layer.weight.numel(), budget[name]))
         layer.weight.copy_(torch.where(mask, layer.weight, 0.0))
@@ -46,7 +46,7 @@ def thinned_(model, budget):
 
 
 def measure(name, budget, model, folder):
-    """One row."""
+    """Return the row of a model."""
     layers = sparing.layers.find_layers(model)
     state = model.state_dict()
     weights = {f"{layer}.weight": state[f"{layer}.weight"] for layer in layers}
@@ -57,13 +57,13 @@ def measure(name, budget, model, folder):
         path = Path(folder, key)
         compressed.save(content, path, values=values)
         sizes[key] = path.stat().st_size
-    back = compressed.load(Path(folder, "full"))
-    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    loaded = compressed.load(Path(folder, "full"))
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
     bound = compressed.entropy_bound(weights)
     total = sum(tensor.numel() for tensor in weights.values())
-    live = sum(int(torch.count_nonzero(tensor)) for tensor in weights.values())
+    nonzero = sum(int(torch.count_nonzero(tensor)) for tensor in weights.values())
     return {
-        "model": name, "budget": budget, "weights": total, "nonzero": live, "sparsity": 1 - live / total,
+        "model": name, "budget": budget, "weights": total, "nonzero": nonzero, "sparsity": 1 - nonzero / total,
         "dense_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         "bound_bytes": bound, "weights_bytes": sizes["weights_only"], "ratio_to_bound": sizes["weights_only"] / bound,
         "compressed_bytes": sizes["full"], "bf16_bytes": sizes["bf16"],
@@ -73,7 +73,7 @@ def measure(name, budget, model, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     rows = []
@@ -83,7 +83,7 @@ def main():
             row = rows[-1]
             print(
                 f"{name:<13}{budget:<12}{100 * row['sparsity']:6.2f} %  dense {row['dense_bytes']:>11,}  compressed "
-                f"{row['compressed_bytes']:>11,}  bf16 {row['bf16_bytes']:>11,}  weights, of the bound: "
+                f"{row['compressed_bytes']:>11,}  bf16 {row['bf16_bytes']:>11,}  weights / bound: "
                 f"{row['ratio_to_bound']:.4f}",
                 flush=True,
             )

@@ -1,14 +1,14 @@
-"""Whether it helps STR that is asked for a sparsity to leave thresholds alone once it is reached.
+"""Test whether STR with a target sparsity benefits from fixed thresholds at the end of the run.
 
     python bench/freezing.py [--variants asked fixed lifted] [--percents 95 98] [--seeds 0 1 2] [--out runs/freezing]
 
-Three ways to spend the last fifth of the run, on recipes/targets/resnet8-mnist5k.yaml:
+Three variants of the last fifth of the run, with recipes/targets/resnet8-mnist5k.yaml:
 
-    asked     STR as it is: s goes on learning, and is pulled to the total every 16 steps
-    fixed     s moves no more; the last step alone pulls once again, so that the total is exact
-    lifted    W ← S and the threshold goes down to 1e-7: survivors are trained without it, the dead stay dead
+    asked     STR: s continues to learn, and the thresholds are rescaled to the target every 16 steps
+    fixed     s is constant; one rescaling at the last step makes the sparsity exact
+    lifted    W ← S, and the thresholds are set to 1e-7: active weights train without shrinkage, pruned ones stay zero
 
-The last two are no methods of the library. Writes results/freezing/<variant>-<percent>-seed<n>.json.
+The last two are not methods of the library. Writes results/freezing/<variant>-<percent>-seed<n>.json.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ledger import ROOT, train_into
 from sparing import METHODS, STR
+from sparing.optimizers import reset_state
 from sparing.parametrizations import SoftThreshold
 from sparing.schedules import to_step
 from sparing.target import FARTHEST, rescale
@@ -29,47 +30,46 @@ from sparing.target import FARTHEST, rescale
 RECIPE = ROOT / "recipes" / "targets" / "resnet8-mnist5k.yaml"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fixed(STR):
-    """STR whose s stays where it is from `freeze` on."""
+    """STR with constant s from the fraction `freeze` of the run on."""
 
     name: ClassVar[str] = "str_fixed"
 
     freeze: float = 0.8
 
-    def is_frozen(self, step):
-        return step > to_step(self.freeze, self.steps)
+    def is_frozen(self, step, steps):
+        return step > to_step(self.freeze, steps)
 
-    def before_step(self, sparsifier):
-        if self.is_frozen(sparsifier.step):
+    def before_step(self, sparsifier, optimizers):
+        if self.is_frozen(sparsifier.step, sparsifier.steps):
             for _, part in sparsifier.each(SoftThreshold):
-                part.s.grad = None  # optimizers pass it by: no decay and no momentum either
+                part.s.grad = None  # optimizers skip it: no weight decay and no momentum either
 
-    def after_step(self, sparsifier):
-        if not self.is_frozen(sparsifier.step) or sparsifier.step == self.steps:
-            super().after_step(sparsifier)
+    def after_step(self, sparsifier, optimizers):
+        step, steps = sparsifier.step, sparsifier.steps
+        if not self.is_frozen(step, steps) or step == steps:
+            super().after_step(sparsifier, optimizers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lifted(Fixed):
-    """STR that drops its thresholds at `freeze` and goes on with the weights that are left."""
+    """STR that removes its thresholds at `freeze` and continues with the active weights."""
 
     name: ClassVar[str] = "str_lifted"
 
     @torch.no_grad()
-    def after_step(self, sparsifier):
-        if not self.is_frozen(sparsifier.step):
-            super().after_step(sparsifier)
-        elif not self.is_frozen(sparsifier.step - 1):
+    def after_step(self, sparsifier, optimizers):
+        step, steps = sparsifier.step, sparsifier.steps
+        if not self.is_frozen(step, steps):
+            super().after_step(sparsifier, optimizers)
+        elif not self.is_frozen(step - 1, steps):
             rescale(sparsifier.layers, sparsifier.plan, sparsifier.plan.final)
             for layer, part in sparsifier.each(SoftThreshold):
                 layer.weight.copy_(layer.effective_weight)
                 part.s.fill_(-FARTHEST)
-                for optimizer in sparsifier.optimizers:
-                    # A dead weight has no gradient and no decay; without momentum it stays zero.
-                    for moment in optimizer.state.get(layer.weight, {}).values():
-                        if torch.is_tensor(moment) and moment.shape == layer.weight.shape:
-                            moment[layer.weight == 0] = 0
+                # A pruned weight has no gradient and no weight decay; without momentum it stays zero.
+                reset_state(optimizers, layer.weight, layer.weight == 0)
 
 
 VARIANTS = {"asked": STR, "fixed": Fixed, "lifted": Lifted}
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "freezing")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    METHODS.update({method.name: method for method in VARIANTS.values()})  # for the recipe to know them
+    METHODS.update({method.name: method for method in VARIANTS.values()})  # so that recipes can name them
     for seed in options.seeds:
         for percent in options.percents:
             for variant in options.variants:

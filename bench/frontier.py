@@ -1,22 +1,21 @@
-"""Accuracy against sparsity and against MACs, method by method, from 80 % to 99 %.
+"""Measure accuracy against sparsity and against MACs for several methods, from 80 % to 99 % sparsity.
 
-    python bench/frontier.py                                     all of it, on Fashion-MNIST, three seeds
+    python bench/frontier.py                                     everything, on Fashion-MNIST, three seeds
     python bench/frontier.py --variants dense str gmp --sparsities 0.9 --seeds 0
     python bench/frontier.py --data cifar10_jpeg --data-root data/cifar10-jpeg.tar.xz --device cuda
 
-Trains recipes/fashion-mnist/frontier.yaml with its method swapped. Every run has a directory under --out
-and, once finished, a file results/frontier/<data>/<variant>-<sparsity>-seed<n>.json; runs that have one
-are not trained again, and one that was cut short goes on from its last epoch. Several machines may share
-the work, each with its own --seeds or --variants. With other --epochs than the recipe's the numbers stay
-under --out: they are no part of the study.
+Trains recipes/fashion-mnist/frontier.yaml with another method. Every run has a directory under --out and, once
+finished, a file results/frontier/<data>/<variant>-<sparsity>-seed<n>.json. A run with such a file is not repeated,
+and an interrupted run continues from its last epoch. Several machines can share the work, each with its own --seeds
+or --variants. With --epochs, the results stay under --out and are not part of the study.
 
-`python bench/results.py table` and `figures` then build the table and the figure of docs/choosing.md.
+`python bench/results.py table` and `figures` build the table and the figure of docs/choosing.md.
 
-Methods that are asked for a sparsity run with their defaults; ST-3, Feather and STR-Feather with gradients clipped, as
-in the codes of the first two, ST-3 and Feather "as released" also with a threshold renewed at every step. Plain STR
-cannot be asked; what it reaches with DECAY is what is shown, what GMP gets with its budget, and what STR is asked
-for in `str_matched`. `str_macs` and `str_feather_macs` are asked for the MACs that Feather as released ends with.
-recipes/sweeps/str-fashion-mnist.yaml searches for better.
+Methods with a target sparsity run with their defaults. ST-3, Feather and STR-Feather run with clipped gradients, as in
+the codes of the first two; ST-3 and Feather "as released" also update the threshold at every step. The sparsity of STR
+without a target follows from DECAY. GMP with its budget, and STR with its sparsity as target (`str_matched`), use the
+results of these runs. The targets of `str_macs` and `str_feather_macs` are the MACs of Feather as released.
+recipes/sweeps/str-fashion-mnist.yaml searches for better settings of STR without a target.
 """
 
 import argparse
@@ -35,11 +34,11 @@ RECIPE = ROOT / "recipes" / "fashion-mnist" / "frontier.yaml"
 
 INIT = -20.0
 DECAY = {0.8: 2.65e-3, 0.9: 5e-3, 0.95: 9e-3, 0.98: 2.1e-2, 0.99: 3.9e-2}
-"""Sparsity → weight decay of the thresholds that brings plain STR near it; by one trial each, on seed 0."""
+"""Sparsity → weight decay of the thresholds with which STR ends near it; found with one trial each, on seed 0."""
 
 
 class Study:
-    """The runs of one data set and length."""
+    """The runs on one data set, with one number of epochs."""
 
     def __init__(self, changes, out, ledger):
         self.changes = changes
@@ -50,14 +49,14 @@ class Study:
         return f"{variant}-seed{seed}" if variant == "dense" else f"{variant}-{100 * sparsity:g}-seed{seed}"
 
     def entry(self, variant, sparsity, seed):
-        """The ledger file of a run."""
+        """Return the results file of a run."""
         return self.ledger / f"{self.name(variant, sparsity, seed)}.json"
 
     def method(self, variant, sparsity, seed):
-        """The method, None for dense, and changes of the recipe beside it.
+        """Return the section `method` of the recipe, None for dense, and other changes of the recipe.
 
         Raises:
-            InputError: it cannot be run, or not yet.
+            InputError: it needs the results of another run, which is not finished.
         """
         if variant == "dense":
             return None, []
@@ -85,14 +84,18 @@ class Study:
         return {"name": variant, "sparsity": sparsity}, []
 
     def finished(self, variant, sparsity, seed):
-        """The ledger's entry of a run whose sparsity, budget or MACs another is to get."""
+        """Return the results of a run whose sparsity, budget or MACs another run uses.
+
+        Raises:
+            InputError: the run is not finished.
+        """
         entry = self.entry(variant, sparsity, seed)
         if not entry.is_file():
-            raise InputError(f"needs {entry.name}, which is not run")
+            raise InputError(f"needs {entry.name}, which does not exist")
         return json.loads(entry.read_text())
 
     def run(self, variant, sparsity, seed):
-        """Train one and write it into the ledger."""
+        """Train a variant and write its results file."""
         method, changes = self.method(variant, sparsity, seed)
         return train_into(
             self.entry(variant, sparsity, seed),
@@ -111,7 +114,7 @@ def main():
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="fashion_mnist", choices=list(DATASETS))
-    parser.add_argument("--data-root", help="where its files are")
+    parser.add_argument("--data-root", help="folder of the data set")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "frontier")
@@ -120,7 +123,7 @@ def main():
 
     recipe = load_recipe(RECIPE)
     changes = [f"device={options.device}"]
-    if options.data != recipe.data.name:  # with the augmentation that is its own
+    if options.data != recipe.data.name:  # with the default augmentation of that data set
         changes.append(f"data={{name: {options.data}, batch_size: {recipe.data.batch_size}}}")
     if options.data_root:
         changes.append(f"data.root={json.dumps(options.data_root)}")
@@ -132,7 +135,7 @@ def main():
     study = Study(changes, out, ledger)
     for seed in options.seeds:
         for sparsity in options.sparsities:
-            # In the order of FRONTIER: a budget is learned before it is spent.
+            # In the order of FRONTIER: some variants use the results of earlier ones.
             for variant in (name for name in FRONTIER if name in options.variants):
                 name = study.name(variant, sparsity, seed)
                 if study.entry(variant, sparsity, seed).is_file():

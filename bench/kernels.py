@@ -1,10 +1,10 @@
-"""How many nonzero multiplications a second the sparse convolutions do, beside torch's dense one.
+"""Measure the nonzero multiplications per second of sparse convolutions, and those of torch's dense convolution.
 
     python bench/kernels.py
 
-One thread, batch 1, layers of a ResNet-50, zeros at random places: MNN's operation alone, as its profiling hook
-sees it; the sparse convolution of sparing.export.native; and torch's dense convolution. The least seconds of many
-executions in turns: what else the machine does only ever adds. Writes results/export/kernels.json.
+One thread, batch 1, layers of a ResNet-50 with random masks: the sparse operation of MNN alone, timed with its
+profiling hook; the sparse convolution of sparing.export.native; and torch's dense convolution. The time is the minimum
+of many interleaved executions, since other processes only add time. Writes results/export/kernels.json.
 """
 
 import json
@@ -21,7 +21,7 @@ from sparing.export import latency, mnn, native, onnx
 from sparing.files import write_text
 
 ROOT = Path(__file__).parent.parent
-# Channels in and out, kernel, pixels a side.
+# Input channels, output channels, kernel size, image size.
 LAYERS = [
     (64, 64, 3, 56), (64, 256, 1, 56), (256, 64, 1, 56), (128, 128, 3, 28), (512, 128, 1, 28),
     (256, 256, 3, 14), (1024, 256, 1, 14), (256, 1024, 1, 14), (512, 512, 3, 7), (2048, 512, 1, 7), (512, 2048, 1, 7),
@@ -31,7 +31,7 @@ ROUNDS, CALLS = 10, 8
 
 
 def in_mnn(layer, x, folder):
-    """A function that executes the layer in MNN, and returns the seconds of its convolution."""
+    """Return a function that runs the layer in MNN and returns the seconds of its convolution."""
     import MNN
 
     onnx.export(layer, tuple(x.shape)).save(folder / "layer.onnx")

@@ -1,13 +1,13 @@
-"""Latency of ResNet-50 and MobileNetV1, sparse in MNN against dense in its rivals, budget against budget.
+"""Measure the latency of sparse ResNet-50 and MobileNetV1 in PyTorch and MNN, and of dense baselines.
 
     python bench/latency.py [--network resnet50/str-90.23 ...] [--rounds 7] [--batch 1 16] [--threads 1 2]
 
-A network is a file in results/export/, written when it is finished: stopped and started again, the script goes
-on with those that are not there. Weights are random, thresholded to the budget and scaled so that numbers keep
-their size from layer to layer: time depends on how many live, and where, not on what they are. The
-sweep, which finds the sparsity from which zeros pay, is done once a model, on its first uniform network.
+Each network has a file in results/export/, written when it is finished; a second run of the script measures the
+networks whose files are missing. Weights are random, thresholded to the budget and scaled to keep activations at the
+same magnitude from layer to layer: time depends on the number and positions of nonzero weights, not on their values.
+The sweep for the break-even sparsity is done once per model, on its first uniform network.
 
-Needs a machine with nothing else to do, and `pip install 'sparing[export]'`.
+Requires an idle machine and `pip install 'sparing[export]'`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sparing.masks import count_kept, keep_top
 
 ROOT = Path(__file__).parent.parent
 
-# Uniform at the sparsity of each published budget; MobileNetV1's budgets are not published as data.
+# Uniform budgets have the sparsity of a published one; those of MobileNetV1 are not published as data.
 NETWORKS = {
     "resnet50": ("str-90.23", "uniform-90.23", "str-95.15", "uniform-95.15", "str-98.05", "uniform-98.05"),
     "mobilenet_v1": ("uniform-90", "uniform-95"),
@@ -36,25 +36,25 @@ SWEPT = ("resnet50/uniform-90.23", "mobilenet_v1/uniform-90")
 
 @torch.no_grad()
 def network(name):
-    """The model of a name such as resnet50/str-90.23."""
-    kind, budget = name.split("/")
-    rule, share = budget.split("-")
+    """Return the model of a name such as resnet50/str-90.23."""
+    kind, budget_name = name.split("/")
+    rule, percent = budget_name.split("-")
     model = sparing.models.MODELS[kind]()
-    uniform = rule == "uniform"
-    shares = (
-        sparing.Budget.uniform(model, float(share) / 100) if uniform else sparing.Budget.published(f"{kind}-{budget}")
-    )
+    if rule == "uniform":
+        budget = sparing.Budget.uniform(model, float(percent) / 100)
+    else:
+        budget = sparing.Budget.published(f"{kind}-{budget_name}")
     for layer_name, layer in sparing.layers.find_layers(model).items():
         weight = layer.weight
-        # Without zeros in the first and in depthwise convolutions, as GMP prunes a MobileNetV1: they have a few
-        # weights a channel, and a channel that has none is dead, and with it what reads it.
+        # The first convolution and depthwise convolutions of a MobileNetV1 stay dense, as with GMP in the paper. They
+        # have few weights per channel, and a channel without weights would zero its inputs to the next layer.
         dense = kind == "mobilenet_v1" and (layer.module.weight.shape[1] in (1, 3))
-        mask = keep_top(weight.abs(), count_kept(weight.numel(), 0.0 if dense else shares[layer_name]))
+        mask = keep_top(weight.abs(), count_kept(weight.numel(), 0.0 if dense else budget[layer_name]))
         weight.copy_(torch.where(mask, weight, 0.0))
-        # Without this, numbers shrink to where arithmetic is slow.
+        # Otherwise activations shrink to denormal numbers, whose arithmetic is slow.
         weight *= (2 / prod(weight.shape[1:])) ** 0.5 / weight.square().mean().sqrt().clamp(min=1e-12)
     first, second = model.eval()(torch.randn(2, 3, 224, 224))
-    assert not torch.equal(first, second), f"{name}: nothing passes through, so there is nothing to check"
+    assert not torch.equal(first, second), f"{name}: the output does not depend on the input"
     return model
 
 
@@ -63,9 +63,9 @@ def main():
     parser.add_argument("--network", nargs="+", default=NAMES, choices=NAMES, metavar="MODEL/BUDGET")
     parser.add_argument("--backend", nargs="+", default=list(latency.BACKENDS), choices=list(latency.BACKENDS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--turn", type=float, default=0.5, help="seconds a turn is meant to last")
+    parser.add_argument("--turn", type=float, default=0.5, help="approximate seconds per round and backend")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: 1 and all there are")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: 1 and the number of CPUs")
     parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "export")
     options = parser.parse_args()
@@ -74,7 +74,7 @@ def main():
     for name in options.network:
         path = options.out / f"latency-{name.replace('/', '-')}.json"
         if path.exists():
-            print(f"{name}: {path} is there")
+            print(f"{name}: {path} exists")
             continue
         torch.manual_seed(0)
         measured = latency.measure(

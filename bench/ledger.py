@@ -1,4 +1,4 @@
-"""What the benchmarks that train share: a run into a directory, and its numbers into results/."""
+"""Train recipes and write their metrics into results/."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,6 @@ ROOT = Path(__file__).parent.parent
 
 CLIPPED = ["clip_grad_norm=3.0"]
 """Recipe changes for ST-3 and Feather: the codes of their authors clip gradients at this norm."""
-
-GMP_VARIANTS = {
-    "magnitude": {"begin": 0, "end": 0},
-    "global_magnitude": {"budget": "global"},
-    "global_magnitude_one_shot": {"budget": "global", "begin": 0, "end": 0},
-}
-"""Ways to use GMP, which were methods of their own: name in results/ → arguments."""
 
 
 def train_into(entry, recipe, overrides, run, **facts):

@@ -34,12 +34,12 @@ FRONTIER = {
     "str_feather_macs": "STR-Feather, target: the MACs of Feather as released",
 }
 """Variants that bench/frontier.py trains: name in results/ → label in the tables."""
-METHOD_LABELS = {
-    "magnitude": "gmp, one-shot",
-    "global_magnitude": "gmp, global",
-    "global_magnitude_one_shot": "gmp, global, one-shot",
+RENAMED = {
+    "magnitude": "gmp_one_shot",
+    "global_magnitude": "gmp_global",
+    "global_magnitude_one_shot": "gmp_one_shot_global",
 }
-"""Former methods in results/ that are arguments of GMP now: name → label in the tables. Others keep their names."""
+"""Former methods in results/ that are arguments of GMP now: name → variant of bench/all_methods.py."""
 PAIRS = {
     "resnet8-mnist5k": "resnet8, MNIST-5k",
     "resnet8-fashion-mnist": "resnet8, Fashion-MNIST",
@@ -137,14 +137,15 @@ def methods_table():
     ]
     # Sorted by name: timings that were repeated are in later files and replace the first ones.
     timings = [json.loads(p.read_text()) for p in sorted(ROOT.joinpath("results/step_overhead").glob("methods*.json"))]
-    step = {row["variant"]: row["ratio"] for timed in timings for row in timed["rows"]}
+    step = {RENAMED.get(row["variant"], row["variant"]): row["ratio"] for timed in timings for row in timed["rows"]}
     first = timings[0]["rows"][0]
     rounds = ", ".join(map(str, sorted({timed["options"]["rounds"] for timed in timings})))
     model = f"{first['model']}, batch {first['batch']}, rounds: {rounds}"
     entries = [json.loads(path.read_text()) for path in ROOT.joinpath("results/all_methods").glob("*.json")]
     by_method = {}
     for entry in sorted(entries, key=lambda entry: entry["seed"]):
-        by_method.setdefault(entry.get("variant", entry["method"]), []).append(entry)
+        name = entry.get("variant", entry["method"])
+        by_method.setdefault(RENAMED.get(name, name), []).append(entry)
     mean = {name: statistics.mean(e["accuracy"] for e in runs) for name, runs in by_method.items()}
     floor = mean.get("static_random", 0)
     for name in sorted(mean, key=mean.get, reverse=True):
@@ -152,7 +153,7 @@ def methods_table():
         above = "" if name in ("dense", "static_random") else ("yes" if mean[name] > floor else "no")
         time = f"{step[name]:.2f}" if name in step else "not run"
         rows.append(
-            f"| {METHOD_LABELS.get(name, name)} | {spread(values['accuracy'], 100)} "
+            f"| {name} | {spread(values['accuracy'], 100)} "
             f"| {spread(values['sparsity'], 100)} | {round(statistics.mean(values['macs'])):,} | {above} | {time} |"
         )
     notes = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}

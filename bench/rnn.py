@@ -1,14 +1,13 @@
-"""The speed of FastGRNN: against torch's GRU, against its own cell called step by step, and at lower ranks.
+"""Measure the speed of FastGRNN: against torch's GRU, against its cell in a loop, and at lower ranks.
 
     python bench/rnn.py [--rounds 15] [--json results/rnn_speed/cpu.json]
 
-All sides of a comparison take turns in one process, in an order that is turned round every time, so what else the
-machine does hits all of them alike. What is printed is the median of the ratios of one round, with the quartiles.
-A GRU of the same width multiplies by three matrices where FastGRNN has one.
+The networks of a comparison take turns in one process, in an order that is reversed every round, so that other
+processes affect all of them alike. The script prints the median of the ratios within each round, and the quartiles. A
+GRU of the same width has three matrices where FastGRNN has one.
 
-The ranks are compared at batch 1, where a microphone or a watch would run: networks of learned rank, compacted,
-against the one of full rank; in torch, and at the sizes and ranks of the paper in MNN, exported as by
-`sparing.export.mnn.save`. The exports take most of the time of this script.
+Ranks are compared at batch 1: compacted networks of learned rank against full rank, in torch, and at the sizes and
+ranks of the paper in MNN, exported with `sparing.export.mnn.save`. The exports take most of the time of this script.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from sparing.rnn import FastGRNN, compact_, is_diagonal
 
 
 class StepByStep(nn.Module):
-    """The same network as a loop over `FastGRNNCell`: the side to beat."""
+    """The same network as a loop over `FastGRNNCell`."""
 
     def __init__(self, rnn):
         super().__init__()
@@ -44,7 +43,7 @@ class StepByStep(nn.Module):
 
 
 def compacted(model, **ranks):
-    """A model of learned ranks after compaction, had it learned these of `hidden` and `input`; full where not given."""
+    """Set the ranks of `hidden` and `input` in a model with learned ranks (None: full rank), and compact it."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if is_diagonal(name, module):
@@ -53,7 +52,7 @@ def compacted(model, **ranks):
 
 
 class InMNN:
-    """A classifier in MNN, with one thread, as a function of nothing but its batch."""
+    """A classifier in MNN, with one thread, that runs on a fixed batch."""
 
     def __init__(self, model, example):
         with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +76,7 @@ def infer(module, x):
 
 
 def seconds(run, module, x, repeat):
-    """Of one call, the mean over `repeat`."""
+    """Return the seconds of one call, the mean over `repeat` calls."""
     start = time.perf_counter()
     for _ in range(repeat):
         run(module, x)
@@ -87,7 +86,7 @@ def seconds(run, module, x, repeat):
 
 
 def compare(sides, run, x, rounds, repeat):
-    """Every side against the first: median and quartiles of the ratio over the rounds, and median milliseconds."""
+    """Return the time of every network relative to the first (median and quartiles), and median milliseconds."""
     for module in sides.values():
         run(module, x)
     times = {name: [] for name in sides}
@@ -107,7 +106,7 @@ def compare(sides, run, x, rounds, repeat):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -130,7 +129,7 @@ def main():
             x = torch.randn(batch, steps, features, device=device)
             show(f"training, {hidden} units", sides, train_step, x, repeat, options.rounds)
             show(f"inference, {hidden} units", sides, infer, x, repeat, options.rounds)
-    many = 100 * options.rounds  # of single calls, which are short
+    many = 100 * options.rounds  # rounds of single calls, which are short
     for hidden, ranks in ((100, (40, 24)), (256, (64, 32)), (512, (128, 64)), (1024, (256, 64))):
         sides = {"full rank": FastGRNN(32, hidden).to(device)}
         for rank in ranks:

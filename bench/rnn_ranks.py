@@ -1,16 +1,16 @@
-"""Learned against fixed low rank in FastGRNN, at equal ranks.
+"""Compare learned and fixed low ranks of the same size in FastGRNN.
 
     python bench/rnn_ranks.py [--data watch har2 spoken_digits] [--seeds 0 1 2] [--root har2=PATH ...] [--until HH:MM]
 
-For each data set and seed: a network of full rank; one with learned ranks at each of PRESSURES, the weight
-decays of the threshold that set its budget; and for each of these two of fixed low rank, trained from scratch at
-the very ranks that were learned: `fixed` starts from small random factors, as in EdgeML, and `fixed_svd` from the
-largest singular values of the matrix that the learned one starts from, which tells the learning of ranks from the
-start. All else is equal, as the recipes recipes/rnn/<data>.yaml have it, but for UNITS. What compares with the
-paper comes first, for all seeds; `fixed_svd` last.
+For each data set and seed, the study trains a network of full rank, networks with learned ranks at each weight decay
+of the threshold in DECAYS, and for each of these two networks of fixed ranks, those that were learned. `fixed` starts
+from small random factors, as in EdgeML. `fixed_svd` starts from the largest singular values of the matrix that the
+learned one starts from, which separates the effect of learning ranks from that of the initialization. All other
+settings are those of recipes/rnn/<data>.yaml, except UNITS. The runs that the paper has come first, for all seeds;
+`fixed_svd` comes last.
 
-Every run ends in results/rnn/<data>/<kind>-seed<n>.json and is not repeated while that file is there, so an
-interrupted study goes on where it stopped. `bench/results.py table` builds the table of docs/rnn.md.
+Every run writes results/rnn/<data>/<kind>-seed<n>.json and is not repeated if that file exists, so an interrupted
+study continues where it stopped. `bench/results.py table` builds the table of docs/rnn.md.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from sparing.train.run import train_run
 
 ROOT = Path(__file__).parent.parent
 UNITS = 32
-PRESSURES = (0.4, 0.6, 1.0)
+DECAYS = (0.4, 0.6, 1.0)
 DENSE = ["method=null", "select=null"]
 SMALL_RANDOM = [*DENSE, "model.learned_rank=false"]
 
 
 def run(data, kind, seed, changes, root, console):
-    """Train once, unless the ledger has it; the ledger's entry."""
+    """Return the results of a run, and train it first if there are none."""
     entry_path = ROOT / "results" / "rnn" / data / f"{kind}-seed{seed}.json"
     if entry_path.is_file():
         return json.loads(entry_path.read_text())
@@ -58,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["watch", "har2", "spoken_digits"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--root", nargs="+", default=[], metavar="DATA=PATH", help="where a data set is")
+    parser.add_argument("--root", nargs="+", default=[], metavar="DATA=PATH", help="folder of a data set")
     parser.add_argument("--until", metavar="HH:MM", help="start no run after this time")
     options = parser.parse_args()
     roots = dict(pair.split("=", 1) for pair in options.root)
@@ -75,13 +75,13 @@ def main():
             for data in options.data:
                 if not over():
                     train(data, "full", seed, SMALL_RANDOM)
-                for pressure in PRESSURES:
+                for decay in DECAYS:
                     if over():
                         return
-                    learned = train(data, f"learned-{pressure}", seed, [f"optimizer.threshold_weight_decay={pressure}"])
+                    learned = train(data, f"learned-{decay}", seed, [f"optimizer.threshold_weight_decay={decay}"])
                     found = {name.rsplit(".", 1)[1]: row["rank"] for name, row in learned["weight_ranks"].items()}
-                    same = [f"model.{part}_rank={rank}" for part, rank in found.items()]
-                    train(data, f"{kind}-{pressure}", seed, [*start, *same])
+                    fixed = [f"model.{part}_rank={rank}" for part, rank in found.items()]
+                    train(data, f"{kind}-{decay}", seed, [*start, *fixed])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The cost of a training step: dense against every method, and against STR's formula written out.
+"""Measure the time of a training step: every method, and the formula of STR with autograd, relative to dense.
 
     python bench/step_overhead.py [--model resnet50] [--variant str gmp] [--batch 32] [--rounds 7] [--compile]
     python bench/step_overhead.py --against str --variant str_sparsity str_macs
 
-Copies of one model take turns, step by step, in one process: the machine's drift hits all of
-them alike, and the median of the ratios of neighbouring steps is what is printed. A second part
-compares `import sparing` with `import torch`, in fresh interpreters, in turn.
+Copies of one model take turns, step by step, in one process, so that the drift of the machine affects all of them
+alike; the result is the median of the ratios of neighbouring steps. A second part compares `import sparing` with
+`import torch`, in fresh interpreters, in turns.
 
-A method that renews its masks every so many steps is timed on a plain step, and on two steps with one
-update between them; what is printed is the mean over its default interval. Where methods differ by less than the
-noise of a step, what they do after a step is timed by itself as well, as a share of the step.
+A method with periodic updates is timed in a step without an update, and in two steps with one update between them; the
+result is the mean over its default interval. Methods may differ by less than the noise of a step, so what they do
+after a step is also timed by itself, as a share of the step.
 
-The naive formula is what the 2020 release runs, sign(w) · relu(|w| − sigmoid(s)), left to autograd.
+The naive formula is that of the 2020 release, sign(w) · relu(|w| − sigmoid(s)), with gradients by autograd.
 """
 
 import argparse
@@ -33,13 +33,13 @@ import sparing
 from sparing.schedules import to_step
 
 STEPS = 1000
-"""Optimizer steps of the run that is pretended."""
+"""Length of the simulated run in optimizer steps."""
 PLAIN, UPDATE = 450, 400
-"""Steps at which a mask is left alone, and from which on the next renewal is timed."""
+"""A step without an update, and the step from which on the next update is timed."""
 
 
 class Naive(nn.Module):
-    """The formula, and nothing done about it."""
+    """The formula of STR, with gradients by autograd."""
 
     def __init__(self):
         super().__init__()
@@ -50,37 +50,38 @@ class Naive(nn.Module):
 
 
 def dense_(model):
-    """Leave the model as it is: the side the others are compared with."""
+    """Leave the model dense: the baseline."""
 
 
 def naive_(model):
-    """Put the formula on every layer that STR would sparsify."""
+    """Register the naive formula on every layer that STR would sparsify."""
     for layer in sparing.layers.find_layers(model).values():
         parametrize.register_parametrization(layer.module, "weight", Naive())
 
 
-def sparse_(name):
-    """Sparsify with a method, at 90 % where it has to be asked for, over a run of 1000 steps."""
-    fields = sparing.METHODS[name].__dataclass_fields__
-    wanted = {"sparsity": 0.9, "alpha": 1e-4, "weight": 1e-5, "kl_weight": 1e-4}
-    if name == "str":  # learns its sparsity unless asked
-        wanted = {}
-    return lambda model: sparing.sparsify_(
-        model, sparing.METHODS[name](**{key: value for key, value in wanted.items() if key in fields}), steps=STEPS
-    )
+def sparse_(name, **arguments):
+    """Return a function that sparsifies a model with a method."""
+    return lambda model: sparing.sparsify_(model, sparing.METHODS[name](**arguments), steps=STEPS)
 
 
-def asked(**target):
-    """STR that is asked for a total, over a run of 1000 steps."""
-    return lambda model: sparing.sparsify_(model, sparing.STR(**target), steps=STEPS)
-
-
-VARIANTS = {"dense": dense_, "naive": naive_} | {name: sparse_(name) for name in sparing.METHODS}
-VARIANTS |= {"str_sparsity": asked(sparsity=0.9), "str_macs": asked(macs=0.1, input_size=(1, 3, 224, 224))}
+ARGUMENTS = {
+    "str": {},
+    "dst": {"alpha": 1e-4},
+    "continuous_sparsification": {"weight": 1e-5},
+    "variational_dropout": {"kl_weight": 1e-4},
+}
+"""Arguments of methods without a target sparsity; the others run at 90 %."""
+VARIANTS = {"dense": dense_, "naive": naive_}
+VARIANTS |= {name: sparse_(name, **ARGUMENTS.get(name, {"sparsity": 0.9})) for name in sparing.METHODS}
+VARIANTS |= {
+    "gmp_global": sparse_("gmp", sparsity=0.9, budget="global"),
+    "str_sparsity": sparse_("str", sparsity=0.9),
+    "str_macs": sparse_("str", macs=0.1, input_size=(1, 3, 224, 224)),
+}
 
 
 class Side:
-    """One variant of the model, with its optimizer: something that takes training steps."""
+    """A variant of the model with its optimizer."""
 
     def __init__(self, kind, model, images, labels, amp, compiled, clock):
         self.images, self.labels, self.amp, self.clock = images, labels, amp, clock
@@ -97,12 +98,12 @@ class Side:
         self.update = begin + -(-(UPDATE - begin) // self.every) * self.every
 
     def at(self, number):
-        """Pretend that so many steps have been taken."""
+        """Set the number of steps taken."""
         if self.sparsifier is not None:
             self.sparsifier.clock.step = number
 
     def step(self):
-        """One training step."""
+        """Take one training step."""
         device = self.images.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self.run(self.images), self.labels)
@@ -115,14 +116,14 @@ class Side:
             torch.cuda.synchronize()
 
     def seconds(self):
-        """The mean seconds of a step over the method's interval."""
+        """Return the seconds of a step, the mean over the update interval of the method."""
         self.at(PLAIN)
         start = self.clock()
         self.step()
         plain = self.clock() - start
         if self.every == 1:
             return plain
-        # Methods act before or after the step they count, so one of these two is the update.
+        # Methods act before or after the step that they count, so one of these two steps has the update.
         self.at(self.update - 1)
         start = self.clock()
         self.step()
@@ -130,7 +131,7 @@ class Side:
         return (self.clock() - start + (self.every - 2) * plain) / self.every
 
     def update_seconds(self):
-        """The mean seconds over its interval of what the method does after a step."""
+        """Return the seconds of what the method does after a step, the mean over its update interval."""
         if self.sparsifier is None:
             return 0.0
         self.at(self.update)
@@ -142,7 +143,7 @@ class Side:
 
 
 def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, device):
-    """Ratio of every variant to the one it is held against, and its peak memory on a GPU."""
+    """Return the time of every variant relative to the baseline, and its peak memory on a GPU."""
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
     model = sparing.models.MODELS[name]()
@@ -150,7 +151,7 @@ def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, de
     sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled, clock) for kind in kinds}
     peaks = {}
     for kind, side in sides.items():
-        side.step()  # allocations, autotuning and compilation are not the question
+        side.step()  # without the allocations, autotuning and compilation of the first step
         side.at(PLAIN)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -176,7 +177,7 @@ def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, de
 
 
 def import_ratio(rounds):
-    """How much longer `import sparing` takes than `import torch`."""
+    """Return the time of `import sparing` relative to `import torch`."""
 
     def seconds(module):
         start = time.perf_counter()
@@ -201,10 +202,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="seconds of the processor, for one thread on a machine others use"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, for one thread on a shared machine")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"

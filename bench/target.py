@@ -1,11 +1,12 @@
-"""STR that is asked for a total: whether it gets there.
+"""Test whether STR reaches its target sparsity or number of MACs.
 
     python bench/target.py [--pairs resnet8-mnist5k ...] [--out runs/target]
 
-Trains the recipes of recipes/targets/, four networks and data sets, asked for 80, 90, 95 and 98 % of zeros and for
-20, 10 and 5 % of the dense MACs, and dense; one seed. Each finished run is a file of results/target/<pair>/ and is
-not trained again; one that was cut short goes on from its last epoch. `python bench/results.py table` builds the
-table of docs/methods/str.md. What a total is worth beside other methods is in bench/frontier.py.
+Trains the recipes of recipes/targets/, four networks and data sets: dense, with target sparsities of 80, 90, 95 and
+98 %, and with targets of 20, 10 and 5 % of the dense MACs; one seed. A finished run has a file in
+results/target/<pair>/ and is not repeated; an interrupted run continues from its last epoch.
+`python bench/results.py table` builds the table of docs/methods/str.md. bench/frontier.py compares STR with other
+methods.
 """
 
 import argparse
@@ -15,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ledger import ROOT, train_into
-from results import MACS_ASKED, PAIRS, ZEROS_ASKED
+from results import MACS_TARGETS, PAIRS, SPARSITY_TARGETS
 
-# What is asked → the method; a percentage is of zeros or of MACs.
+# Kind of target → section `method` of the recipe; the percentage is of zero weights or of MACs.
 ROWS = {
     "dense": lambda percent: None,
     "str_sparsity": lambda percent: {"name": "str", "sparsity": percent / 100},
@@ -26,7 +27,7 @@ ROWS = {
 
 
 def run(pair, row, percent, out, console):
-    """Train one, unless it is in the ledger."""
+    """Train a recipe with one target, unless its results exist."""
     name = f"{row}-seed0" if row == "dense" else f"{row}-{percent}-seed0"
     entry = ROOT / "results" / "target" / pair / f"{name}.json"
     if entry.is_file():
@@ -53,10 +54,11 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "target")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
-    asked = [("dense", 0)]
-    asked += [("str_sparsity", percent) for percent in ZEROS_ASKED] + [("str_macs", each) for each in MACS_ASKED]
+    targets = [("dense", 0)]
+    targets += [("str_sparsity", percent) for percent in SPARSITY_TARGETS]
+    targets += [("str_macs", percent) for percent in MACS_TARGETS]
     for pair in options.pairs:
-        for row, percent in asked:
+        for row, percent in targets:
             run(pair, row, percent, options.out, console)
 
 

@@ -326,6 +326,9 @@ def test_a_bfloat16_model_trains_to_its_target(name):
     for layer in run.sparsifier.layers.values():
         assert layer.effective_weight.dtype == torch.bfloat16
         assert layer.weight.isfinite().all()
+        # What a parametrization learns or remembers would lose its small steps in bfloat16.
+        kept = [tensor for tensor in layer.parametrization.state_dict().values() if isinstance(tensor, torch.Tensor)]
+        assert all(tensor.dtype == torch.float32 for tensor in kept if tensor.is_floating_point())
     if name not in NO_TARGET:
         kept = sum(int(active(layer).sum()) for layer in run.sparsifier.layers.values())
         masked = isinstance(run.sparsifier.layers["0"].parametrization, Masked)

@@ -194,3 +194,11 @@ def test_the_count_is_exact_for_any_widths():
         step()
         total = sum(weight.numel() for weight in weights)
         assert sum(int(layer.weight.count_nonzero()) for layer in model) == count_kept(total, 0.7)
+
+
+def test_half_precision_comes_near_the_count():
+    weights = [torch.randn(16, 16).bfloat16(), torch.randn(8, 40).bfloat16()]
+    model, step = sparsified(weights, ST3Sigma, sparsity=0.9)
+    step()
+    # Equal weights, common in bf16, are zero together.
+    assert 0 <= count_kept(576, 0.9) - sum(int(layer.weight.count_nonzero()) for layer in model) <= 4
