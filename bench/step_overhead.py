@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -94,6 +95,8 @@ class Side:
         self.run = torch.compile(model) if compiled else model
         method = getattr(self.sparsifier, "method", None)
         self.every = getattr(method, "every", 1)
+        if hasattr(method, "phase"):
+            self.every = to_step(method.phase, STEPS)
         begin = to_step(getattr(method, "begin", 0), STEPS)
         self.update = begin + -(-(UPDATE - begin) // self.every) * self.every
 
@@ -205,6 +208,8 @@ def main():
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, for one thread on a shared machine")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
     options = parser.parse_args()
+    # Masks and thresholds are those of a simulated step, so layers may lose all weights.
+    warnings.simplefilter("ignore", sparing.SparsityWarning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {options.rounds} rounds")

@@ -298,6 +298,25 @@ def test_a_closure_that_is_called_several_times_in_a_step_is_one_step():
         snip.sparsifier.attach(torch.optim.LBFGS(snip.model.parameters()))
 
 
+def test_a_method_sees_the_gradients_of_the_first_call_of_a_closure_only():
+    class Twice(torch.optim.SGD):
+        """Calls its closure twice, as sharpness-aware minimization does."""
+
+        def step(self, closure):
+            closure()
+            return super().step(closure)
+
+    momenta = []
+    for kind in (torch.optim.SGD, Twice):
+        loop = Loop(any_length("snfs"), 10, attach=False)
+        optimizer = kind(loop.model.parameters(), lr=0.1)
+        loop.sparsifier.attach(optimizer)
+        optimizer.step(lambda loop=loop: loop.loss(0).backward())
+        momenta.append([layer.parametrization.momentum for layer in loop.sparsifier.layers.values()])
+        assert loop.sparsifier.step == 1
+    assert_same(*momenta)
+
+
 @every_method
 def test_copies_of_model_optimizer_and_sparsifier_go_on_by_themselves(name):
     loop = Loop(any_length(name), 12).train(range(6))

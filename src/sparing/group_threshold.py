@@ -95,9 +95,10 @@ class _GroupSoftThreshold(torch.autograd.Function):
         t = threshold.to(norm.dtype)
         active = norm > t
         grad, w = grad_output.reshape(view).to(norm.dtype), weight.reshape(view).to(norm.dtype)
-        inner = torch.where(active, (grad * w).sum(dims, keepdim=True), 0.0)
+        product = grad * w
+        inner = torch.where(active, product.sum(dims, keepdim=True) if dims else product, 0.0)
         size = prod([view[d] for d in dims])
-        radial = inner * (t / (size * norm**3))
+        radial = inner / norm * (t / norm) / (size * norm)  # not norm³, which underflows for tiny weights
         grad_weight = torch.where(active, grad * (1 - t / norm) + w * radial, 0.0)
         grad_weight = grad_weight.to(weight.dtype).reshape(weight.shape)
         if not ctx.needs_input_grad[1]:

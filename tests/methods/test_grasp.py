@@ -115,7 +115,7 @@ def test_two_steps_on_one_batch_choose_as_prune_does_also_under_a_gradient_scale
     sparsifier = sparing.sparsify_(model, GraSP(sparsity=0.75, probe=1e-4))
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     sparsifier.attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=fused)
     for _ in range(2):
         optimizer.zero_grad()
         scaler.scale(F.cross_entropy(model(x), y)).backward()
