@@ -299,22 +299,45 @@ def test_a_closure_that_is_called_several_times_in_a_step_is_one_step():
 
 
 def test_a_method_sees_the_gradients_of_the_first_call_of_a_closure_only():
-    class Twice(torch.optim.SGD):
-        """Calls its closure twice, as sharpness-aware minimization does."""
+    class Once(torch.optim.Optimizer):
+        """Plain gradient descent."""
+
+        calls = 1
 
         def step(self, closure):
-            closure()
-            return super().step(closure)
+            for _ in range(self.calls):
+                closure()
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.sub_(0.1 * parameter.grad)
+
+    class Twice(Once):
+        """Calls its closure twice, as sharpness-aware minimization does."""
+
+        calls = 2
 
     momenta = []
-    for kind in (torch.optim.SGD, Twice):
+    for kind in (Once, Twice):
         loop = Loop(any_length("snfs"), 10, attach=False)
-        optimizer = kind(loop.model.parameters(), lr=0.1)
+        optimizer = kind(loop.model.parameters(), {"lr": 0.1})
         loop.sparsifier.attach(optimizer)
         optimizer.step(lambda loop=loop: loop.loss(0).backward())
         momenta.append([layer.parametrization.momentum for layer in loop.sparsifier.layers.values()])
         assert loop.sparsifier.step == 1
     assert_same(*momenta)
+
+
+@pytest.mark.xfail(strict=True, reason="torch runs its hooks for step() and for super().step(): sparsifier.py")
+def test_a_step_that_calls_the_step_of_its_base_class_is_one_step():
+    class Logged(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    loop = Loop(any_length("gmp"), 10, "adamw")  # torch adds the hooks to a class when its first instance is made
+    loop.optimizer = Logged(loop.model.parameters())
+    loop.sparsifier.attach(loop.optimizer)
+    loop.train(range(3))
+    assert loop.sparsifier.step == 3
 
 
 @every_method

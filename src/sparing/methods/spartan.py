@@ -104,10 +104,12 @@ class Spartan(Ranking):
         units, beta = sparsifier.plan.allocation.units, self.beta(step, end)
         # Layer by layer, twice: kept for all layers, these would double the memory of the weights.
         sums = [((slope * q).sum(), slope.sum()) for q, slope in (_terms(*pair, units) for pair in trained)]
-        pulled, total = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+        pulled, total = (torch.stack(column) for column in zip(*sums, strict=True))
+        if isinstance(sparsifier.plan.allocation.kept, int):  # Σ m = k over all layers, else in each of them
+            pulled, total = (values.sum().expand(len(trained)) for values in (pulled, total))
         # While nothing is pruned, m is 1 and has no slope: then c is 0.
-        c = pulled / total.clamp_min(1e-30)
-        for layer, part in trained:
+        constants = pulled / total.clamp_min(1e-30)
+        for (layer, part), c in zip(trained, constants, strict=True):
             weight, gradient, each = layer.weight, layer.weight.grad, units[layer.name]
             assert gradient is not None
             q, slope = _terms(layer, part, units)
