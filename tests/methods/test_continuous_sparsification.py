@@ -105,7 +105,7 @@ def test_an_init_of_zero_starts_with_an_empty_hard_mask():
         ({"weight": -1e-3}, r"weight must be a number in \[0, inf\), got -0.001"),
         ({"weight": True}, r"weight must be a number in \[0, inf\), got True"),
         ({"init": 11.0}, r"init must be a number in \[-10, 10\], got 11.0"),
-        ({"final_temperature": 1.0}, r"final_temperature must be a number in \(1, inf\), got 0.5"),
+        ({"final_temperature": 0.5}, r"final_temperature must be a number in \[1, inf\), got 0.5"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

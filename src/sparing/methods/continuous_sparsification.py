@@ -64,7 +64,7 @@ class ContinuousSparsification(Method):
     Args:
         weight: λ, the weight of the penalty, the sum of the soft mask, ≥ 0. Higher is sparser.
         init: m0, the value m starts from. Lower is sparser; at 0 or below the hard mask starts empty.
-        final_temperature: β at the end of the run, above 1.
+        final_temperature: β at the end of the run, at least 1.
 
     Examples:
         >>> ContinuousSparsification(weight=1e-8)
@@ -80,7 +80,7 @@ class ContinuousSparsification(Method):
     def __post_init__(self) -> None:
         check_number(self, "weight", "[0, inf)")
         check_number(self, "init", "[-10, 10]")
-        check_number(self, "final_temperature", "(1, inf)")
+        check_number(self, "final_temperature", "[1, inf)")
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> int:
         return to_step(1.0, steps, "ContinuousSparsification")
