@@ -363,7 +363,7 @@ def test_verdict(rows, verdict):
         ({0.5: 0.8, 0.9: 2.0}, "Break-even sparsity is between 50 and 90 % (...); speedup of 2.00x at 90 %."),
         (
             {0.5: 1.1, 0.9: 2.0},
-            "Break-even sparsity is at allowed 50 %, the lowest that was measured (...); speedup of 1.10x at 50 %.",
+            "Break-even sparsity is at most 50 %, the lowest that was measured (...); speedup of 1.10x at 50 %.",
         ),
         ({0.5: 1.1, 0.7: 0.9, 0.9: 2.0}, "Break-even sparsity is between 70 and 90 % (...); speedup of 2.00x at 90 %."),
         ({0.5: 0.5, 0.9: 0.9}, "Break-even sparsity is above 90 % (...)."),
