@@ -66,11 +66,11 @@ def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once
 
 
 @pytest.mark.parametrize("few", [masks.FEW, 100])
-@pytest.mark.parametrize("nan", [501, 900, 1000])
-def test_more_scores_that_are_nan_than_are_kept_are_refused(nan, few):
+@pytest.mark.parametrize("nan", [1, 501, 1000])
+def test_scores_that_are_nan_are_refused(nan, few):
     tensor = torch.randn(1000)
     tensor[:nan] = torch.nan
-    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match="of 1000 .*are NaN"):
+    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match=f"^{nan} of 1000 scores are NaN"):
         keep_top(tensor[torch.randperm(1000)], 500)
 
 

@@ -10,6 +10,7 @@ from sparing.layers import Layer
 from sparing.method import Layers, Optimizers, Plan, Ranking
 from sparing.optimizers import reset_state
 from sparing.parametrizations import Masked
+from sparing.schedules import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Growing(Ranking):
         seed: of the random first mask and of random growth; equal on all ranks, whatever their own seeds.
     """
 
+    finishes = False
     takes_global = False
     takes_nm = False
 
@@ -29,6 +31,10 @@ class Growing(Ranking):
     end: int | float = 0.75
     every: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self)
 
     def first_masks(self, layers: Layers, plan: Plan) -> dict[str, Tensor]:
         """Return the random masks of the start."""

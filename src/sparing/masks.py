@@ -13,7 +13,7 @@ from torch import Tensor
 from sparing.errors import InputError
 
 Scores = Callable[[], Tensor]
-"""Computes the scores of one layer, of any shape, without NaN; it is called several times."""
+"""Computes the scores of one layer, of any shape; it is called several times."""
 
 FEW = 2**20
 """So many scores are selected from at once; above, a bracket around the answer is narrowed first."""
@@ -36,14 +36,14 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the `count` largest scores, exactly; among equal scores the first ones.
 
     Args:
-        scores: any shape; no NaN.
+        scores: any shape.
         count: 0 to the number of scores.
 
     Returns:
         A boolean tensor of the shape of `scores` with `count` True.
 
     Raises:
-        InputError: the count is out of range.
+        InputError: the count is out of range; scores are NaN.
 
     Examples:
         >>> keep_top(torch.tensor([0.1, 0.5, 0.5, 0.3]), 2)
@@ -56,7 +56,7 @@ def keep_top_together(scores: Sequence[Scores], count: int) -> list[Tensor]:
     """Return masks of the `count` largest scores over all layers, exactly; among equal scores the first ones.
 
     Raises:
-        InputError: the count is out of range.
+        InputError: the count is out of range; scores are NaN.
 
     Examples:
         >>> keep_top_together([lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([2.0])], 2)
@@ -77,8 +77,6 @@ def keep_top_together(scores: Sequence[Scores], count: int) -> list[Tensor]:
             first = (each() == threshold).reshape(-1).nonzero()[:missing, 0]
             mask[torch.unravel_index(first, mask.shape)] = True
             missing -= len(first)
-    if missing > 0:
-        raise InputError(f"scores of {missing} or more of {total} weights are NaN: the weights have diverged")
     return masks
 
 
@@ -102,6 +100,8 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
     rank = total - count  # of the threshold, from the smallest, counted from 1
     if rank == 0:
         return scores[0]().new_zeros(())
+    if nan := int(sum(each().isnan().count_nonzero() for each in scores)):
+        raise InputError(f"{nan} of {total} scores are NaN: the weights or their gradients have diverged")
     low, high, below, inside, margin = -torch.inf, torch.inf, 0, total, 0.01
     while inside > FEW and low < high:
         stride = max(inside // SAMPLE, 1)
@@ -128,8 +128,6 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
     if low == high:
         return scores[0]().new_tensor(low)
     left = torch.cat([_between(each(), low, high) for each in scores])
-    if rank - below > left.numel():
-        raise InputError(f"{total - below - left.numel()} of {total} scores are NaN: the weights have diverged")
     return left.kthvalue(rank - below).values
 
 

@@ -46,6 +46,8 @@ class Method(ABC):
     Attributes:
         name: in recipes and messages.
         retargets: whether the target may change in a run, see `Sparsifier.retarget`.
+        finishes: whether `Sparsifier.finish` performs the updates due in steps that were not taken; False where
+            updates only regrow weights elsewhere.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -66,6 +68,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     retargets: ClassVar[bool] = False
+    finishes: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Return what follows from method, model and length of the run: `Sparsifier.plan`.

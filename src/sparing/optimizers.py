@@ -1,5 +1,6 @@
 """Helpers for torch's optimizers: look through wrappers, recognize steps that are not taken, reset state."""
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,21 @@ def unwrap(optimizer: Any) -> Optimizer:
             f"attach() needs a torch.optim.Optimizer or a wrapper that holds one as `.optimizer`, got {optimizer!r}"
         )
     return inner
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Return whether the hook that asks was run by `super().step()`, within another step() of the same optimizer.
+
+    torch runs the hooks for both. What tells them apart is on the call stack: counting calls would go wrong after a
+    step that ended in an exception.
+    """
+    step = sys._getframe(2)  # torch's wrapper around step(), which runs the hooks
+    outer = step.f_back
+    while outer is not None:
+        if outer.f_code is step.f_code and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
 
 
 def is_skipped(optimizer: Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """Schedules: learning rates, sparsity ramps, and the steps at which updates are due."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +215,16 @@ def check_positions(method: Any, *fields: str) -> None:
         raise InputError(f"{who}: every must be a whole number of optimizer steps, at least 1, got {every!r}")
 
 
+def check_seed(method: Any) -> None:
+    """Check the field `seed` of a method.
+
+    Raises:
+        InputError: it is not a whole number ≥ 0.
+    """
+    if isinstance(method.seed, bool) or not isinstance(method.seed, int) or method.seed < 0:
+        raise InputError(f"{type(method).__name__}: seed must be a whole number ≥ 0, got {method.seed!r}")
+
+
 def check_number(method: Any, field: str, interval: str) -> None:
     """Check that a field of a method is a finite number in an interval such as "(0, 1)", "[0, 1]" or "[0, inf)".
 
@@ -222,7 +233,7 @@ def check_number(method: Any, field: str, interval: str) -> None:
     """
     value = getattr(method, field)
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     above = number and (value > low if interval[0] == "(" else value >= low)
     below = number and (value < high if interval[-1] == ")" else value <= high)
     if not (above and below):

@@ -12,7 +12,7 @@ from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, warn_missed_target
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import gradient_scale, is_priming, is_skipped, unwrap, with_hook
+from sparing.optimizers import gradient_scale, is_nested, is_priming, is_skipped, unwrap, with_hook
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
@@ -85,8 +85,8 @@ class Sparsifier:
 
         Args:
             optimizers: all that train the model. A wrapper such as accelerate's is looked through. With several, the
-                method acts before the first and after the last of them has stepped; with a GradScaler, call
-                `scaler.unscale_` on all of them before the first steps.
+                method acts before the first and after the last of them has stepped. A step ends without those that a
+                GradScaler skips, once another one steps again. Call `scaler.unscale_` on all before the first steps.
 
         Raises:
             InputError: no optimizer is given; they do not hold a threshold or dense weight of a sparsified layer; the
@@ -125,14 +125,19 @@ class Sparsifier:
         return gradient if scale is None else gradient / scale
 
     def finish(self) -> None:
-        """End the run: perform the updates that are due in the steps that were not taken, and check the target.
+        """End a run that took fewer steps than planned: count the others, and perform the updates due in them.
 
-        Call it after the last step where a gradient scaler may have skipped some. It changes masks and thresholds
-        only, and does nothing in a run that took all of its steps.
+        Call it after the last step where a gradient scaler may have skipped some. It prunes as far as the target asks,
+        but regrows no weights, which nothing would train. It does nothing in a run that took all of its steps.
         """
-        while self._active() and self.clock.steps is not None and self.clock.step < self.clock.steps:
+        if self._stepped:
+            self._end_step()
+        if not self._active() or self.clock.steps is None or self.clock.step >= self.clock.steps:
+            return
+        while self.clock.step < self.clock.steps:
             self.clock.step += 1
-            self.method.after_step(self, self.optimizers)
+            if self.method.finishes:
+                self.method.after_step(self, self.optimizers)
         warn_missed_target(self.model, self.clock)
 
     def retarget(self, method: Method, steps: int | None = None) -> None:
@@ -185,8 +190,9 @@ class Sparsifier:
         if not self._active() or any(layer.weight.is_meta for layer in self.layers.values()):
             return []
         with torch.no_grad():
-            # Stacked, so that a GPU is waited for once, not for each layer.
-            active = torch.stack([_whole((layer.effective_weight != 0).any()).cpu() for layer in self.layers.values()])
+            found = [_whole((layer.effective_weight != 0).any()) for layer in self.layers.values()]
+            # On one device and stacked, so that a GPU is waited for once, not for each layer.
+            active = torch.stack([some.to(found[0].device, non_blocking=True) for some in found])
         return [name for name, some in zip(self.layers, active.tolist(), strict=True) if not some]
 
     def warn_collapsed(self) -> None:
@@ -243,10 +249,12 @@ class Sparsifier:
         self._hook()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if is_nested(optimizer):
+            return None
         # The optimizer itself is the first positional argument.
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
         if id(optimizer) in self._stepped:  # the others skipped the step before
-            self._stepped, self._acted = set(), False
+            self._end_step()
         # With a closure the gradients are not there yet.
         taken = not is_skipped(optimizer) and (closure is not None or not is_priming(optimizer))
         self._taken = taken and self._active()
@@ -265,11 +273,13 @@ class Sparsifier:
         return (args[0], closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._taken:
+        if is_nested(optimizer) or not self._taken:
             return
         self._stepped.add(id(optimizer))
-        if len(self._stepped) < len(self.optimizers):
-            return
+        if len(self._stepped) == len(self.optimizers):
+            self._end_step()
+
+    def _end_step(self) -> None:
         self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1

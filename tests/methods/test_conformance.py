@@ -1,6 +1,7 @@
 """What every method guarantees, for each kind of layer, pattern and budget."""
 
 import copy
+import dataclasses
 import io
 import sys
 from math import floor
@@ -429,6 +430,21 @@ def test_a_method_is_a_frozen_dataclass_that_prints_itself(name):
 def test_a_target_sparsity_out_of_range_is_refused(name, bad):
     with pytest.raises(InputError, match=r"sparsity must be a fraction in \[0, 1\)"):
         make(name, sparsity=bad)
+
+
+JUNK = [object(), [], {}, b"", 1j, float("nan"), "", -(10**400), torch.ones(2)]
+
+
+@pytest.mark.parametrize("bad", JUNK, ids=[type(value).__name__ for value in JUNK])
+@every_method
+def test_every_argument_refuses_a_value_of_another_type(name, bad):
+    method = method_class(name)
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    needed = {field: 0.5 for field, its in fields.items() if its.default is dataclasses.MISSING}
+    for field in set(fields) - {"input_size"}:  # used with macs only, where the model is run
+        others = {"sparsity": 0.5} if "sparsity" in fields and field not in ("sparsity", "macs", "budget") else needed
+        with pytest.raises(InputError, match=field):
+            sparing.sparsify_(torch.nn.Linear(4, 4), method(**{**others, field: bad}), steps=STEPS)
 
 
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if issubclass(method_class(name), Ranking)])

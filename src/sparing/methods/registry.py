@@ -53,15 +53,13 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     offered = {point.name: point for point in entry_points(group="sparing.methods")}
     module, colon, attribute = name.partition(":")
+    if name not in offered and not colon:
+        raise InputError(
+            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])}, or an import path module:Class"
+        )
     try:
-        if name in offered:
-            found = offered[name].load()
-        elif colon:
-            found = getattr(import_module(module), attribute)
-        else:
-            known = [*METHODS, *offered]
-            raise InputError(f"unknown method {name!r}; {nearest(name, known)}, or an import path module:Class")
-    except (ImportError, AttributeError) as error:
+        found = offered[name].load() if name in offered else getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: paths such as ".x:Y" and ":Y"
         raise InputError(f"method {name!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"method {name!r} is {found!r}, which is not a subclass of sparing.Method")

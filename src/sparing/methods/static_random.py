@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sparing.budget import Budget, random_score
 from sparing.method import Layers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Mask
+from sparing.schedules import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class StaticRandom(Ranking):
 
     budget: Budget | str = "erk"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: Mask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()}

@@ -77,7 +77,7 @@ class STR(Rescaling):
             raise InputError(
                 f"STR: unknown granularity {self.granularity!r}; {nearest(str(self.granularity), GRANULARITIES)}"
             )
-        if not callable(self.g) and self.g not in MAPS:
+        if not callable(self.g) and not (isinstance(self.g, str) and self.g in MAPS):
             raise InputError(f"STR: unknown g {self.g!r}; {nearest(str(self.g), MAPS)} (or give a callable)")
         at_start = self._map(torch.full((1,), float(self.init), device="cpu"))
         if not isinstance(at_start, Tensor) or at_start.shape != (1,):

@@ -11,11 +11,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sparing.errors import InputError
 from sparing.train.build import build_data
 from sparing.train.distributed import Ranks
-from sparing.train.recipe import Part, Recipe, build_recipe, explain, read_mapping
+from sparing.train.recipe import Recipe, Section, build_recipe, explain, read_mapping
 from sparing.train.run import check_fits, what_is_computed
 
 
-class Range(Part):
+class Range(Section):
     """Search range with inclusive bounds. It holds integers if `low`, `high` and `step` are integers."""
 
     low: int | float
@@ -41,7 +41,7 @@ class Range(Part):
         return self
 
 
-class Sweep(Part):
+class Sweep(Section):
     """Recipe, search space and objective of a sweep."""
 
     recipe: dict[str, Any]

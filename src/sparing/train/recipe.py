@@ -30,9 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-Part = Section  # the name that sparing.sweep.file still imports
-
-
 class ModelSection(Section):
     """`name` of `sparing.models`; the other keys are the arguments of that function."""
 
