@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "goal": {"errors", "layers", "method", "parametrizations"},
     "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations", "schedules"},
     "sparsify": {"errors", "goal", "layers", "method", "register", "schedules", "select", "sparsifier"},
-    "growing": {"budget", "layers", "method", "optimizers", "parametrizations"},
+    "growing": {"budget", "layers", "method", "optimizers", "parametrizations", "schedules"},
     "target": {
         "budget", "errors", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",
     },
