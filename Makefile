@@ -1,6 +1,6 @@
-# make demo   train a sparse network on real digits and compare it with the dense one
-# make test   run the test suite
-# Each makes the virtual environment it needs, in .venv; nothing else has to be installed.
+# make demo   train a sparse network on the MNIST digits and compare it with a dense baseline
+# make test   run the tests
+# Both commands create the virtual environment .venv with all dependencies.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
 
-# A process a core, of one thread each.
+# One process per core, with one thread each.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 

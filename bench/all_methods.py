@@ -2,12 +2,12 @@
 
     python bench/all_methods.py [--seeds 0 1] [--methods gmp rigl] [--out runs/all_methods]
 
-Runs recipes/mnist5k/gmp.yaml with another method, dense and with each variant below. Finished runs are kept, so an
-interrupted benchmark continues where it stopped. Each writes results/all_methods/<variant>-seed<n>.json;
+Trains recipes/mnist5k/gmp.yaml without a method and with each variant below. Finished runs are not repeated, so an
+interrupted benchmark continues where it stopped. Each run writes results/all_methods/<variant>-seed<n>.json;
 `bench/results.py table` builds the table.
 
-Methods without a target have settings that bring them near 90 % here, found by validation accuracy and sparsity.
-The others run with their defaults.
+Methods without a target sparsity have settings with which they end near 90 %, chosen by validation accuracy and
+sparsity. The other methods run with their defaults.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sparing import METHODS
 RECIPE = ROOT / "recipes" / "mnist5k" / "gmp.yaml"
 TARGET = 0.9
 
-# Variant → the method, its arguments, and other changes of the recipe.
+# Variant → method, arguments of the method, and other changes of the recipe.
 SETTINGS = {
     "str": ("str", {"init": -20.0}, ["optimizer.threshold_weight_decay=0.0145"]),
     "dst": ("dst", {"alpha": 7e-4}, ["optimizer.threshold_weight_decay=0"]),
@@ -37,7 +37,7 @@ VARIANTS = ["dense", *dict.fromkeys([*METHODS, *SETTINGS])]
 
 
 def settings(variant):
-    """Return the method of a variant, its arguments, and other changes of the recipe."""
+    """Return the method of a variant, the arguments of the method, and other changes of the recipe."""
     return SETTINGS.get(variant, (variant, {"sparsity": TARGET}, []))
 
 

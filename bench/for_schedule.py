@@ -3,9 +3,9 @@
     python bench/for_schedule.py [--sparsities 0.8 0.9 0.95] [--seed 0] [--out runs/for_schedule]
 
 Trains recipes/mnist5k/gmp.yaml with the method {name: str, for_sparsity: SPARSITY}. Every run has a directory under
---out, and finished runs are not repeated. Writes results/for_schedule/<sparsity>-seed<n>.json;
+--out. Finished runs are not repeated. Writes results/for_schedule/<sparsity>-seed<n>.json;
 `bench/results.py table` builds the table. The rule was fitted to other runs (sparing.decay), but the run at 90 %
-influenced its default init: from -3200 it exceeded the requested sparsity by more.
+influenced its default init: with -3200 it exceeded the requested sparsity by more.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Three variants of the last fifth of the run, with recipes/targets/resnet8-mnist5k.yaml:
 
-    asked     STR: s continues to learn, and the thresholds are rescaled to the target every 16 steps
+    asked     STR: s is trained, and the thresholds are rescaled to the target every 16 steps
     fixed     s is constant; one rescaling at the last step makes the sparsity exact
     lifted    W ← S, and the thresholds are set to 1e-7: active weights train without shrinkage, pruned ones stay zero
 
@@ -44,7 +44,7 @@ class Fixed(STR):
     def before_step(self, sparsifier, optimizers):
         if self.is_frozen(sparsifier.step, sparsifier.steps):
             for _, part in sparsifier.each(SoftThreshold):
-                part.s.grad = None  # optimizers skip it: no weight decay and no momentum either
+                part.s.grad = None  # optimizers skip it, so it gets no weight decay and no momentum
 
     def after_step(self, sparsifier, optimizers):
         step, steps = sparsifier.step, sparsifier.steps

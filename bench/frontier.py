@@ -1,20 +1,20 @@
 """Measure accuracy against sparsity and against MACs for several methods, from 80 % to 99 % sparsity.
 
-    python bench/frontier.py                                     everything, on Fashion-MNIST, three seeds
+    python bench/frontier.py                                     all runs on Fashion-MNIST, three seeds
     python bench/frontier.py --variants dense str gmp --sparsities 0.9 --seeds 0
     python bench/frontier.py --data cifar10_jpeg --data-root data/cifar10-jpeg.tar.xz --device cuda
 
-Trains recipes/fashion-mnist/frontier.yaml with another method. Every run has a directory under --out and, once
-finished, a file results/frontier/<data>/<variant>-<sparsity>-seed<n>.json. A run with such a file is not repeated,
-and an interrupted run continues from its last epoch. Several machines can share the work, each with its own --seeds
-or --variants. With --epochs, the results stay under --out and are not part of the study.
+Trains recipes/fashion-mnist/frontier.yaml with another method. Every run has a directory under --out. A finished run
+writes results/frontier/<data>/<variant>-<sparsity>-seed<n>.json and is not repeated; an interrupted run continues from
+its last epoch. Several machines can share the runs, each with other --seeds or --variants. With --epochs, the results
+stay under --out and are not part of the study.
 
 `python bench/results.py table` and `figures` build the table and the figure of docs/choosing.md.
 
 Methods with a target sparsity run with their defaults. ST-3, Feather and STR-Feather run with clipped gradients, as in
-the codes of the first two; ST-3 and Feather "as released" also update the threshold at every step. The sparsity of STR
-without a target follows from DECAY. GMP with its budget, and STR with its sparsity as target (`str_matched`), use the
-results of these runs. The targets of `str_macs` and `str_feather_macs` are the MACs of Feather as released.
+the authors' code of the first two; ST-3 and Feather "as released" also update the threshold at every step. STR without
+a target has the weight decays in DECAY. `gmp_str_budget` uses the budgets of these runs, and `str_matched` has their
+sparsities as targets. The targets of `str_macs` and `str_feather_macs` are the MACs of Feather as released.
 recipes/sweeps/str-fashion-mnist.yaml searches for better settings of STR without a target.
 """
 
@@ -34,7 +34,7 @@ RECIPE = ROOT / "recipes" / "fashion-mnist" / "frontier.yaml"
 
 INIT = -20.0
 DECAY = {0.8: 2.65e-3, 0.9: 5e-3, 0.95: 9e-3, 0.98: 2.1e-2, 0.99: 3.9e-2}
-"""Sparsity → weight decay of the thresholds with which STR ends near it; found with one trial each, on seed 0."""
+"""Sparsity → weight decay of the thresholds with which STR ends near it; found with one trial each, with seed 0."""
 
 
 class Study:
@@ -56,7 +56,7 @@ class Study:
         """Return the section `method` of the recipe, None for dense, and other changes of the recipe.
 
         Raises:
-            InputError: it needs the results of another run, which is not finished.
+            InputError: the variant needs the results of another run, which is not finished.
         """
         if variant == "dense":
             return None, []

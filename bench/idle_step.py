@@ -4,12 +4,12 @@
 
 The model is a transformer encoder of 48 layers with 192 sparsified weights. It has no gradients, so `optimizer.step()`
 itself does almost nothing, and the difference to the same optimizer without a sparsifier is the time of the two hooks.
-Both optimizers take turns in one process. The target is at most 50 microseconds per step.
+The steps of both optimizers alternate in one process. The target is at most 50 microseconds per step.
 
 Some methods work at every step by design: DNW makes its masks (unless `every` is larger), DST checks for empty
 layers, SNFS averages gradients, Spartan computes its own gradients, and continuous sparsification raises its
-temperature. Without gradients, SNFS and Spartan show only the time of their loops. Every 100 steps (`WATCH_EVERY`) the
-sparsifier looks for layers that have lost all weights; the last column is the time of that check, divided by 100.
+temperature. Without gradients, only the loops of SNFS and Spartan are timed. Every 100 steps (`WATCH_EVERY`) the
+sparsifier checks for layers that have lost all weights; the last column is the time of that check divided by 100.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def measure(variant, calls):
     (plain, _), (sparse, sparsifier) = optimizer_of(), optimizer_of(variant)
     pairs = []
     for _ in range(calls):
-        # The same step every time: the next update must not come nearer.
+        # The same step in every call: otherwise an update would become due.
         sparsifier.clock.step = STEP
         pairs.append((microseconds(sparse.step), microseconds(plain.step)))
     hooked, unhooked = zip(*pairs, strict=True)

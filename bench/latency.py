@@ -2,10 +2,10 @@
 
     python bench/latency.py [--network resnet50/str-90.23 ...] [--rounds 7] [--batch 1 16] [--threads 1 2]
 
-Each network has a file in results/export/, written when it is finished; a second run of the script measures the
-networks whose files are missing. Weights are random, thresholded to the budget and scaled to keep activations at the
-same magnitude from layer to layer: time depends on the number and positions of nonzero weights, not on their values.
-The sweep for the break-even sparsity is done once per model, on its first uniform network.
+The script writes one file per network to results/export/ and skips networks whose file exists. Weights are random,
+thresholded to the budget and scaled so that activations have the same magnitude in all layers: the time depends on the
+number and positions of nonzero weights, not on their values. The sweep for the break-even sparsity is run once per
+model, on its first uniform network.
 
 Requires an idle machine and `pip install 'sparing[export]'`.
 """

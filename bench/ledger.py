@@ -12,7 +12,7 @@ from sparing.train.run import train_run
 ROOT = Path(__file__).parent.parent
 
 CLIPPED = ["clip_grad_norm=3.0"]
-"""Recipe changes for ST-3 and Feather: the codes of their authors clip gradients at this norm."""
+"""Recipe changes for ST-3 and Feather: the authors' code clips gradients at this norm."""
 
 
 def train_into(entry, recipe, overrides, run, **facts):
@@ -22,11 +22,11 @@ def train_into(entry, recipe, overrides, run, **facts):
         entry: the JSON file to write.
         recipe: the recipe file.
         overrides: changes of the recipe, `key=value`.
-        run: the run directory; an unfinished run in it is continued.
+        run: the run directory; if it contains an unfinished run, the run is continued.
         facts: additional keys of the entry.
 
     Returns:
-        The entry: recipe and facts, metrics, sparsity of each layer.
+        The entry: recipe and facts, metrics, sparsity per layer.
     """
     metrics = train_run(load_recipe(recipe, overrides), run, resume=True, console=Console(quiet=True))
     layers = json.loads((Path(run) / "report.json").read_text())["layers"]

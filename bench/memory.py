@@ -3,13 +3,13 @@
     python bench/memory.py [--methods dense str] [--json results/cost/memory.json]
 
 The model has 50 M weights in 12 Linear layers of 2048×2048 and is trained with SGD and momentum. Each variant runs in a
-fresh process whose allocator returns freed memory to the system at once, so that the peak (ru_maxrss) is that of live
-memory. Peak and current memory count from after the model was built: gradients and momentum alone are 2. "Current" is
-the resident memory after the last step, with gradients and momentum.
+fresh process whose allocator returns freed memory to the system at once, so the peak (ru_maxrss) contains only memory
+in use. Peak and current memory exclude the memory in use before sparsify_, so gradients and momentum alone are 2.
+"Current" is the resident memory after the last step, with gradients and momentum.
 
 The targets are 3.5 for STR and for methods with masks, and 4.5 for every method. Variational dropout and continuous
 sparsification train a second number per weight: with its gradient and momentum, and those of the weights, they need
-at least 5. SNFS keeps an average of the dense gradient and Spartan a soft mask, each one number per weight.
+at least 5. SNFS stores an average of the dense gradient and Spartan a soft mask, each one number per weight.
 """
 
 import argparse
@@ -59,12 +59,12 @@ VARIANTS = {
     "acdc": ("acdc", {"sparsity": 0.9, "begin": 1, "end": 3, "phase": 1}),
     "spartan": ("spartan", {"sparsity": 0.9, "every": 1, "begin": 2, "end": 3}),
 }
-"""Name → method, and arguments with which an update is due in each of the three steps, or in as many as there are."""
+"""Name → method, and arguments with which an update is due in each of the three steps, or in as many as possible."""
 LOW = ("dense", "str", "str_sparsity", "gmp", "gmp_global", "gmp_block", "gmp_2_4", "rigl", "dnw", "dsr", "set",
        "static_random", "snip", "acdc")  # fmt: skip
 """Variants whose target is 3.5."""
 FLOORS = {"variational_dropout": 5.0, "continuous_sparsification": 5.0}
-"""Variants that train a second number per weight, and the least memory that they can have."""
+"""Variants that train a second number per weight, and the least memory that they need."""
 assert {method for method, _ in VARIANTS.values()} - {None} == set(sparing.METHODS)
 
 

@@ -5,7 +5,7 @@
     python bench/results.py figures           draw docs/figures/
 
 An accuracy is the mean over the seeds of one recipe at one commit, with the sample standard deviation if there are
-several seeds. No number in the tables is typed by hand.
+several seeds. All numbers in the tables come from results/.
 """
 
 import csv
@@ -39,7 +39,7 @@ RENAMED = {
     "global_magnitude": "gmp_global",
     "global_magnitude_one_shot": "gmp_one_shot_global",
 }
-"""Former methods in results/ that are arguments of GMP now: name → variant of bench/all_methods.py."""
+"""Former methods in results/ that are now arguments of GMP: name → variant of bench/all_methods.py."""
 PAIRS = {
     "resnet8-mnist5k": "resnet8, MNIST-5k",
     "resnet8-fashion-mnist": "resnet8, Fashion-MNIST",
@@ -80,7 +80,7 @@ def recipes():
 
 
 def runs_table():
-    """One row per recipe, and a row for its dense baseline if it has one."""
+    """Return one row per recipe, and a row for its dense baseline if it has one."""
     rows = [
         "| recipe | | test accuracy, % | sparsity, % | weights kept | MACs | runs |",
         "|---|---|---|---|---|---|---|",
@@ -130,7 +130,7 @@ def budget_figure():
 
 
 def methods_table():
-    """Every method at 90 % sparsity with one recipe, sorted by accuracy."""
+    """Return one row per method at 90 % sparsity with one recipe, sorted by accuracy."""
     rows = [
         "| method | test accuracy, % | sparsity, % | MACs | above static random | step time, relative to dense |",
         "|---|---|---|---|---|---|",
@@ -173,7 +173,7 @@ def frontier(data):
 
 
 def frontier_table():
-    """Accuracy and MACs of every variant at every sparsity."""
+    """Return accuracy and MACs of each variant at each sparsity."""
     folders = {path.name for path in ROOT.joinpath("results/frontier").glob("*/")} | {"fashion_mnist"}
     rows = []
     for data in sorted(folders, key=lambda name: (name != "fashion_mnist", name)):
@@ -197,7 +197,7 @@ def frontier_table():
 
 
 def frontier_differences(found):
-    """Return rows with the differences in accuracy of two variants with the same seed and target."""
+    """Return rows with the difference in accuracy of two variants with the same seed and target."""
     others = ("gmp", "rigl", "st3_as_released", "feather", "feather_as_released", "global_magnitude", "acdc")
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
@@ -219,7 +219,7 @@ def points_apart(entries, others):
 
 def frontier_accuracy(entries, asked):
     reached = statistics.mean(entry["sparsity"] for entry in entries)
-    # Compared to the last digit shown.
+    # Compare with the precision of the table.
     at = f" (at {100 * reached:.2f} %)" if round(100 * reached, 2) != round(100 * asked, 2) else ""
     return spread([entry["accuracy"] for entry in entries], 100) + at
 
@@ -236,7 +236,7 @@ def frontier_figure():
     found = frontier("fashion_mnist")
     if not found:
         return
-    # These lie on the line of another variant.
+    # The lines of these variants coincide with those of other variants.
     same = ("str_matched", "str_macs", "str_feather_macs", "feather_as_released")
     drawn = [name for name in FRONTIER if name != "dense" and name not in same]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -255,7 +255,7 @@ def frontier_figure():
                 dense = statistics.mean(e["accuracy"] for e in group)
                 axes.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
         axes.set(xlabel=title, xscale="log")
-    lowest = 0.75  # below it, all lines drop to chance
+    lowest = 0.75  # the figure omits lower accuracies
     figure.axes[0].set(ylabel="test accuracy", ylim=(lowest, 0.92))
     figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="small")
     path = ROOT / "docs" / "figures" / "frontier.png"
@@ -264,7 +264,7 @@ def frontier_figure():
 
 
 def overhead_table():
-    """Time of a training step with STR, relative to dense training."""
+    """Return the time of a training step with STR, relative to dense training."""
     rows = ["| step time, relative to dense | STR | formula with autograd |", "|---|---|---|"]
     notes = set()
     for path in sorted(ROOT.joinpath("results/step_overhead").glob("cpu*.json")):
@@ -285,7 +285,7 @@ def overhead_table():
 
 
 def ranks_table():
-    """Learned ranks and fixed ranks of the same size."""
+    """Return the comparison of learned ranks with fixed ranks of the same size."""
     rows = [
         "| data | weight decay of s | ranks of W, U | weights in both | learned | fixed, random start "
         "| fixed, SVD start | learned − random start | learned − SVD start |",
@@ -322,7 +322,7 @@ def ranks_table():
 
 
 def _ranks_row(pressure, runs, *others):
-    """Return a row: ranks of each seed, accuracy, accuracies of fixed ranks, and differences at equal seeds."""
+    """Return a row: ranks per seed, accuracy, accuracies with fixed ranks, and differences at equal seeds."""
     ranks = "; ".join("/".join(str(row["rank"]) for row in run["weight_ranks"].values()) for run in runs.values())
     weights = [sum(row["compact_parameters"] for row in run["weight_ranks"].values()) for run in runs.values()]
 
@@ -338,7 +338,7 @@ def _ranks_row(pressure, runs, *others):
 
 
 def rnn_speed_table():
-    """Time of FastGRNN relative to GRU, and of low rank relative to full rank."""
+    """Return the time of FastGRNN relative to GRU, and of low rank relative to full rank."""
     rows = ["| | batch | network | time, relative to the first of its group | milliseconds |", "|---|---|---|---|---|"]
     notes = set()
     for path in sorted(ROOT.joinpath("results/rnn_speed").glob("*.json")):
@@ -356,7 +356,7 @@ def rnn_speed_table():
 
 
 def paper_table():
-    """The rows of the paper's tables: reported values, how we know them, and our runs."""
+    """Return the rows of the paper's tables: reported values, how we know them, and our runs."""
     rows = [
         "| recipe | top-1, % | weights | MACs | known | λ | init | known | our run |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -378,7 +378,7 @@ def paper_table():
 
 
 def wishes_table():
-    """Sparsities requested with for_sparsity, and the sparsities reached."""
+    """Return the sparsities requested with for_sparsity and the sparsities reached."""
     rows = ["| requested | reached | test accuracy, % | init | weight decay of s |", "|---|---|---|---|---|"]
     notes, seeds = set(), set()
     for path in sorted(ROOT.joinpath("results/for_schedule").glob("*.json")):
@@ -394,7 +394,7 @@ def wishes_table():
 
 
 def sizes_table():
-    """File sizes of networks with published and uniform budgets."""
+    """Return the file sizes of networks with published and uniform budgets."""
     result = json.loads(ROOT.joinpath("results/export/size.json").read_text())
     rows = [
         "| network | budget | sparsity, % | dense, bytes | compressed, bytes | smaller | bf16 values, bytes | smaller "
@@ -422,7 +422,7 @@ FP32_BASELINES = tuple(baseline for baseline in BASELINES if baseline != "OpenVI
 
 
 def latency_table():
-    """Speedup of each sparse runtime over the dense baselines, and the break-even sparsity in MNN."""
+    """Return the speedup of each sparse runtime over the dense baselines, and the break-even sparsity in MNN."""
     rows = [
         "| network | batch | threads | sparse in | ms | of the fastest fp32 "
         f"| {' | '.join(f'of {baseline}' for baseline in BASELINES)} |",
@@ -477,7 +477,7 @@ def _ratio(row, own):
 
 
 def kernels_table():
-    """Multiplications per second of the sparse kernels, layer by layer."""
+    """Return the multiplications per second of the sparse kernels per layer."""
     result = json.loads((ROOT / "results" / "export" / "kernels.json").read_text())
     columns = [(kind, sparsity) for sparsity in (0.9, 0.95) for kind in ("native", "mnn")]
     names = {"native": "torch sparse", "mnn": "MNN sparse"}
@@ -515,7 +515,7 @@ def ran_on(entries):
 
 
 def requests_table():
-    """Targets of STR, and the values reached in one run each."""
+    """Return the targets of STR and the values reached, one run per row."""
     rows = ["| network, data | dense accuracy, % | target | reached | test accuracy, % |", "|---|---|---|---|---|"]
     targets = [("str_sparsity", percent) for percent in SPARSITY_TARGETS]
     targets += [("str_macs", percent) for percent in MACS_TARGETS]
@@ -539,7 +539,7 @@ def requests_table():
 
 
 def freezing_table():
-    """Difference in accuracy between STR with frozen thresholds at the end of the run and STR."""
+    """Return the difference in accuracy between STR with fixed thresholds at the end of the run and STR."""
     found = {}
     for path in sorted(ROOT.joinpath("results/freezing").glob("*.json")):
         entry = json.loads(path.read_text())
@@ -559,7 +559,7 @@ def freezing_table():
 
 
 def target_cost_table():
-    """Time of a step of STR with a target, relative to STR without one."""
+    """Return the time of a step of STR with a target, relative to STR without a target."""
     result = json.loads(ROOT.joinpath("results/step_overhead/target.json").read_text())
     names = {"str_sparsity": "`sparsity=`", "str_macs": "`macs=`"}
     rows = ["| | step time, relative to STR without a target | rescaling alone, share of a step |", "|---|---|---|"]
@@ -603,7 +603,7 @@ PAGES = (
 
 
 def filled(text):
-    """Return the text with the table between each pair of marks replaced."""
+    """Return the text with the table between each pair of markers replaced."""
     for name, build in TABLES.items():
         begin = BEGIN.format(name)
         before, mark, rest = text.partition(begin)

@@ -2,9 +2,9 @@
 
     python bench/rnn.py [--rounds 15] [--json results/rnn_speed/cpu.json]
 
-The networks of a comparison take turns in one process, in an order that is reversed every round, so that other
-processes affect all of them alike. The script prints the median of the ratios within each round, and the quartiles. A
-GRU of the same width has three matrices where FastGRNN has one.
+The networks of a comparison run alternately in one process, and their order is reversed every round, so that other
+processes affect all of them equally. The script prints the median and the quartiles of the ratios within each round. A
+GRU has three matrices where a FastGRNN of the same width has one.
 
 Ranks are compared at batch 1: compacted networks of learned rank against full rank, in torch, and at the sizes and
 ranks of the paper in MNN, exported with `sparing.export.mnn.save`. The exports take most of the time of this script.

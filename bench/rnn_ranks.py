@@ -2,12 +2,11 @@
 
     python bench/rnn_ranks.py [--data watch har2 spoken_digits] [--seeds 0 1 2] [--root har2=PATH ...] [--until HH:MM]
 
-For each data set and seed, the study trains a network of full rank, networks with learned ranks at each weight decay
-of the threshold in DECAYS, and for each of these two networks of fixed ranks, those that were learned. `fixed` starts
-from small random factors, as in EdgeML. `fixed_svd` starts from the largest singular values of the matrix that the
-learned one starts from, which separates the effect of learning ranks from that of the initialization. All other
-settings are those of recipes/rnn/<data>.yaml, except UNITS. The runs that the paper has come first, for all seeds;
-`fixed_svd` comes last.
+For each data set and seed, the study trains a network of full rank and, for each weight decay of the thresholds in
+DECAYS, a network with learned ranks and two networks with the same ranks, fixed. `fixed` starts from small random
+factors, as in EdgeML. `fixed_svd` starts from the largest singular values of the matrix from which the learned ranks
+start; this separates the effect of learning ranks from that of the initialization. All settings except UNITS are those
+of recipes/rnn/<data>.yaml. The kinds of runs that the paper has come first, for all seeds; `fixed_svd` comes last.
 
 Every run writes results/rnn/<data>/<kind>-seed<n>.json and is not repeated if that file exists, so an interrupted
 study continues where it stopped. `bench/results.py table` builds the table of docs/rnn.md.
@@ -34,7 +33,7 @@ SMALL_RANDOM = [*DENSE, "model.learned_rank=false"]
 
 
 def run(data, kind, seed, changes, root, console):
-    """Return the results of a run, and train it first if there are none."""
+    """Return the results of a run; train it first if it has none."""
     entry_path = ROOT / "results" / "rnn" / data / f"{kind}-seed{seed}.json"
     if entry_path.is_file():
         return json.loads(entry_path.read_text())

@@ -3,13 +3,13 @@
     python bench/step_overhead.py [--model resnet50] [--variant str gmp] [--batch 32] [--rounds 7] [--compile]
     python bench/step_overhead.py --against str --variant str_sparsity str_macs
 
-Copies of one model take turns, step by step, in one process, so that the drift of the machine affects all of them
-alike; the result is the median of the ratios of neighbouring steps. A second part compares `import sparing` with
-`import torch`, in fresh interpreters, in turns.
+The steps of copies of one model alternate in one process, so that changes in the speed of the machine affect all of
+them equally; the result is the median of the ratios of neighbouring steps. A second part compares `import sparing`
+with `import torch`, alternating, in fresh interpreters.
 
 A method with periodic updates is timed in a step without an update, and in two steps with one update between them; the
-result is the mean over its default interval. Methods may differ by less than the noise of a step, so what they do
-after a step is also timed by itself, as a share of the step.
+result is the mean over its default interval. The methods may differ by less than the noise of a step, so their work
+after a step is also timed separately, as a share of the step.
 
 The naive formula is that of the 2020 release, sign(w) · relu(|w| − sigmoid(s)), with gradients by autograd.
 """
@@ -126,7 +126,7 @@ class Side:
         plain = self.clock() - start
         if self.every == 1:
             return plain
-        # Methods act before or after the step that they count, so one of these two steps has the update.
+        # Methods act before or after a step, so one of these two steps has the update.
         self.at(self.update - 1)
         start = self.clock()
         self.step()
@@ -134,7 +134,7 @@ class Side:
         return (self.clock() - start + (self.every - 2) * plain) / self.every
 
     def update_seconds(self):
-        """Return the seconds of what the method does after a step, the mean over its update interval."""
+        """Return the seconds of the method's work after a step, the mean over its update interval."""
         if self.sparsifier is None:
             return 0.0
         self.at(self.update)
@@ -154,7 +154,7 @@ def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, de
     sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled, clock) for kind in kinds}
     peaks = {}
     for kind, side in sides.items():
-        side.step()  # without the allocations, autotuning and compilation of the first step
+        side.step()  # the first step has allocations, autotuning and compilation, so it is not measured
         side.at(PLAIN)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

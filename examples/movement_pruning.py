@@ -1,9 +1,9 @@
-"""Movement pruning as a method of your own: weights are ranked by a score that is trained.
+"""Implement movement pruning, a custom method that ranks weights by a trained score.
 
     M = the (1 − s_t) share of largest scores v, on the cubic ramp
     S = W ⊙ M,   dW = dS ⊙ M,   dv = dS ⊙ W                straight through
 
-v grows where W moves away from zero. Weight decay must not touch v: it is not named in `decays`.
+v grows where W moves away from zero. v must not get weight decay, so `decays` does not name it.
 
 Source: Sanh, Wolf & Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020.
 """

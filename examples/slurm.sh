@@ -1,9 +1,9 @@
 #!/bin/bash
-# One run on two hosts of four GPUs each. Submit it from the folder of the recipe:
+# Train on two hosts with four GPUs each. Submit the script from the folder of the recipe:
 #
 #     sbatch slurm.sh recipes/imagenet/resnet50-str-90.23.yaml runs/str
 #
-# Submitted again, or started again by SLURM after a preemption, it goes on after the last finished epoch.
+# If it is submitted again, or restarted by SLURM after a preemption, the run continues after the last finished epoch.
 #SBATCH --job-name=sparing
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,18 +16,18 @@
 set -euo pipefail
 
 recipe=${1:?a recipe}
-out=${2:?a run directory, on storage that all hosts see}
+out=${2:?a run directory on storage shared by all hosts}
 
-# Where the hosts meet: any free port of the first of them.
+# The address of the rendezvous: a free port of the first host.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Jobs that share a host must not share the port.
+# Jobs on the same host need different ports.
 port=$((20000 + SLURM_JOB_ID % 10000))
-# Restarted ranks would otherwise look for each other at the addresses of the dead ones.
+# Otherwise restarted ranks would get the addresses of the failed ranks.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Decoding runs in processes of its own, so that a rank needs no threads.
+# Worker processes decode the images, so a rank needs only one thread.
 export OMP_NUM_THREADS=1
 
-# One launcher a host; it starts a rank a GPU, and up to three times all of them again if one dies.
+# One launcher per host starts one rank per GPU. If a rank fails, it restarts all ranks, at most three times.
 srun torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "$SLURM_GPUS_PER_NODE" \

@@ -1,6 +1,6 @@
-"""SR-STE as a method of your own: 2:4 sparsity from scratch, with a pull on what is pruned.
+"""Implement SR-STE, a custom method: 2:4 sparsity from scratch, with weight decay on pruned weights.
 
-    M = the 2 largest |W| of every 4 inputs, made anew after every step
+    M = the 2 largest |W| of every 4 inputs, recomputed after every step
     S = W ⊙ M,   dW = dS + λ (1 − M) ⊙ W                   the gradient of loss + λ/2 · Σ ((1 − M) ⊙ W)²
 
 Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.

@@ -1,7 +1,7 @@
-"""Top-KAST as a method of your own: sparse forward and backward passes, with always as many weights.
+"""Implement Top-KAST, a custom method: sparse forward and backward passes with a constant number of weights.
 
     A = the largest |W|, B = A and the next largest       S = W ⊙ A,   dW = dS ⊙ B
-    loss + λ/2 · (Σ_A W² + Σ_{B∖A} W² / D)                 D the density of A
+    loss + λ/2 · (Σ_A W² + Σ_{B∖A} W² / D)                 D is the density of A
 
 Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020. Use it as
 `sparsify_(model, TopKAST(sparsity=0.9), steps=N)`, or in a recipe as `method: {name: top_kast:TopKAST, sparsity: 0.9}`.

@@ -28,7 +28,7 @@ images = [
     for path in sorted((arguments.folder / name).iterdir())
     if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") and path.name[0] != "."
 ]
-# Training shuffles only the order of the shards and the images in a buffer, so shuffle all images here.
+# Training shuffles only the shards and the images in a buffer, so shuffle all images here.
 random.Random(0).shuffle(images)
 
 arguments.prefix.parent.mkdir(parents=True, exist_ok=True)

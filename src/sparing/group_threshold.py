@@ -40,9 +40,19 @@ def group_norm(weight: Tensor, view: Shape, dims: Shape) -> Tensor:
     """
     if not dims:
         return weight.abs()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(weight.reshape(view), dim=dims, keepdim=True, dtype=wide)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight.reshape(view), dim=dims, keepdim=True, dtype=dtype)
     return norm / prod([view[d] for d in dims]) ** 0.5  # type: ignore[no-any-return]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or wider: small differences and long sums are lost to rounding in half precision.
+
+    Examples:
+        >>> wide(torch.ones(1, dtype=torch.bfloat16)).dtype, wide(torch.ones(1, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def group_soft_threshold(weight: Tensor, threshold: Tensor, view: Shape, dims: Shape) -> Tensor:
@@ -118,7 +128,7 @@ def feather_threshold(
     S_G = W_G · relu(1 − (t / ‖W_G‖)³)^(1/3),   M = 1{‖W_G‖ > t}
 
     dL/dW = dL/dS ⊙ (M + θ (1 − M))
-    dL/dt = −Σ dL/dS ⊙ sign(S)                  as of the soft threshold
+    dL/dt = −Σ dL/dS ⊙ sign(S)                  as for the soft threshold
 
     Args:
         weight: W, floating point.
@@ -143,8 +153,8 @@ class _FeatherThreshold(torch.autograd.Function):
     def forward(weight: Tensor, threshold: Tensor, theta: float, view: Shape, dims: Shape) -> Tensor:
         norm = group_norm(weight, view, dims)
         t = threshold.to(norm.dtype)
-        # With ‖W‖ taken out of the root: the cube of a small weight would underflow.
-        norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+        # Divided by ‖W‖ before the cube, which would underflow for a small weight.
+        norm = wide(norm)
         factor = (1 - (t.to(norm.dtype) / norm) ** 3).clamp_min(0) ** (1 / 3)
         shrunk = weight.reshape(view) * factor.to(weight.dtype)
         return torch.where(norm > t, shrunk, 0.0).reshape(weight.shape)
@@ -152,7 +162,7 @@ class _FeatherThreshold(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.t, ctx.theta = (inputs[1].shape, inputs[1].dtype), inputs[2]
-        # Saved only where it is needed. The layer that uses it saves it in any case, except under autocast.
+        # Saved only if it is needed. The layer that uses it saves the same tensor, except under autocast.
         if ctx.theta != 1 or ctx.needs_input_grad[1]:
             ctx.save_for_backward(output)
 

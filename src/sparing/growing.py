@@ -1,16 +1,24 @@
 """Base of methods that are sparse from start to end: they prune weights and regrow as many elsewhere."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparing.budget import Budget, random_score
 from sparing.layers import Layer
-from sparing.method import Layers, Optimizers, Plan, Ranking
+from sparing.masks import keep_top, prune_and_regrow
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.optimizers import reset_state
-from sparing.parametrizations import Masked
-from sparing.schedules import check_seed
+from sparing.parametrizations import Mask, Masked
+from sparing.patterns import Units
+from sparing.schedules import check_number, check_seed
+from sparing.sparsifier import Sparsifier
+
+Kind = TypeVar("Kind", bound=Masked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +26,8 @@ class Growing(Ranking):
     """Abstract: keep a constant number of weights, and move some of them at every update.
 
     Args:
-        end: the last update comes before it, a step (int) or a fraction of the run (float).
+        fraction: the share of active weights that the first update moves, in (0, 1).
+        end: end of the updates, a step (int) or a fraction of the run (float); there is no update at that step itself.
         every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
         seed: of the random first mask and of random growth; equal on all ranks, whatever their own seeds.
     """
@@ -28,28 +37,76 @@ class Growing(Ranking):
     takes_nm = False
 
     budget: Budget | str = "erk"
+    fraction: float = 0.3
     end: int | float = 0.75
     every: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number(self, "fraction", "(0, 1)")
         check_seed(self)
 
-    def first_masks(self, layers: Layers, plan: Plan) -> dict[str, Tensor]:
-        """Return the random masks of the start."""
-        return plan.allocation.masks(random_score(layers, self.seed))
+    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
+        masks = plan.allocation.masks(random_score(layers, self.seed))
+        return {name: self.masked(mask) for name, mask in masks.items()}
 
-    def due(self, plan: Plan, step: int) -> bool:
+    def masked(self, mask: Tensor) -> Masked:
+        """Return the parametrization of a layer, with its random first mask."""
+        return Mask(mask)
+
+    def due(self, sparsifier: Sparsifier, step: int) -> bool:
         """Return whether the masks are updated after that many steps."""
-        assert plan.updates is not None
-        return plan.updates.due(step) and step < plan.updates.end
+        updates = sparsifier.plan.updates
+        return bool(updates.due(step) and step < updates.end)
 
 
-@torch.no_grad()
-def replace_mask(layer: Layer, part: Masked, mask: Tensor, optimizers: Optimizers) -> None:
-    """Replace the mask of a layer. Regrown weights start at zero, without momentum."""
-    regrown = mask & ~part.mask
-    layer.weight.masked_fill_(regrown, 0)
-    reset_state(optimizers, layer.weight, regrown)
-    part.mask.copy_(mask)
+@dataclass(frozen=True)
+class MaskUpdate(Generic[Kind]):
+    """One update of the mask of one layer.
+
+    Attributes:
+        layer: the layer.
+        part: its parametrization.
+        units: the units of its weight.
+        active: the active units, a boolean tensor.
+    """
+
+    layer: Layer
+    part: Kind
+    units: Units
+    active: Tensor
+
+    @classmethod
+    def each(cls, sparsifier: Sparsifier, kind: type[Kind]) -> "Iterator[MaskUpdate[Kind]]":
+        """Iterate over the layers to update. Frozen layers are left out: they could not train a regrown weight."""
+        for layer, part in sparsifier.each(kind):
+            if layer.weight.requires_grad:
+                units = sparsifier.plan.allocation.units[layer.name]
+                yield MaskUpdate(layer, part, units, units.active(part.mask))
+
+    @cached_property
+    def count(self) -> int:
+        """Number of active units."""
+        return int(self.active.sum())
+
+    def norm(self) -> Tensor:
+        """Return the root mean square of each unit of the weight."""
+        return self.units.norm(self.layer.weight)
+
+    def largest(self, count: int) -> Tensor:
+        """Return a mask of the `count` active units of largest norm."""
+        return keep_top(self.norm().masked_fill(~self.active, -1), count)
+
+    def prune_and_regrow(self, share: float, scores: Tensor, optimizers: Optimizers) -> None:
+        """Prune a share of the active units, those of smallest norm, and regrow as many of the largest score."""
+        self.replace(prune_and_regrow(self.active, self.norm(), scores, int(share * self.count)), optimizers)
+
+    @torch.no_grad()
+    def replace(self, chosen: Tensor, optimizers: Optimizers) -> None:
+        """Make the chosen units the active ones. Regrown weights start at zero, without momentum."""
+        mask = self.units.expand(chosen)
+        regrown = mask & ~self.part.mask
+        self.layer.weight.masked_fill_(regrown, 0)
+        reset_state(optimizers, self.layer.weight, regrown)
+        self.part.mask.copy_(mask)

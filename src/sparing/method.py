@@ -38,16 +38,16 @@ Optimizers = tuple[Optimizer, ...]
 class Method(ABC):
     """Abstract: a way to train a sparse network. A subclass is a frozen dataclass and its own configuration.
 
-    `sparsify_` calls `prepare` and `parametrizations` once. Once `Sparsifier.attach` was called, the hooks run around
-    every optimizer step that is taken; a step that a gradient scaler skips is not seen. The method itself has no
-    state: what a checkpoint needs is a parameter or buffer of the parametrizations. The length of the run is an
-    argument of `sparsify_`, not of the method.
+    `sparsify_` calls `prepare` and `parametrizations` once. After `Sparsifier.attach`, the hooks run around every
+    optimizer step, except those that a gradient scaler skips. The method has no state: everything that a checkpoint
+    needs is a parameter or buffer of the parametrizations. The length of the run is an argument of `sparsify_`, not
+    of the method.
 
     Attributes:
-        name: in recipes and messages.
+        name: the name of the method in recipes and messages.
         retargets: whether the target may change in a run, see `Sparsifier.retarget`.
-        finishes: whether `Sparsifier.finish` performs the updates due in steps that were not taken; False where
-            updates only regrow weights elsewhere.
+        finishes: whether `Sparsifier.finish` performs the updates due in steps that were not taken; False if updates
+            only move weights.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -71,9 +71,9 @@ class Method(ABC):
     finishes: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
-        """Return what follows from method, model and length of the run: `Sparsifier.plan`.
+        """Resolve the method for this model and length of the run; the result is `Sparsifier.plan`.
 
-        It is called before anything is changed and may refuse with `InputError`. A checkpoint need not hold it.
+        `sparsify_` calls it before it changes the model, and it may raise `InputError`. Checkpoints do not contain it.
         """
         return None
 
@@ -82,31 +82,31 @@ class Method(ABC):
         """Return a parametrization for every layer, by the layer's name, on the device of its weight."""
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        """Act just before the optimizer moves the weights; the gradients are there (see `Sparsifier.unscale`)."""
+        """Act just before the optimizer step, when the gradients are computed (see `Sparsifier.unscale`)."""
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        """Act just after the optimizer has moved the weights; `sparsifier.step` counts this step."""
+        """Act just after the optimizer step; `sparsifier.step` counts this step."""
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         """Return the term that the method adds to the loss, differentiable; see `Sparsifier.penalty`."""
         raise NotImplementedError
 
     def goal(self, plan: Any) -> tuple[int, Mapping[str, int] | None] | None:
-        """Return what the layers may cost at the end, and the cost of one weight by layer (None: 1 each).
+        """Return the cost of all layers at the target, and the cost of one weight by layer (None: 1 each).
 
-        None without a target.
+        Return None if there is no target.
         """
         return None
 
     def describe(self) -> dict[str, Any]:
-        """Return name and arguments in plain values, for checkpoints: equal for equal methods."""
+        """Return name and arguments in plain values, for checkpoints. Equal methods have equal descriptions."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"method": self.name, **{key: json.loads(json.dumps(v, default=_plain)) for key, v in fields.items()}}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a `Ranking` method resolves for one model and length of run: how many weights to keep, and when to act."""
+    """A `Ranking` method resolved for a model and a length of run: how many weights to keep, and when to update."""
 
     allocation: Allocation
     updates: Updates | None = None
@@ -114,7 +114,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking(Method):
-    """Abstract: a method that ranks weights and keeps the best; score and schedule are the subclass's.
+    """Abstract: a method that ranks weights and keeps the best. A subclass defines the score and the schedule.
 
     Args:
         sparsity: target sparsity, a fraction in [0, 1): of each layer with budget="uniform", of all layers together
@@ -123,18 +123,18 @@ class Ranking(Method):
             of a published budget.
         pattern: which weights are pruned together: `Unstructured()`, `Block(n)`, `NM(n, m)` or `Filters()`.
 
-    A subclass with a schedule has the fields `end` and, if it needs them, `begin` and `every`; they are checked and
-    resolved here.
+    A subclass with a schedule has the field `end` and, optionally, `begin` and `every`. They are checked and resolved
+    here.
 
     Attributes:
         takes_global: whether budget="global" is supported.
         takes_nm: whether the pattern `NM` is supported.
-        equal_units: whether units must have one size in all layers: they move between layers, or compete.
-        after_ramp: whether updates go on after the ramp, to the end of the run.
+        equal_units: whether units must have the same size in all layers, because they move between layers or compete.
+        after_ramp: whether updates continue after the ramp, to the end of the run.
 
     Raises:
-        InputError: the target is missing, contradictory or out of range; the method does not support the budget or
-            the pattern.
+        InputError: the target is missing or contradictory; a value is out of range; the method does not support the
+            budget or the pattern.
     """
 
     takes_global: ClassVar[bool] = True

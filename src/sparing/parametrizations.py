@@ -162,6 +162,8 @@ def learned_number(shape: Sequence[int], start: float, weight: Tensor) -> nn.Par
 class Masked(Sparse):
     """Abstract: the effective weight is the weight where a mask is True, and zero elsewhere.
 
+    S = W ⊙ M,   dW = dS ⊙ M                  unless a subclass has a `forward` of its own
+
     Args:
         mask: boolean, of the shape of the weight; a buffer.
     """
@@ -171,6 +173,9 @@ class Masked(Sparse):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, 0.0)
 
     def extra_repr(self) -> str:
         return f"mask={tuple(self.mask.shape)}"
@@ -183,9 +188,6 @@ class Mask(Masked):
         >>> Mask(torch.tensor([True, False]))(torch.tensor([3.0, 4.0]))
         tensor([3., 0.])
     """
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0.0)
 
 
 class DenseGradientMask(Masked):

@@ -68,6 +68,12 @@ class Sparsifier:
                 yield layer, part
 
     @property
+    def due(self) -> bool:
+        """Whether an update is due after this step; of a method with a schedule."""
+        due: bool = self.plan.updates.due(self.clock.step)
+        return due
+
+    @property
     def progress(self) -> float:
         """How far the sparsity ramp is at this step, in [0, 1]; of a method with a schedule."""
         done: float = self.plan.updates.progress(self.clock.step, self.clock.start)

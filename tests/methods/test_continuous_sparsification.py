@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import sparing
 from sparing import ContinuousSparsification, InputError
+from sparing.methods.continuous_sparsification import SigmoidMask
 
 
 def sparsified(steps=10, **settings):
@@ -38,6 +40,36 @@ def test_effective_weights_and_gradients_are_the_formulas():
     torch.testing.assert_close(layer.weight.grad, weight.grad)
     torch.testing.assert_close(part.m.grad, m.grad)
     torch.testing.assert_close(model.eval().weight, hard)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_of_the_mask_is_that_of_autograd(dtype, finished):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(4, 6, generator=generator).to(dtype)
+    m = torch.randn(4, 6, generator=generator).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    part = SigmoidMask(nn.Parameter(m.detach()), 1.7)
+    part.temperature.fill_(3.0)
+    part.finished.fill_(finished)
+
+    def ours(weight, m):
+        return functional_call(part, {"m": m}, (weight,))
+
+    def plain(weight, m):
+        mask = (m > 0).to(m.dtype) + 0 * m if finished else torch.sigmoid(3.0 * m)
+        return weight * (1.7 * mask).to(weight.dtype)
+
+    assert torch.equal(ours(weight, m), plain(weight, m))
+    for found, expected in zip(
+        torch.autograd.grad(ours(weight, m), [weight, m], upstream),
+        torch.autograd.grad(plain(weight, m), [weight, m], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(ours, (weight, m))
+        assert torch.autograd.gradgradcheck(ours, (weight, m))
 
 
 def test_counts_and_conversion_in_training_mode_take_the_hard_mask():

@@ -83,6 +83,20 @@ class Training:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
+def saved(function, size, known):
+    """Return how many tensors of a size autograd saves for a function, besides known ones; views count once."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.numel() == size:
+            kept[tensor.data_ptr()] = tensor  # kept alive, so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return len(kept.keys() - {tensor.data_ptr() for tensor in known})
+
+
 every_term = pytest.mark.parametrize("method", TERMS, ids=lambda method: method.name)
 
 
@@ -104,6 +118,17 @@ def test_value_and_gradient_are_those_of_the_formula_and_nothing_else_is_added_i
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     training.optimizer.step()
     assert all(map(torch.equal, training.gradients(), both))
+
+
+@every_term
+def test_autograd_saves_one_effective_weight_per_layer_and_nothing_of_that_size_for_the_penalty(method):
+    training = Training(method)
+    x = torch.randn(5, *training.shape, requires_grad=True)  # the first layer saves its weight as well
+    sizes = [layer.weight.numel() for layer in training.sparsifier.layers.values()]
+    for size in sizes:
+        known = [*training.model.parameters(), *training.model.buffers()]
+        assert saved(lambda: training.model(x), size, known) == sizes.count(size)
+        assert saved(training.sparsifier.penalty, size, known) == 0
 
 
 @every_term

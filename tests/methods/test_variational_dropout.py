@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 import sparing
 from sparing import InputError, VariationalDropout
+from sparing.methods.variational_dropout import GaussianNoise
 
 
 def layer_of(init=-10.0, size=(6, 4)):
@@ -39,6 +42,78 @@ def test_training_adds_noise_of_the_learned_deviation_with_log_alpha_held_within
     deviation = torch.exp(0.5 * (init - torch.log(weight**2 + 1e-8)).clamp(-8, 8)) * (weight**2 + 1e-8).sqrt()
     torch.testing.assert_close(draws.std(0), deviation, rtol=0.06, atol=0)
     assert ((draws.mean(0) - weight).abs() < 5 * deviation / 4000**0.5).all()
+
+
+def noise_inputs(dtype=torch.float64):
+    """Return W and log σ² with log α near −10, −2, 2 and 10: beyond either bound, and within both."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=generator).to(dtype)
+    log_alpha = torch.tensor([-10.0, -2.0, 2.0, 10.0])[:, None] + torch.rand(4, 6, generator=generator)
+    log_sigma2 = (log_alpha + torch.log(weight.double() ** 2 + 1e-8)).to(torch.promote_types(dtype, torch.float32))
+    return weight.requires_grad_(), log_sigma2.requires_grad_()
+
+
+def sample(weight, log_sigma2):
+    """Return the effective weight in training, with the same noise whenever it is computed."""
+    torch.manual_seed(0)
+    return functional_call(GaussianNoise(nn.Parameter(log_sigma2.detach()), 3.0), {"log_sigma2": log_sigma2}, (weight,))
+
+
+def plain_sample(weight, log_sigma2):
+    torch.manual_seed(0)
+    signal = weight.to(log_sigma2.dtype) ** 2 + 1e-8
+    ratio = torch.exp(0.5 * (log_sigma2 - torch.log(signal)).clamp(-8, 8))
+    return weight + (ratio * signal.sqrt() * torch.randn_like(log_sigma2)).to(weight.dtype)
+
+
+def gradients_of(function, *inputs):
+    upstream = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    result = function(*inputs)
+    return result, *torch.autograd.grad((result * upstream).sum(), inputs)
+
+
+def test_the_gradient_of_the_noise_is_that_of_autograd():
+    inputs = noise_inputs()
+    for ours, plain in zip(gradients_of(sample, *inputs), gradients_of(plain_sample, *inputs), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-11)
+    assert torch.autograd.gradcheck(sample, inputs)
+    assert torch.autograd.gradgradcheck(sample, inputs)
+
+
+def test_in_bfloat16_the_gradient_of_the_noise_is_that_of_the_noise_as_rounded():
+    weight, log_sigma2 = noise_inputs(torch.bfloat16)
+    effective, grad_weight, grad_log_sigma2 = gradients_of(sample, weight, log_sigma2)
+    plain, plain_weight, plain_log_sigma2 = gradients_of(plain_sample, weight, log_sigma2)
+    assert torch.equal(effective, plain)
+    torch.testing.assert_close(grad_weight, plain_weight, rtol=0.02, atol=0.02)
+    # S has 8 bits, so that S − W and σ ε differ by up to 2^-8 of the larger of S and W.
+    larger = torch.maximum(effective.abs(), weight.abs()).float()
+    assert ((grad_log_sigma2 - plain_log_sigma2).abs() <= 4 * 2**-8 * larger).all()
+    assert torch.corrcoef(torch.stack([grad_log_sigma2.flatten(), plain_log_sigma2.flatten()]))[0, 1] > 0.999
+
+
+def test_the_gradient_of_the_divergence_is_that_of_autograd():
+    weight, log_sigma2 = noise_inputs()
+    model, sparsifier, layer = layer_of()
+    model.double()
+    sparsifier.clock.step = 10
+    with torch.no_grad():
+        layer.weight.data, layer.parametrization.log_sigma2.data = weight.data, log_sigma2.data
+    ours = sparsifier.penalty()
+    log_alpha = (log_sigma2 - torch.log(weight**2 + 1e-8)).clamp(-8, 8)
+    plain = 0.1 * (0.63576 * (1 - torch.sigmoid(1.8732 + 1.48695 * log_alpha)) + 0.5 * F.softplus(-log_alpha)).sum()
+    torch.testing.assert_close(ours, plain)
+    found, expected = [], []
+    for total, inputs, gradients in (
+        (ours, [layer.weight, layer.parametrization.log_sigma2], found),
+        (plain, [weight, log_sigma2], expected),
+    ):
+        gradients += torch.autograd.grad(total, inputs, create_graph=True)
+        gradients += torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+    for gradient, right in zip(found, expected, strict=True):
+        assert right[1:3].all()
+        assert not right[[0, 3]].any()
+        torch.testing.assert_close(gradient, right, rtol=1e-9, atol=1e-12)
 
 
 def test_a_weight_that_is_mostly_noise_is_zero_in_evaluation():

@@ -1,5 +1,10 @@
-"""The methods, one file each."""
+"""The methods, one file each; their table, and how methods of other packages are found."""
 
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from sparing.errors import InputError, nearest
+from sparing.method import Method
 from sparing.methods.acdc import ACDC
 from sparing.methods.continuous_sparsification import ContinuousSparsification
 from sparing.methods.dnw import DNW
@@ -8,7 +13,6 @@ from sparing.methods.dst import DST
 from sparing.methods.feather import Feather
 from sparing.methods.gmp import GMP
 from sparing.methods.grasp import GraSP
-from sparing.methods.registry import METHODS, find_method
 from sparing.methods.rigl import RigL
 from sparing.methods.set import SET
 from sparing.methods.snfs import SNFS
@@ -25,3 +29,45 @@ __all__ = [
     "Feather", "GraSP", "RigL", "ST3Sigma", "STRFeather", "Spartan", "StaticRandom", "VariationalDropout",
     "find_method",
 ]  # fmt: skip
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        STR, STRFeather, GMP, RigL, DNW, DSR, SET, SNFS, VariationalDropout, DST, ContinuousSparsification,
+        StaticRandom, SNIP, GraSP, ST3, ST3Sigma, Feather, ACDC, Spartan,
+    )
+}  # fmt: skip
+"""The methods by the name that recipes use."""
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method of a name: of `METHODS`, of the entry point group "sparing.methods", or an import path.
+
+    A package offers a method under a name of its own with, in its pyproject.toml,
+    `[project.entry-points."sparing.methods"]` and `top_kast = "my_package.methods:TopKAST"`.
+
+    Args:
+        name: such as "rigl", or "my_package.methods:TopKAST".
+
+    Raises:
+        InputError: there is no such method; the message names the nearest. The import fails, or gives no method.
+
+    Examples:
+        >>> find_method("sparing.methods.rigl:RigL") is find_method("rigl")
+        True
+    """
+    if name in METHODS:
+        return METHODS[name]
+    offered = {point.name: point for point in entry_points(group="sparing.methods")}
+    module, colon, attribute = name.partition(":")
+    if name not in offered and not colon:
+        raise InputError(
+            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])}, or an import path module:Class"
+        )
+    try:
+        found = offered[name].load() if name in offered else getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: paths such as ".x:Y" and ":Y"
+        raise InputError(f"method {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"method {name!r} is {found!r}, which is not a subclass of sparing.Method")
+    return found

@@ -3,18 +3,17 @@
     dense            t < t0                                    the warm-up
     compressed       T steps: M = the (1 − s) share of largest |W|, all layers at once, then fixed;
                      S = W ⊙ M,   dW = dS ⊙ M
-    dense            T steps: S = W, with the pruned weights and all momentum starting from zero
-    ... in turn as long as both fit before t1; the last dense phase lasts until t1
+    dense            T steps: S = W; the pruned weights and all momentum start from zero
+    ...              in turn while both fit before t1; the last dense phase lasts until t1
     compressed       t ≥ t1, to the end
 
 Source: Peste, Iofinova, Vladu & Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
 Networks", NeurIPS 2021, and its code (pruners.py, recyclers.py, the configurations of neurips/).
-Deviations: the code holds pruned weights at zero while they are masked; here they may move under the mask, to no
-effect, and are set to zero when they return.
+Deviations: the code keeps masked weights at zero. Here they may move under the mask, without effect, and are set to
+zero when the mask is removed.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from sparing.sparsifier import Sparsifier
 
 @dataclass(frozen=True)
 class Phases:
-    """The plan of a run: how many weights to keep when compressed, and when that is.
+    """The plan of a run: how many weights a compressed phase keeps, and when the phases are.
 
     Examples:
         >>> phases = Phases(allocation=None, begin=2, end=15, length=3)
@@ -45,7 +44,7 @@ class Phases:
 
     def compressed(self, step: int) -> bool:
         """Return whether training is compressed after that many steps."""
-        if step < self.begin or step >= self.end:
+        if not self.begin <= step < self.end:
             return step >= self.end
         since = (step - self.begin) % (2 * self.length)
         return since < self.length and step - since + 2 * self.length <= self.end
@@ -89,20 +88,18 @@ class ACDC(Ranking):
             )
         return Phases(super().prepare(model, layers, steps).allocation, begin, end, length)
 
-    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
+    def parametrizations(self, layers: Layers, plan: Phases) -> Parametrizations:
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         phases: Phases = sparsifier.plan
-        compressed = phases.compressed(sparsifier.step)
-        if compressed == phases.compressed(sparsifier.step - 1):
-            return
-        if compressed:
+        before, now = (phases.compressed(step) for step in (sparsifier.step - 1, sparsifier.step))
+        if now and not before:
             sparsifier.set_masks(phases.allocation.masks(magnitude))
-            return
-        for layer, part in sparsifier.each(Mask):
-            layer.weight.masked_fill_(~part.mask, 0)
-            part.mask.fill_(True)
-        for parameter in (p for optimizer in optimizers for p in optimizer.state):
-            reset_state(optimizers, parameter)
+        if before and not now:
+            for layer, part in sparsifier.each(Mask):
+                layer.weight.masked_fill_(~part.mask, 0)
+                part.mask.fill_(True)
+            for parameter in (p for optimizer in optimizers for p in optimizer.state):
+                reset_state(optimizers, parameter)

@@ -16,6 +16,7 @@ sigmoid(m0), which the code leaves in; evaluation is by the hard mask during the
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,42 @@ class SigmoidMask(Sparse):
         self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=m.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        mask = (self.m > 0).to(self.m.dtype)
         # Reading the weight without recording gradients (a count, densify_) gives the hard mask.
-        if self.training and torch.is_grad_enabled():
-            mask = torch.where(self.finished, mask, torch.sigmoid(self.temperature * self.m))
-        return weight * (self.scale * mask).to(weight.dtype)
+        if not (self.training and torch.is_grad_enabled()):
+            return weight * (self.scale * (self.m > 0)).to(weight.dtype)
+        result: Tensor = _SigmoidMask.apply(weight, self.m, self.temperature, self.finished, self.scale)
+        return result
+
+
+def _mask(m: Tensor, temperature: Tensor, finished: Tensor | None) -> Tensor:
+    soft = (temperature * m).sigmoid_()
+    return soft if finished is None else torch.where(finished, (m > 0).to(m.dtype), soft)
+
+
+class _SigmoidMask(torch.autograd.Function):
+    """S = W ⊙ mask · scale; the mask alone without W. Saves only its inputs, not the mask."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor | None, m: Tensor, temperature: Tensor, finished: Tensor | None, scale: float) -> Tensor:
+        mask = _mask(m, temperature, finished)
+        return mask if weight is None else weight * (scale * mask).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, m, temperature, finished = ctx.saved_tensors
+        mask = _mask(m, temperature, finished)
+        grad_weight = None if weight is None else grad_output * (ctx.scale * mask).to(weight.dtype)
+        grad_mask = grad_output if weight is None else (grad_output * weight).to(m.dtype)
+        # The derivative, mask · (1 − mask), is zero where the mask is hard.
+        grad_m = torch.ops.aten.sigmoid_backward(grad_mask, mask).mul_(ctx.scale * temperature)
+        return grad_weight, grad_m, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +124,7 @@ class ContinuousSparsification(Method):
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         parts = [part for _, part in sparsifier.each(SigmoidMask)]
-        sums = [torch.sigmoid(part.temperature * part.m).sum() for part in parts]
+        sums = [_SigmoidMask.apply(None, part.m, part.temperature, None, 1.0).sum() for part in parts]
         return self.weight * torch.stack(sums).sum()
 
     @torch.no_grad()

@@ -1,15 +1,12 @@
 """DNW: discovering neural wirings. All weights are trained, the largest are used.
 
-    M = the (1 − s) share of largest |W|                made anew after every step
-    S = W ⊙ M,   dW = dS                                 straight through, to unused weights too
-
-A weight outside the mask goes on being moved by the gradient it would have if it were used. Once it is among the
-largest it is used, and another is not.
+    M = the (1 − s) share of largest |W|                 after every step
+    S = W ⊙ M,   dW = dS                                 straight through: pruned weights are trained, too
 
 Source: Wortsman, Farhadi, Rastegari, "Discovering Neural Wirings", NeurIPS 2019, and its code (ChooseEdges).
-Deviations: the code makes the mask in every forward pass, here it is made after every optimizer step; weights do not
-change between two steps, so the masks are the same. The code rounds the number of zeros down, here it is rounded to
-the nearest.
+Deviations: the code makes the mask in every forward pass. Here it is made after every optimizer step, and is the same,
+because weights do not change between two steps. The code rounds the number of zeros down, here it is rounded to the
+nearest.
 """
 
 from dataclasses import dataclass

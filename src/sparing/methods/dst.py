@@ -1,17 +1,17 @@
 """DST: dynamic sparse training with a learned threshold for every filter or neuron.
 
-    S = W ⊙ M,      M = step(|W| − t)                   t one number per output channel, from 0
-    d step/dx := 2 − 4|x|   for |x| ≤ 0.4               a long tail in place of the derivative,
-                 0.4        for 0.4 < |x| ≤ 1           which is zero
-                 0          beyond
-    loss + α · Σ exp(−t)                                 pushes the thresholds up
+    S = W ⊙ M,      M = step(|W| − t)                   t one number per output channel, starts at 0
+    d step/dx := 2 − 4|x|   for |x| ≤ 0.4               a surrogate with a long tail: the derivative
+                 0.4        for 0.4 < |x| ≤ 1           itself is zero
+                 0          otherwise
+    loss + α · Σ exp(−t)                                raises the thresholds
 
-W gets dS ⊙ M and what comes through |W| in the mask, so a pruned weight is still moved. Where a layer is left with 1
-% of its weights or fewer, its t return to 0.
+W gets dS ⊙ M and the gradient through |W| in the mask, so pruned weights are still trained. If a layer has 1 % of its
+weights or fewer active, its t are reset to 0.
 
 Source: Liu, Xu, Shi, Cheung & So, "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable
 Masked Layers", ICLR 2020, and its code (binarization.py).
-Deviations: the reset is made after the optimizer step instead of in the next forward, which sees the same. t stays
+Deviations: t is reset after the optimizer step, in the code at the next forward pass, with the same effect. t stays
 float32.
 """
 
@@ -58,7 +58,7 @@ class StepMask(Sparse):
 
 
 class _StepMask(torch.autograd.Function):
-    """The formula of the module; saves W and t alone and makes the mask anew in the backward pass."""
+    """The operator. It saves W and t only, and computes the mask again in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -87,15 +87,15 @@ class DST(Method):
 
     S = W ⊙ step(|W| − t),  loss + α Σ exp(−t)
 
-    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from α. Weight decay on t pulls
-    the thresholds back to 0, against the penalty: set `threshold_weight_decay` of `param_groups`.
+    Add `sparsifier.penalty()` to the loss. There is no target: the sparsity follows from α. Weight decay on t lowers
+    the thresholds, against the penalty; it is `threshold_weight_decay` of `param_groups`.
 
     Args:
         alpha: α, the weight of the penalty that raises the thresholds, ≥ 0. Higher is sparser.
 
     Raises:
-        InputError: alpha is no number ≥ 0; a grouped transposed convolution is selected, whose filters are no slices
-            of its weight.
+        InputError: alpha is negative or not a finite number; a grouped transposed convolution is selected, whose
+            filters are not slices of the weight tensor.
 
     Examples:
         >>> DST(alpha=1e-4)
@@ -110,9 +110,8 @@ class DST(Method):
         check_number(self, "alpha", "[0, inf)")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
-        return {
-            name: StepMask(learned_number(filter_shape(layer), 0.0, layer.weight)) for name, layer in layers.items()
-        }
+        thresholds = {name: learned_number(filter_shape(each), 0.0, each.weight) for name, each in layers.items()}
+        return {name: StepMask(t) for name, t in thresholds.items()}
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         return self.alpha * torch.stack([torch.exp(-part.t).sum() for _, part in sparsifier.each(StepMask)]).sum()
@@ -121,5 +120,5 @@ class DST(Method):
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         for layer, part in sparsifier.each(StepMask):
             active = torch.count_nonzero(layer.weight.abs() > part.t)
-            # On the device, without waiting for the count.
+            # The comparison stays on the device: no synchronization.
             part.t.masked_fill_(active <= LEAST_DENSITY * layer.weight.numel(), 0)

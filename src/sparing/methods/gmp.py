@@ -1,15 +1,15 @@
 """GMP: gradual magnitude pruning, and one-shot magnitude pruning as its shortest ramp.
 
     s_t = s_f · (1 − (1 − (t − t0) / (t1 − t0))³)          the cubic ramp from 0 to s_f
-    M   = the (1 − s_t) share of largest |W|                 per layer, or over all layers; every `every` steps
+    M   = the (1 − s_t) share of largest |W|                per layer, or over all layers; every `every` steps
     S   = W ⊙ M,   dW = dS ⊙ M
 
 Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, for
 the ramp; Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, for
 one-shot pruning; Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, section 4, for budget="global".
-Deviations: the ramp of the STR repository divides by t1 − t0 + 1 and ends below s_f; here it ends on it. Pruned
-weights keep their value and decay, as in the TensorFlow code, so one may return while the ramp runs. Han et al. prune
-below a multiple of the standard deviation, in several rounds; here a layer keeps an exact count.
+Deviations: the ramp of the STR repository divides by t1 − t0 + 1 and ends below s_f; here it ends at s_f. Pruned
+weights keep their value and decay, as in the TensorFlow code, and may become active again while the ramp runs. Han et
+al. prune below a multiple of the standard deviation, in several rounds; here the count is exact.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from sparing.sparsifier import Sparsifier
 class GMP(Ranking):
     """Prune the smallest weights, more and more of them, while training.
 
-    With `begin` equal to `end` the pruning is one-shot. With both 0 it is done by `sparsify_` itself, the way to
-    prune a trained model before fine-tuning it; no length of the run is needed then.
+    With `begin` equal to `end` the pruning is one-shot. With both 0 `sparsify_` itself prunes, such as a trained model
+    before fine-tuning, and needs no length of the run.
 
     `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 
@@ -54,7 +54,5 @@ class GMP(Ranking):
         return {name: Mask(mask) for name, mask in masks.items()}
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        plan: Plan = sparsifier.plan
-        assert plan.updates is not None
-        if plan.updates.end > 0 and plan.updates.due(sparsifier.step):
-            sparsifier.set_masks(plan.allocation.masks(magnitude, sparsifier.progress))
+        if sparsifier.due and sparsifier.plan.updates.end > 0:
+            sparsifier.set_masks(sparsifier.plan.allocation.masks(magnitude, sparsifier.progress))

@@ -1,16 +1,16 @@
-"""GraSP: gradient signal preservation. Before training, keep the weights that the gradient flows by.
+"""GraSP: gradient signal preservation. Before training, keep the weights that carry the gradient.
 
-    Hg    = d(gᵀ g_const)/dW,   g = dL/dW                    the Hessian times the gradient
-    score = −W ⊙ Hg                                          half of what ‖g‖² gains without the weight
-    M     = all but the s share of largest score, all layers once, and fixed from then on
+    Hg    = d(gᵀ g_const)/dW,   g = dL/dW          the Hessian times the gradient
+    score = −W ⊙ Hg                                half of the change of ‖g‖² without the weight
+    M     = the (1 − s) share of smallest score    over all layers, once, before training
     S     = W ⊙ M,   dW = dS ⊙ M
 
 Source: Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020,
 algorithm 1, and its code (pruner/GraSP.py).
-Deviations: only `prune` is the paper's. Without that call, the first two optimizer steps stand in for it: Hg ≈ (g₂(W
-+ p·g₁) − g₁(W)) / p with the gradients of two different mini-batches, whose difference is noise in this estimate, as
-are the jumps that ReLU makes in the gradient. The logits are not divided by the paper's temperature; the closure may
-do that. Linear layers are not initialized anew.
+Deviations: only `prune` is the paper's. Without that call, the first two optimizer steps estimate Hg ≈ (g₂(W + p·g₁) −
+g₁(W)) / p. The gradients are those of two mini-batches; their difference is noise in this estimate, and so are the
+jumps that ReLU makes in the gradient. The logits are not divided by the paper's temperature; the closure may do that.
+Linear layers are not initialized again.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.errors import InputError
+from sparing.group_threshold import wide
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Masked
 from sparing.schedules import check_number
@@ -29,10 +30,7 @@ from sparing.sparsifier import Sparsifier
 
 
 class ProbedMask(Masked):
-    """S = (W + D) ⊙ M, with a displacement D between the first optimizer step and the second only.
-
-    D has the shape of the weight for one step and no elements for all others.
-    """
+    """S = (W + D) ⊙ M. The displacement D has elements between the first optimizer step and the second only."""
 
     displacement: Tensor
 
@@ -41,9 +39,7 @@ class ProbedMask(Masked):
         self.register_buffer("displacement", torch.empty(0, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.displacement.numel() > 0:
-            weight = weight + self.displacement.to(weight)
-        return torch.where(self.mask, weight, 0.0)
+        return super().forward(weight + self.displacement.to(weight) if self.displacement.numel() > 0 else weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}displacement", self.displacement)
@@ -56,13 +52,13 @@ class GraSP(Ranking):
     """Keep the weights whose removal would weaken the gradient most.
 
     Call `prune` once, before training. Without the call the network is dense for two optimizer steps, which estimate
-    the same scores and move no weight; between the two the effective weights are displaced along the gradient. The
-    estimate is a poor one unless both steps accumulate the gradients of many mini-batches.
+    the same scores and move no weight; between the two the effective weights are displaced along the gradient. A good
+    estimate needs the accumulated gradients of many mini-batches in both steps.
 
     `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 
     Args:
-        probe: p, how far the estimate displaces the weights, in gradients; `prune` does not use it.
+        probe: p, the displacement of the weights in the estimate, in gradients; `prune` does not use it.
 
     Examples:
         >>> model, method = nn.Sequential(nn.Linear(100, 10), nn.Tanh()), GraSP(sparsity=0.9)
@@ -92,7 +88,7 @@ class GraSP(Ranking):
             closure: runs the model and returns the loss, once, on as much data as fits in memory.
 
         Raises:
-            InputError: the sparsifier is that of another method; steps were taken or masks made already.
+            InputError: the sparsifier is that of another method; steps were already taken, or the masks are made.
         """
         if sparsifier.method != self:
             raise InputError(f"GraSP: the sparsifier is that of {sparsifier.method}, not of {self}")
@@ -116,7 +112,7 @@ class GraSP(Ranking):
                 part.displacement = self.probe * gradient
                 continue
             # p² Hg: the positive factor changes no choice.
-            products[layer.name] = self.probe * _wide(gradient) - _wide(part.displacement.to(gradient.device))
+            products[layer.name] = self.probe * wide(gradient) - wide(part.displacement.to(gradient.device))
             part.displacement = torch.empty(0, device=gradient.device)
         if products:
             _keep_best(sparsifier, products)
@@ -124,14 +120,9 @@ class GraSP(Ranking):
 
 
 def _keep_best(sparsifier: Sparsifier, products: Mapping[str, Tensor]) -> None:
-    score = lambda layer, units: units.mean(_wide(layer.weight.detach()) * _wide(products[layer.name]))  # noqa: E731
+    score = lambda layer, units: units.mean(wide(layer.weight.detach()) * wide(products[layer.name]))  # noqa: E731
     sparsifier.set_masks(sparsifier.plan.allocation.masks(score))
 
 
 def _pruned(sparsifier: Sparsifier) -> bool:
     return any(not bool(part.mask.all()) for _, part in sparsifier.each(ProbedMask))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # In half precision the difference of two gradients would be rounding alone.
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

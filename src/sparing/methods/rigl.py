@@ -9,8 +9,8 @@
 Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3 and algorithm 1, and its
 code (sparse_optimizers_base.py).
 Deviations: ties are broken by position, not by noise. As in the code, a step that updates the masks moves no weight,
-and a weight pruned and regrown at once keeps its value. The code also updates at step 0, and an update does not count
-as a step; here it counts.
+and a weight pruned and regrown at once keeps its value. The code also updates at step 0, and does not count an update
+as a step.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.growing import Growing, replace_mask
-from sparing.masks import prune_and_regrow
-from sparing.method import Layers, Optimizers, Parametrizations, Plan
+from sparing.growing import Growing, MaskUpdate
+from sparing.method import Optimizers
 from sparing.parametrizations import Masked
-from sparing.schedules import check_number, cosine
+from sparing.schedules import cosine
 from sparing.sparsifier import Sparsifier
 
 
@@ -31,12 +30,8 @@ from sparing.sparsifier import Sparsifier
 class RigL(Growing):
     """Keep a constant number of weights, and move some of them to where the gradient is largest.
 
-    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
-
-    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
-
-    Args:
-        fraction: α, the share of active weights moved by the first update, in (0, 1).
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`; `fraction`, the α of the formula, `end`,
+    `every` and `seed` those of `sparing.growing.Growing`.
 
     Examples:
         >>> RigL(sparsity=0.9).fraction
@@ -45,33 +40,24 @@ class RigL(Growing):
 
     name = "rigl"
 
-    fraction: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(self, "fraction", "(0, 1)")
-
-    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        return {name: ProbingMask(mask) for name, mask in self.first_masks(layers, plan).items()}
+    def masked(self, mask: Tensor) -> Masked:
+        return ProbingMask(mask)
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        plan, step = sparsifier.plan, sparsifier.step
-        if not self.due(plan, step):
+        step = sparsifier.step
+        if not self.due(sparsifier, step):
             return
-        for layer, part in sparsifier.each(ProbingMask):
-            weight, units = layer.weight, plan.allocation.units[layer.name]
-            if weight.grad is None:
-                continue
-            active = units.active(part.mask)
-            count = int(cosine(step, plan.updates.end, self.fraction) * int(active.sum()))
-            chosen = prune_and_regrow(active, units.norm(weight), units.norm(weight.grad), count)
-            replace_mask(layer, part, units.expand(chosen), optimizers)
+        share = cosine(step, sparsifier.plan.updates.end, self.fraction)
+        for each in MaskUpdate.each(sparsifier, ProbingMask):
+            gradient = each.layer.weight.grad
+            if gradient is not None:
+                each.prune_and_regrow(share, each.units.norm(gradient), optimizers)
         sparsifier.skip_step()
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        plan, step = sparsifier.plan, sparsifier.step
-        if (due := self.due(plan, step)) or self.due(plan, step - 1):
+        due = self.due(sparsifier, sparsifier.step)
+        if due or self.due(sparsifier, sparsifier.step - 1):
             for _, part in sparsifier.each(ProbingMask):
                 part.probing.fill_(due)
 

@@ -10,10 +10,10 @@
 
 Source: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019, and
 its code (sparse_learning/core.py, funcs.py).
-Deviations: the code reads the optimizer's own momentum; here m belongs to the layer, so that it is the same for every
-optimizer, and the optimizer sees masked gradients and forgets what stood where a weight is regrown. A layer may
-become dense; the code stops at 99 % of what is free. The total is conserved exactly. Rounding is down, and once every
-ΔT steps rather than an epoch.
+Deviations: the code reads the optimizer's own momentum. Here m belongs to the layer, the same for every optimizer; the
+optimizer gets masked gradients, and its state is reset where a weight is regrown. A layer may become dense; the code
+regrows at most 99 % of its pruned weights. The total is conserved exactly. Counts are rounded down. Updates come every
+ΔT steps, in the code once an epoch.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.growing import Growing, replace_mask
+from sparing.growing import Growing, MaskUpdate
 from sparing.masks import apportion, keep_top
-from sparing.method import Layers, Optimizers, Parametrizations, Plan
+from sparing.method import Optimizers
 from sparing.parametrizations import Masked, straight_through
 from sparing.schedules import check_number, cosine
 from sparing.sparsifier import Sparsifier
@@ -48,15 +48,13 @@ class MomentumMask(Masked):
 class SNFS(Growing):
     """Prune the smallest weights of each layer, and regrow as many in all where the momentum is largest.
 
-    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`. The budget is that of the start. Groups
-    must have the same size in all layers, since they move between layers.
-
-    `end`, `every` and `seed` are those of `sparing.growing.Growing`.
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`; `fraction`, the p_0 of the formula, `end`,
+    `every` and `seed` those of `sparing.growing.Growing`. The budget is that of the start. Groups must have the same
+    size in all layers, because they move between layers.
 
     Args:
-        fraction: p_0, the share of active weights pruned at the start, in (0, 1).
-        final_fraction: p_T, the share at the end, in (0, 1) and at most `fraction`.
-        momentum: β, the share of the moving average that a step leaves, in (0, 1).
+        final_fraction: p_T, the share of active weights pruned at the end, in (0, 1) and at most `fraction`.
+        momentum: β, the decay of the moving average, in (0, 1).
 
     Examples:
         >>> SNFS(sparsity=0.9).final_fraction
@@ -67,20 +65,20 @@ class SNFS(Growing):
     equal_units = True
 
     budget: Budget | str = "uniform"
-    end: int | float = 1.0
     fraction: float = 0.5
+    end: int | float = 1.0
     final_fraction: float = 0.005
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("fraction", "final_fraction", "momentum"):
-            check_number(self, field, "(0, 1)")
+        check_number(self, "final_fraction", "(0, 1)")
+        check_number(self, "momentum", "(0, 1)")
         if self.final_fraction > self.fraction:
             raise InputError(f"SNFS: final_fraction={self.final_fraction} is larger than fraction={self.fraction}")
 
-    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        return {name: MomentumMask(mask) for name, mask in self.first_masks(layers, plan).items()}
+    def masked(self, mask: Tensor) -> Masked:
+        return MomentumMask(mask)
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
@@ -93,29 +91,26 @@ class SNFS(Growing):
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        plan, step = sparsifier.plan, sparsifier.step
-        if not self.due(plan, step):
+        step = sparsifier.step
+        if not self.due(sparsifier, step):
             return
-        rate = self.final_fraction + cosine(step, plan.updates.end, self.fraction - self.final_fraction)
-        # A frozen layer takes no part: what it gave away or received could not be trained.
-        layers = [pair for pair in sparsifier.each(MomentumMask) if pair[0].weight.requires_grad]
-        units = [plan.allocation.units[layer.name] for layer, _ in layers]
-        active = [each.active(part.mask) for each, (_, part) in zip(units, layers, strict=True)]
-        counts = [int(mask.sum()) for mask in active]
-        shares = [_mean_momentum(part) for _, part in layers]
+        decay = cosine(step, sparsifier.plan.updates.end, self.fraction - self.final_fraction)
+        rate = self.final_fraction + decay
+        updates = list(MaskUpdate.each(sparsifier, MomentumMask))
+        shares = [_mean_momentum(each.part) for each in updates]
         pruned = []
-        for count, each, share in zip(counts, units, shares, strict=True):
-            # As in the code: a layer that is nearly dense and learns more than most stays so.
-            spared = 1 - count / each.count < 0.2 and share * len(layers) > sum(shares)
-            pruned.append(int(min(rate, 1 - count / each.count if spared else rate) * count))
-        kept = [count - some for count, some in zip(counts, pruned, strict=True)]
-        rooms = [each.count - count for each, count in zip(units, kept, strict=True)]
-        grown = apportion(sum(pruned), shares, rooms)
-        for (layer, part), each, mask, keep, grow in zip(layers, units, active, kept, grown, strict=True):
-            # −1 is below every size and every momentum.
-            stays = keep_top(each.norm(layer.weight).masked_fill(~mask, -1), keep)
-            chosen = stays | keep_top(each.norm(part.momentum).masked_fill(stays, -1), grow)
-            replace_mask(layer, part, each.expand(chosen), optimizers)
+        for each, share in zip(updates, shares, strict=True):
+            free = 1 - each.count / each.units.count
+            # As in the code, a nearly dense layer with more momentum than the mean stays nearly dense.
+            spared = free < 0.2 and share * len(updates) > sum(shares)
+            pruned.append(int(min(rate, free if spared else rate) * each.count))
+        kept = [each.count - some for each, some in zip(updates, pruned, strict=True)]
+        rooms = [each.units.count - count for each, count in zip(updates, kept, strict=True)]
+        regrown = apportion(sum(pruned), shares, rooms)
+        for each, keep, regrow in zip(updates, kept, regrown, strict=True):
+            stays = each.largest(keep)
+            momentum = each.units.norm(each.part.momentum).masked_fill(stays, -1)  # −1 is below every momentum
+            each.replace(stays | keep_top(momentum, regrow), optimizers)
 
 
 def _mean_momentum(part: MomentumMask) -> float:

@@ -1,15 +1,14 @@
-"""SNIP: single-shot network pruning. One mini-batch decides, before training, which weights there are.
+"""SNIP: single-shot network pruning. One mini-batch decides, before training, which weights are kept.
 
-    c = |dL/dW ⊙ W|                                          at the initial weights: how much the loss
-                                                             changes if a weight is removed
-    M = the (1 − s) share of largest c, all layers           once, and fixed from then on
+    c = |dL/dW ⊙ W|                                at the initial weights: the change of the loss without a weight
+    M = the (1 − s) share of largest c             over all layers, once, before training
     S = W ⊙ M,   dW = dS ⊙ M
 
 Source: Lee, Ajanthan & Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
 algorithm 1, and its code (model.py).
-Deviations: the mini-batch is the first of training, and its optimizer step moves nothing. c is not divided by its
-sum, which changes no choice. The network is initialized by its own rules, and the initialization that is scored is
-the one that is trained. Biases are not pruned.
+Deviations: the mini-batch is the first of training, and its optimizer step moves no weight. c is not divided by its
+sum, which does not change the order. The network has its own initialization, and is trained from the weights that were
+scored. Biases are not pruned.
 """
 
 from dataclasses import dataclass
@@ -29,9 +28,8 @@ from sparing.sparsifier import Sparsifier
 class SNIP(Ranking):
     """Keep the weights whose removal would change the loss of the first mini-batch most.
 
-    The network is dense until the first optimizer step. That step makes the masks from the gradient it finds and
-    moves no weight, so training starts from the initial ones. Accumulate gradients before that step to decide by more
-    than one mini-batch. A layer that gets no gradient is pruned first.
+    The network is dense until the first optimizer step, which makes the masks from its gradients and moves no weight.
+    Accumulate gradients before that step to score more than one mini-batch. A layer without gradient is pruned first.
 
     `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 

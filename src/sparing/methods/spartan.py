@@ -1,25 +1,25 @@
 """Spartan: a differentiable top-k of the whole network, sharpened while training.
 
     m  = σ(β |W| + μ),   μ such that Σ m = k                   a soft top-k: regularized transport
-    M  = the k largest |W|, all layers at once
+    M  = the k largest |W|                                     all layers at once
     S  = W ⊙ m ⊙ M                                             pruned weights are exactly zero
-    dW = dS ⊙ m + β sign(W) ⊙ m (1 − m) ⊙ (dS ⊙ W − c)         as if S were W ⊙ m
-    c  = Σ dS ⊙ W ⊙ m (1 − m) / Σ m (1 − m)                    over all layers; what keeps Σ m = k
+    dW = dS ⊙ m + β sign(W) ⊙ m (1 − m) ⊙ (dS ⊙ W − c)         the gradient of S = W ⊙ m
+    c  = Σ dS ⊙ W ⊙ m (1 − m) / Σ m (1 − m)                    over all layers: it keeps Σ m = k
 
 k falls linearly to its target until t0, β rises linearly until t1. From t1 on m and M are fixed and dW = dS ⊙ m ⊙ M.
 For groups of weights, |W| is the norm of the group and dS ⊙ W a sum over it.
 
 Source: Tai, Tian & Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS 2022, and its code
 (sparsifier.py).
-Deviations: k is met exactly, also where weights tie. c has Σ m (1 − m) below, where the code has k − Σ m²; they are
-equal once μ is exact, and as in the code it is so to a tolerance. dW is put together just before the step, so
-gradients clipped until then are dS. Cost models of FLOPs are left out, and k is of the layers made sparse, not of all
-parameters.
+Deviations: M keeps exactly k weights, also where weights are equal. The code divides by k − Σ m² in c, which is equal
+up to the tolerance of μ. dW is computed just before the step, so gradient clipping acts on dS. There are no FLOP cost
+models, and k counts the sparsified layers, not all parameters.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from sparing.budget import Budget, magnitude
 from sparing.errors import InputError
+from sparing.group_threshold import wide
 from sparing.layers import Layer
 from sparing.masks import Scores, global_threshold
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
@@ -37,21 +38,20 @@ from sparing.sparsifier import Sparsifier
 
 MOST_ITERATIONS = 100
 TOLERANCE = 0.01
-"""Sinkhorn stops when Σ m |W| changes by no more than this share; both are the code's."""
+"""Sinkhorn's iteration stops when the relative change of Σ m |W| is at most this. Both values are the code's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spartan(Ranking):
-    """Let weights compete for k places through a soft mask, which hardens as β rises.
+    """Train through a soft top-k mask, which becomes a hard one as β rises.
 
-    At a small β the gradient reaches every weight; at a large one m is nearly the mask M itself. β is in units of one
-    over the weight.
+    At a small β every weight gets a gradient; at a large β m is nearly the mask M. β is in units of 1 / weight.
 
     `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 
     Args:
-        begin: t0, where k reaches its target, a step (int) or a fraction of the run (float).
-        end: t1, where β reaches its last value and the masks are fixed, likewise.
+        begin: t0, from which on k is at its target, a step (int) or a fraction of the run (float).
+        end: t1, from which on β is at its last value and the masks are fixed, likewise.
         every: optimizer steps between two updates of m and M.
         beta_first: β at the first step, > 0.
         beta_last: β at the last update, at least `beta_first`.
@@ -82,7 +82,7 @@ class Spartan(Ranking):
             )
 
     def updates(self, steps: int | None) -> Updates:
-        # From the first step on: before t0, k is on its way, and the masks follow it.
+        # From the first step on: k falls, and the masks change, before t0 too.
         ramp = Updates.resolve(self, self.begin, self.end, self.every, steps)
         return Updates(0, ramp.end, ramp.every)
 
@@ -90,25 +90,25 @@ class Spartan(Ranking):
         return {name: SoftTopK(layer.weight) for name, layer in layers.items()}
 
     def beta(self, step: int, end: int) -> float:
-        """Return β after that many steps, if it stops rising at `end`."""
-        return self.beta_first + (self.beta_last - self.beta_first) * _progress(step, end)
+        """Return β after that many steps; it stops rising at `end`."""
+        return self.beta_first + (self.beta_last - self.beta_first) * min(step / max(end, 1), 1.0)
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         step, end = sparsifier.step, sparsifier.plan.updates.end
-        trained = [(layer, part) for layer, part in sparsifier.each(SoftTopK) if layer.weight.grad is not None]
+        trained = [pair for pair in sparsifier.each(SoftTopK) if pair[0].weight.grad is not None]
         if step >= end or not trained:
             for layer, part in trained:
                 layer.weight.grad.mul_(torch.where(part.mask, part.soft, 0.0))  # type: ignore[union-attr]
             return
         units, beta = sparsifier.plan.allocation.units, self.beta(step, end)
-        # Layer by layer, twice: kept for all layers, these would double the memory of the weights.
+        # Computed twice for each layer: kept for all layers, they would take as much memory as the weights.
         sums = [((slope * q).sum(), slope.sum()) for q, slope in (_terms(*pair, units) for pair in trained)]
-        pulled, total = (torch.stack(column) for column in zip(*sums, strict=True))
+        upper, lower = (torch.stack(column) for column in zip(*sums, strict=True))
         if isinstance(sparsifier.plan.allocation.kept, int):  # Σ m = k over all layers, else in each of them
-            pulled, total = (values.sum().expand(len(trained)) for values in (pulled, total))
-        # While nothing is pruned, m is 1 and has no slope: then c is 0.
-        constants = pulled / total.clamp_min(1e-30)
+            upper, lower = (values.sum().expand(len(trained)) for values in (upper, lower))
+        # While nothing is pruned, m is 1 and its slope 0: then c is 0.
+        constants = upper / lower.clamp_min(1e-30)
         for (layer, part), c in zip(trained, constants, strict=True):
             weight, gradient, each = layer.weight, layer.weight.grad, units[layer.name]
             assert gradient is not None
@@ -119,25 +119,24 @@ class Spartan(Ranking):
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         step, plan = sparsifier.step, sparsifier.plan
-        if not plan.updates.due(step):
+        if not sparsifier.due:
             return
-        begin = to_step(self.begin, sparsifier.steps)
-        progress, beta = _progress(step, begin), self.beta(step, plan.updates.end)
-        kept, units = plan.allocation.at(progress), plan.allocation.units
-        sizes = {layer.name: _Norm(layer, units[layer.name]) for layer, _ in sparsifier.each(SoftTopK)}
-        together = [list(sizes)] if isinstance(kept, int) else [[name] for name in sizes]
-        mu: dict[str, Tensor] = {}
-        for names in together:
-            count = kept // units[names[0]].weights if isinstance(kept, int) else kept[names[0]]
-            mu |= dict.fromkeys(names, soft_top_k([sizes[name] for name in names], count, beta))
+        progress = min(step / max(to_step(self.begin, sparsifier.steps), 1), 1.0)
+        beta, kept, units = self.beta(step, plan.updates.end), plan.allocation.at(progress), plan.allocation.units
+        norms = {layer.name: partial(_norm, layer, units[layer.name]) for layer, _ in sparsifier.each(SoftTopK)}
+        if isinstance(kept, int):
+            size = next(iter(units.values())).weights
+            mu = dict.fromkeys(norms, soft_top_k(list(norms.values()), kept // size, beta))
+        else:
+            mu = {name: soft_top_k([norm], kept[name], beta) for name, norm in norms.items()}
         for layer, part in sparsifier.each(SoftTopK):
-            soft = torch.sigmoid(beta * sizes[layer.name]() + mu[layer.name])
+            soft = torch.sigmoid(beta * norms[layer.name]() + mu[layer.name])
             part.soft.copy_(units[layer.name].expand(soft))
         sparsifier.set_masks(plan.allocation.masks(magnitude, progress))
 
 
 class SoftTopK(Masked):
-    """S = W ⊙ m ⊙ M forward, but dW = dS: Spartan makes its own gradient from it.
+    """S = W ⊙ m ⊙ M forward, but dW = dS: `Spartan.before_step` computes the gradient from it.
 
     Args:
         weight: gives shape and device.
@@ -151,18 +150,6 @@ class SoftTopK(Masked):
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, torch.where(self.mask, weight.detach() * self.soft.to(weight.dtype), 0.0))
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """Computes the norms of the units of a layer, in float32 or wider: sums over all weights lose too much in bf16."""
-
-    layer: Layer
-    units: Units
-
-    def __call__(self) -> Tensor:
-        norm = self.units.norm(self.layer.weight.detach())
-        return norm.to(torch.promote_types(norm.dtype, torch.float32))
 
 
 def soft_top_k(values: Sequence[Scores], count: int, beta: float) -> Tensor:
@@ -181,17 +168,15 @@ def soft_top_k(values: Sequence[Scores], count: int, beta: float) -> Tensor:
     number = sum(value().numel() for value in values)
     if count in (0, number):
         return values[0]().new_tensor(math.inf if count else -math.inf)
-    # From the smallest weight that is kept, where μ = 0 is a good start.
+    # Shifted by the smallest value that is kept, so that μ = 0 is a good start.
     left_out = global_threshold(values, count)
     kept = [value().masked_fill(value() <= left_out, math.inf).amin() for value in values]
     shift = beta * torch.minimum(torch.stack(kept).amin(), torch.stack([value().amax() for value in values]).amax())
     mu = torch.zeros_like(shift)
     reached = _reached(values, beta, mu - shift)
     for _ in range(MOST_ITERATIONS):
-        log_sums = []
-        for value in values:
-            z = beta * value() - shift
-            log_sums.append(torch.logsumexp((z - F.softplus(z + mu)).reshape(-1), 0))
+        shifted = (beta * value() - shift for value in values)
+        log_sums = [torch.logsumexp((z - F.softplus(z + mu)).reshape(-1), 0) for z in shifted]
         mu = math.log(count) - torch.logsumexp(torch.stack(log_sums), 0)
         before, reached = reached, _reached(values, beta, mu - shift)
         if (reached - before).abs() <= TOLERANCE * before.abs():
@@ -212,5 +197,5 @@ def _terms(layer: Layer, part: SoftTopK, units: Mapping[str, Units]) -> tuple[Te
     return each.mean(layer.weight.grad * layer.weight) * each.weights, soft * (1 - soft)
 
 
-def _progress(step: int, end: int) -> float:
-    return 1.0 if step >= end else step / end
+def _norm(layer: Layer, units: Units) -> Tensor:
+    return wide(units.norm(layer.weight.detach()))

@@ -3,11 +3,11 @@
     M = a random choice of the positions to keep          once, from the seed
     S = W ⊙ M,   dW = dS ⊙ M
 
-The baseline for every method that chooses its weights, at the same budget.
+It is the baseline, at the same budget, of methods that choose their weights.
 
 Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 4: the baseline "Static".
-Deviations: the positions are those with which RigL starts from the same seed and budget. Weights keep the initial
-values of the dense network; they are not scaled up for the smaller fan-in.
+Deviations: the positions are those of RigL's first mask with the same seed and budget. Weights keep the initial values
+of the dense network, and are not scaled up for the smaller fan-in.
 """
 
 from dataclasses import dataclass

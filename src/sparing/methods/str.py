@@ -5,10 +5,10 @@
     W ← (1 − ηλ) W − η · dL/dS ⊙ 1{S ≠ 0}
     s ← (1 − ηλ) s + η · k g'(s) · Σ dL/dS ⊙ sign(S)   η learning rate, λ weight decay
 
-s starts far below zero, where the threshold is nearly nothing. Weight decay pulls s up toward zero; the loss holds it
-back where weights matter. Each layer settles on its own sparsity. The total follows from λ and the start of s. Two
-things are not of the paper: a target for the total, for which all s are rescaled by one factor (`sparing.target`),
-and groups of weights that share one norm (`sparing.group_threshold`).
+s starts far below zero, where the threshold is nearly 0. Weight decay raises s toward zero, and the loss lowers it
+where weights matter, so each layer reaches its own sparsity. The total follows from λ and the start of s. Two things
+are not in the paper: a target, for which all s are rescaled by one factor (`sparing.target`), and groups of weights
+that share one norm (`sparing.group_threshold`).
 
 Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, section 3 and
 Algorithm 1.
@@ -44,8 +44,8 @@ class STR(Rescaling):
     S(W, s) = sign(W) · relu(|W| − scale · g(s))
 
     `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
-    Without a target `init` and the weight decay on s decide (see `param_groups`): with decay 0 nothing raises the
-    thresholds.
+    Without a target the sparsity follows from `init` and the weight decay on s (see `param_groups`): with decay 0
+    nothing raises the thresholds.
 
     Args:
         init: the value s starts from. Lower starts pruning later and ends less sparse.

@@ -7,8 +7,8 @@
     s_l ← (1 − ηλ) s_l + η · sigmoid'(s_l) · Σ dS ⊙ sign(S)         as in STR
     s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
 
-Feather has one threshold for the whole network, which spends weights in early layers, where each is applied at every
-pixel. Learned thresholds spend fewer there.
+Feather's one threshold for the whole network keeps many weights in early layers, where each weight costs a MAC for
+every pixel. Learned thresholds keep fewer there.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.group_threshold import feather_threshold
+from sparing.layers import Layer
 from sparing.method import Layers, Parametrizations
 from sparing.parametrizations import LearnedThreshold, learned_number
 from sparing.patterns import Units
@@ -32,9 +33,9 @@ from sparing.target import Rescaling
 
 @dataclass(frozen=True, kw_only=True)
 class STRFeather(Rescaling):
-    """Learn a threshold for each layer, hardly shrink what is above it, and train what is below it as well.
+    """Learn a threshold for each layer, hardly shrink the weights above it, and train those below it as well.
 
-    Clip the gradients, as Feather's authors do, at norm 3: a run to 99 % diverged without.
+    Clip the gradients at norm 3, as Feather's authors do: a run to 99 % sparsity diverged without it.
 
     `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
 
@@ -63,16 +64,15 @@ class STRFeather(Rescaling):
         check_number(self, "init", "[-100, 0]")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
-        return {
-            name: FeatherLearnedThreshold(
-                learned_number((1,), self.init, layer.weight), self.theta, self.pattern.units(layer)
-            )
-            for name, layer in layers.items()
-        }
+        return {name: self._parametrization(layer) for name, layer in layers.items()}
+
+    def _parametrization(self, layer: Layer) -> LearnedThreshold:
+        s = learned_number((1,), self.init, layer.weight)
+        return FeatherLearnedThreshold(s, self.theta, self.pattern.units(layer))
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
-    """The formula of the module, with t = sigmoid(s).
+    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = sigmoid(s).
 
     Args:
         s: shape (1,).

@@ -15,6 +15,7 @@ forward pass and for the whole batch. The mean is the same, the gradients are no
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,20 +43,72 @@ class GaussianNoise(Sparse):
         self.log_sigma2 = log_sigma2
         self.cut = cut
 
-    def log_alpha(self, weight: Tensor) -> Tensor:
-        return self.log_sigma2 - torch.log(weight.float().square() + 1e-8)
-
-    def divergence(self, weight: Tensor) -> Tensor:
-        """Return Σ KL over the layer."""
-        log_alpha = self.log_alpha(weight).clamp(-CLIP, CLIP)
-        return (K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)).sum()
-
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives it without noise.
         if not (self.training and torch.is_grad_enabled()):
-            return torch.where(self.log_alpha(weight) < self.cut, weight, 0.0)
-        deviation = torch.exp(0.5 * self.log_alpha(weight).clamp(-CLIP, CLIP)) * (weight.float().square() + 1e-8).sqrt()
-        return weight + (deviation * torch.randn_like(deviation)).to(weight.dtype)
+            return torch.where(_log_alpha(weight, self.log_sigma2) < self.cut, weight, 0.0)
+        result: Tensor = _Noise.apply(weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
+        return result
+
+
+def _signal(weight: Tensor, log_sigma2: Tensor) -> Tensor:
+    return weight.to(log_sigma2.dtype).square().add_(1e-8)
+
+
+def _log_alpha(weight: Tensor, log_sigma2: Tensor) -> Tensor:
+    return log_sigma2 - _signal(weight, log_sigma2).log_()
+
+
+class _Noise(torch.autograd.Function):
+    """S = W + σ ⊙ ε. Saves W, log σ² and S, which the layer saves in any case, and gets σ ⊙ ε back as S − W."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, log_sigma2: Tensor, epsilon: Tensor) -> Tensor:
+        log_alpha = _log_alpha(weight, log_sigma2)
+        deviation = torch.exp(0.5 * (log_sigma2 + (log_alpha.clamp(-CLIP, CLIP) - log_alpha)))
+        return weight + (deviation * epsilon).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        weight, log_sigma2, effective = ctx.saved_tensors
+        # Within the bounds of log α, σ depends on log σ² alone. Beyond them it depends on W alone.
+        clipped = _log_alpha(weight, log_sigma2).abs_() > CLIP
+        through_noise = grad_output * (effective - weight).to(log_sigma2.dtype)
+        grad_log_sigma2 = (0.5 * through_noise).masked_fill_(clipped, 0)
+        through_noise.masked_fill_(~clipped, 0).mul_(weight).div_(_signal(weight, log_sigma2))
+        return through_noise.add_(grad_output).to(weight.dtype), grad_log_sigma2, None
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ KL. Saves only W and log σ², and computes log α again in the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, log_sigma2: Tensor) -> Tensor:
+        log_alpha = _log_alpha(weight, log_sigma2).clamp(-CLIP, CLIP)
+        return (K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        weight, log_sigma2 = ctx.saved_tensors
+        log_alpha = _log_alpha(weight, log_sigma2)
+        slope = torch.sigmoid(K2 + K3 * log_alpha)
+        slope = (1 - slope).mul_(slope).mul_(K1 * K3)
+        slope.add_(torch.sigmoid(-log_alpha), alpha=0.5)
+        slope = (slope * -grad_output).masked_fill_(log_alpha.abs_() > CLIP, 0)
+        grad_weight = (-2 * slope).mul_(weight).div_(_signal(weight, log_sigma2))
+        return grad_weight.to(weight.dtype), slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +157,7 @@ class VariationalDropout(Method):
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         begin, end = sparsifier.plan.begin, sparsifier.plan.end
         ramp = min(max((sparsifier.step - begin) / max(end - begin, 1), 0.0), 1.0)
-        divergences = [part.divergence(layer.weight) for layer, part in sparsifier.each(GaussianNoise)]
+        parts = sparsifier.each(GaussianNoise)
+        divergences = [_Divergence.apply(layer.weight, part.log_sigma2) for layer, part in parts]
         total: Tensor = self.kl_weight * ramp * torch.stack(divergences).sum()
         return total
