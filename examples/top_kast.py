@@ -19,7 +19,7 @@ from sparing.parametrizations import Masked, straight_through
 class TwoMasks(Masked):
     def __init__(self, mask, backward):
         super().__init__(mask)
-        self.register_buffer("backward", backward)
+        self.register_state("backward", backward)
 
     def forward(self, weight):
         trained = torch.where(self.backward, weight, weight.detach())

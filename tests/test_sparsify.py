@@ -486,11 +486,23 @@ def test_sparsifying_a_model_does_not_change_a_copy_with_another_parametrization
     assert torch.equal(replica(x), expected)
 
 
-def test_the_threshold_of_a_frozen_weight_is_frozen():
-    model, _ = small()
-    model[0].weight.requires_grad_(False)
-    layers = sparing.sparsify_(model, HALF).layers
-    assert [layer.parametrization.s.requires_grad for layer in layers.values()] == [False, True]
+@pytest.mark.parametrize("method", [HALF, sparing.GMP(sparsity=0.8, every=1), sparing.SNIP(sparsity=0.8)], ids=repr)
+@pytest.mark.parametrize("select", [None, ["*"], lambda name, module: isinstance(module, nn.Linear)])
+def test_frozen_layers_are_left_as_they_are_with_a_warning(method, select):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    with pytest.warns(sparing.SparsityWarning, match="^1 of 3 selected layers are frozen and stay dense: 0. Leave"):
+        sparsifier = sparing.sparsify_(model, method, select, steps=10)
+    assert list(sparsifier.layers) == ["1", "2"]
+    assert type(model[0]) is nn.Linear
+    assert sparing.report(model).missed == () or "of 128 weights" in sparing.report(model).missed[0]
+
+
+def test_a_model_whose_selected_layers_are_all_frozen_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(InputError, match="^all 1 selected layers are frozen: call requires_grad_"):
+        sparing.sparsify_(model, HALF, select=["1"])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -505,3 +517,100 @@ def test_trains_under_autocast(dtype):
         assert layer.effective_weight.dtype == torch.float32
         assert layer.weight.grad.isfinite().all()
         assert layer.parametrization.s.grad.abs() > 0
+
+
+MODULES = {
+    "linear": lambda: nn.Linear(6, 5),
+    "conv": lambda: nn.Conv2d(3, 4, 3),
+    "lstm": lambda: nn.LSTM(4, 3),
+    "cell": lambda: nn.GRUCell(4, 3),
+    "embedding": lambda: nn.Embedding(5, 4),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_reset_parameters_initializes_the_dense_weights_alone(kind):
+    """The values are those of torch where it draws weights in the order of the module, else of the same range."""
+    torch.manual_seed(0)
+    plain, module = MODULES[kind](), MODULES[kind]()
+    sparing.sparsify_(module, STR(init=-5.0), select=["*"])
+    replica = copy.deepcopy(module)
+    before, keys = copy.deepcopy(replica.state_dict()), list(module.state_dict())
+    for each in (plain, module):
+        torch.manual_seed(1)
+        (each.reset_parameters if hasattr(each, "reset_parameters") else each._reset_parameters)()
+    for name, layer in sparing.sparse_layers(module).items():
+        assert layer.parametrization.s.tolist() == [-5.0]
+        if kind in ("linear", "conv", "embedding"):
+            assert torch.equal(layer.weight, plain.weight)
+        if name == "out_proj":
+            continue  # which torch leaves to its Linear
+        replica_weight = sparing.sparse_layers(replica)[name].weight
+        assert not torch.equal(layer.weight, replica_weight)
+        assert layer.weight.abs().max() <= 2 * replica_weight.abs().max()
+    assert list(module.state_dict()) == keys
+    assert all(torch.equal(value, before[key]) for key, value in replica.state_dict().items())
+
+
+ON_META = {
+    "str": (STR(init=-4.0), 0),
+    "rigl": (sparing.RigL(sparsity=0.5, budget="uniform"), 72 + 18),
+    "gmp": (sparing.GMP(sparsity=0.5), 0),
+    "st3": (sparing.ST3(sparsity=0.5), 0),
+    "dst": (sparing.DST(alpha=1e-4), 0),
+}
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("name", ON_META)
+def test_a_model_made_on_the_meta_device_starts_as_any_other(name, reset):
+    def build():
+        return nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
+
+    method, zeros = ON_META[name]
+    with torch.device("meta"):
+        model = build()
+    plain = build()
+    sparing.sparsify_(model, method, steps=10)
+    sparing.sparsify_(plain, method, steps=10)
+    junk = [torch.full((144,), 3e9) for _ in range(64)]
+    del junk
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if reset and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    if not reset:
+        with torch.no_grad():
+            for theirs, layer in zip(plain, sparing.sparse_layers(model).values(), strict=True):
+                layer.weight.copy_(sparing.sparse_layers(theirs)["weight"].weight)
+        model(torch.randn(2, 12))
+    for (key, value), (same, expected) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert key == same
+        if "parametrizations.weight.0." in key:
+            assert torch.equal(value, expected)
+    assert all(0 < layer.weight.abs().max() < 5 for layer in sparing.sparse_layers(model).values())
+    total = sparing.report(model).total
+    assert total.weights - total.nonzero >= zeros
+
+
+def test_methods_that_rank_the_first_weights_refuse_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Linear(8, 8)
+    for method in (sparing.GMP(sparsity=0.5, begin=0, end=0), sparing.DNW(sparsity=0.5)):
+        with pytest.raises(InputError, match="is on the meta device, and the method ranks the weights"):
+            sparing.sparsify_(model, method, steps=10)
+    assert not sparing.sparse_layers(model)
+
+
+def test_a_copy_made_on_the_meta_device_says_that_it_has_no_values():
+    with torch.device("meta"):
+        model = nn.Linear(8, 8)
+    sparing.sparsify_(model, STR(init=-3.0))
+    replica = copy.deepcopy(model).to_empty(device="cpu")
+    with pytest.raises(InputError, match="was copied on the meta device and has no values"):
+        replica(torch.randn(2, 8))
+    plain = nn.Linear(8, 8)
+    sparing.sparsify_(plain, STR(init=-3.0))
+    replica.load_state_dict(plain.state_dict())
+    assert replica.parametrizations.weight[0].s.tolist() == [-3.0]

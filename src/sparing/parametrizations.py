@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.run_state import RunState
 from sparing.threshold import soft_threshold
 
 
@@ -68,7 +69,7 @@ class Clock:
         self.step, self.start = saved["step"], saved["start"]
 
 
-class Sparse(nn.Module):
+class Sparse(RunState):
     """Abstract: make the effective weight, most of it exactly zero, from the dense weight.
 
     Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and dtype.
@@ -91,6 +92,11 @@ class Sparse(nn.Module):
     def threshold(self) -> Tensor | None:
         """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""
         return None
+
+    def take_state(self, source: RunState) -> None:
+        super().take_state(source)
+        if self.clock is not None and isinstance(source, Sparse) and source.clock is not None:
+            self.clock.step, self.clock.start = source.clock.step, source.clock.start
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8) if self.clock is None else self.clock.save()
@@ -129,6 +135,13 @@ class LearnedThreshold(Sparse):
         self.g = g
         self.scale = scale
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Where layers share one s, it has several names, and safetensors refuses names that share memory.
+        others = (value for key, value in destination.items() if key.endswith(".s") and key != f"{prefix}s")
+        if not keep_vars and any(value.data_ptr() == self.s.data_ptr() for value in others):
+            destination[f"{prefix}s"] = self.s.detach().clone()
+
     def threshold(self) -> Tensor:
         t = self.g(self.s)
         return t if self.scale == 1.0 else self.scale * t
@@ -151,12 +164,11 @@ class SoftThreshold(LearnedThreshold):
 
 
 def learned_number(shape: Sequence[int], start: float, weight: Tensor) -> nn.Parameter:
-    """Return a learned parameter of a parametrization: trained if the weight is, float32 whatever its dtype.
+    """Return a learned parameter of a parametrization: on the device of the weight, float32 whatever its dtype.
 
     In bf16 a training step of an s near −10 would be lost to rounding; see `Sparse`.
     """
-    s = torch.full(tuple(shape), float(start), dtype=torch.float32, device=weight.device)
-    return nn.Parameter(s, requires_grad=weight.requires_grad)
+    return nn.Parameter(torch.full(tuple(shape), float(start), dtype=torch.float32, device=weight.device))
 
 
 class Masked(Sparse):
@@ -165,14 +177,14 @@ class Masked(Sparse):
     S = W ⊙ M,   dW = dS ⊙ M                  unless a subclass has a `forward` of its own
 
     Args:
-        mask: boolean, of the shape of the weight; a buffer.
+        mask: boolean, of the shape of the weight.
     """
 
     mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_state("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.where(self.mask, weight, 0.0)

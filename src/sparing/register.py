@@ -5,7 +5,7 @@ in several places; deep copies of a module are to stay apart; and recurrent laye
 weights that they have now.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from sparing.errors import InputError
 from sparing.layers import Layer, Place
+from sparing.run_state import RunState
 
 
 def check_weight(layer: Layer) -> None:
@@ -56,9 +57,44 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
     for place in others:
         parametrize.register_parametrization(place.module, place.tensor_name, parametrization)
         place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator, union-attr]
+    if isinstance(parametrization, RunState):
+        parametrization.set_home(shared)  # type: ignore[arg-type]
     for place in layer.places:
+        _reset_dense_weights(place.module)
         if isinstance(place.module, nn.RNNBase):
             _read_weights_when_run(place.module)
+
+
+def _reset_dense_weights(module: nn.Module) -> None:
+    """Make the `reset_parameters` of a parametrized module initialize its dense weights.
+
+    It would write into the effective weight, which is computed anew at every use. Recurrent layers initialize all
+    parameters that they find, those of the parametrizations among them.
+    """
+    parametrized_class = type(module)
+    for name in ("reset_parameters", "_reset_parameters"):
+        if hasattr(parametrized_class, name) and name not in vars(parametrized_class):
+            setattr(parametrized_class, name, _with_dense_weights(getattr(parametrized_class, name)))
+
+
+def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def run(self: nn.Module) -> None:
+        modules, made_by = dict(self._modules), self._modules.pop("parametrizations")
+        dense = {name: each.original for name, each in made_by.items() if hasattr(each, "original")}  # type: ignore[union-attr, operator]
+        properties = {name: vars(type(self))[name] for name in dense}
+        for name, weight in dense.items():
+            delattr(type(self), name)
+            self._parameters[name] = weight
+        try:
+            method(self)
+        finally:
+            for name, access in properties.items():
+                del self._parameters[name]
+                setattr(type(self), name, access)
+            self._modules.clear()
+            self._modules.update(modules)  # in the order in which they were
+
+    return run
 
 
 def unregister(layer: Layer) -> None:

@@ -178,6 +178,12 @@ class Sparsifier:
         clock.start = goal_reached(self.layers, clock.goal)
         vars(self.clock).update(vars(clock))
 
+    def reset_parameters(self) -> None:
+        """Give the values of the start to parametrizations that left the meta device without values."""
+        made = self.method.parametrizations(self.layers, self.plan)
+        for name, layer in self.layers.items():
+            layer.parametrization.take_values(made[name])  # type: ignore[union-attr]
+
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
         kept: set[int] = set()
@@ -242,6 +248,8 @@ class Sparsifier:
     def _hook(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        for layer in self.layers.values():
+            layer.parametrization.keep_state()  # type: ignore[union-attr]
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))

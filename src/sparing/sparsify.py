@@ -4,12 +4,14 @@ A method says how the effective weight of each layer is made, and what happens a
 loop, the optimizer and the loss stay the user's. Time is counted by the `Sparsifier`.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.goal import make_clock, set_costs, warn_missed_target
-from sparing.layers import sparse_layers
+from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.register import check_held_once, check_weight, register, unregister
 from sparing.schedules import check_steps
@@ -28,7 +30,8 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         method: how to train it, such as `STR(init=-5.0)`.
         select: which layers: a predicate `(module name, module) -> bool`, or a list of layer names
             or shell patterns. None takes every convolution, transposed convolution, Linear and
-            recurrent weight. A tied weight is one layer and is made sparse once.
+            recurrent weight. A tied weight is one layer and is made sparse once. Frozen layers, whose weights
+            have requires_grad=False, are left as they are, and a warning names them.
         steps: length of the run in optimizer steps, for a method that follows a schedule. With gradient
             accumulation it is smaller than the number of batches.
 
@@ -36,9 +39,9 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         The sparsifier; `attach` it to the optimizer.
 
     Raises:
-        InputError: nothing is selected; a name matches nothing; a layer is selected twice or sparsified already;
-            a weight is not finite, not floating point, not initialized, or carries another parametrization; the
-            method needs `steps` or refuses the model.
+        InputError: nothing is selected, or only frozen layers; a name matches nothing; a layer is selected twice or
+            sparsified already; a weight is not finite, not floating point, not initialized, or carries another
+            parametrization; the method needs `steps` or refuses the model.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -49,7 +52,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     if not isinstance(method, Method):
         raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
     check_steps(steps)
-    layers = resolve(model, select)
+    layers = _trained(resolve(model, select))
     for layer in layers.values():
         check_weight(layer)
     check_held_once(model, layers)
@@ -65,8 +68,29 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         register(layer, made[name])
     set_costs(layers, method, plan)
     sparsifier = Sparsifier(model, method, layers, plan, clock)
+    if any(layer.weight.is_meta for layer in layers.values()):
+        for part in made.values():
+            part.start_with(sparsifier.reset_parameters)
     sparsifier.warn_collapsed()
     return sparsifier
+
+
+def _trained(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Return the layers that are not frozen: the others could not adapt to the loss of weights."""
+    frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad]
+    if len(frozen) == len(layers):
+        raise InputError(
+            f"all {len(frozen)} selected layers are frozen: call requires_grad_(True) on the weights to sparsify"
+        )
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} of {len(layers)} selected layers are frozen and stay dense: {', '.join(frozen[:8])}"
+            f"{f' and {len(frozen) - 8} more' if len(frozen) > 8 else ''}. Leave them out with select=, or call "
+            "requires_grad_(True) on their weights",
+            SparsityWarning,
+            stacklevel=3,
+        )
+    return {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
 
 
 def densify_(model: nn.Module) -> nn.Module:

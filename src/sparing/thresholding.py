@@ -15,7 +15,7 @@ from sparing.sparsifier import Sparsifier
 
 
 class RankedThreshold(Sparse):
-    """Abstract: a threshold `th`, a buffer of shape () in float32 or wider, above which the weights to keep lie.
+    """Abstract: a threshold `th`, of shape () in float32 or wider, above which the weights to keep lie.
 
     Args:
         weight: gives dtype and device.
@@ -28,7 +28,7 @@ class RankedThreshold(Sparse):
         super().__init__()
         self.units = units
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("th", torch.zeros((), dtype=dtype, device=weight.device))
+        self.register_state("th", torch.zeros((), dtype=dtype, device=weight.device))
 
     def threshold(self) -> Tensor:
         return self.th

@@ -393,13 +393,7 @@ def test_per_sample_gradients_by_vmap_equal_those_of_one_sample_at_a_time(name, 
             torch.testing.assert_close(together[key][index], parameter.grad)
 
 
-AVERAGED_WITH_BUFFERS = pytest.mark.xfail(
-    strict=True,
-    reason="AveragedModel(use_buffers=True) averages masks: bool subtraction fails, an EMA keeps them dense",
-)
-
-
-@pytest.mark.parametrize("use_buffers", [False, pytest.param(True, marks=AVERAGED_WITH_BUFFERS)])
+@pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("name", ["gmp", "rigl", "acdc", "spartan"])
 def test_the_average_of_a_masked_model_has_the_masks_of_the_model(name, use_buffers):
     run = Run("conv2d", make(name))

@@ -42,8 +42,8 @@ class SigmoidMask(Sparse):
         super().__init__()
         self.m = m
         self.scale = scale
-        self.register_buffer("temperature", torch.ones((), dtype=torch.float32, device=m.device))
-        self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=m.device))
+        self.register_state("temperature", torch.ones((), dtype=torch.float32, device=m.device))
+        self.register_state("finished", torch.zeros((), dtype=torch.bool, device=m.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives the hard mask.

@@ -37,7 +37,7 @@ class AdaptiveMask(Masked):
 
     def __init__(self, mask: Tensor, cut: float) -> None:
         super().__init__(mask)
-        self.register_buffer("cut", torch.full((1,), cut, dtype=torch.float32, device=mask.device))
+        self.register_state("cut", torch.full((1,), cut, dtype=torch.float32, device=mask.device))
 
 
 @dataclass(frozen=True, kw_only=True)

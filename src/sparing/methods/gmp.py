@@ -14,6 +14,8 @@ al. prune below a multiple of the standard deviation, in several rounds; here th
 
 from dataclasses import dataclass
 
+import torch
+
 from sparing.budget import magnitude
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Mask
@@ -49,9 +51,9 @@ class GMP(Ranking):
     every: int = 100
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        assert plan.updates is not None
-        masks = plan.allocation.masks(magnitude, progress=float(plan.updates.end == 0))
-        return {name: Mask(mask) for name, mask in masks.items()}
+        if plan.updates is not None and plan.updates.end == 0:
+            return {name: Mask(mask) for name, mask in plan.allocation.masks(magnitude).items()}
+        return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.due and sparsifier.plan.updates.end > 0:

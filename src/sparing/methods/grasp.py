@@ -36,7 +36,7 @@ class ProbedMask(Masked):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
-        self.register_buffer("displacement", torch.empty(0, device=mask.device))
+        self.register_state("displacement", torch.empty(0, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return super().forward(weight + self.displacement.to(weight) if self.displacement.numel() > 0 else weight)

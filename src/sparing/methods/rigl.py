@@ -69,7 +69,7 @@ class ProbingMask(Masked):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
-        self.register_buffer("probing", torch.zeros((), dtype=torch.bool, device=mask.device))
+        self.register_state("probing", torch.zeros((), dtype=torch.bool, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         result: Tensor = _Probe.apply(weight, self.mask, self.probing)

@@ -38,7 +38,7 @@ class MomentumMask(Masked):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
-        self.register_buffer("momentum", torch.zeros_like(mask, dtype=torch.float32))
+        self.register_state("momentum", torch.zeros_like(mask, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))

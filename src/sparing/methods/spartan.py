@@ -146,7 +146,7 @@ class SoftTopK(Masked):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(torch.ones_like(weight, dtype=torch.bool))
-        self.register_buffer("soft", torch.ones_like(weight, dtype=torch.float32))
+        self.register_state("soft", torch.ones_like(weight, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, torch.where(self.mask, weight.detach() * self.soft.to(weight.dtype), 0.0))

@@ -88,7 +88,7 @@ class RescaledSoftThreshold(RankedThreshold):
         super().__init__(weight, units)
         self.sigma = sigma
         per_filter = weight.shape[:1] + (1,) * (weight.dim() - 1)
-        self.register_buffer("scale", torch.ones(per_filter, dtype=self.th.dtype, device=weight.device))
+        self.register_state("scale", torch.ones(per_filter, dtype=self.th.dtype, device=weight.device))
 
     def score(self, weight: Tensor) -> Tensor:
         norm = self.units.norm(weight)

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparing.data import SplitDataset
 from sparing.errors import CheckpointError, InputError
-from sparing.layers import sparse_layers
 from sparing.report import report
 from sparing.sparsifier import Sparsifier
 from sparing.train.build import build_model, build_optimizer, build_sparsifier, warn_if_nothing_prunes
@@ -90,7 +88,9 @@ def fit(
         sparsifier.attach(optimizer)
     learning_rates = recipe.learning_rates(len(train))
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-    average = _averaged(model, recipe.ema) if recipe.ema else None
+    average = None
+    if recipe.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if average is not None:
         stateful["average"] = average
@@ -253,29 +253,6 @@ def backward(
             scaler.scale(objective).backward()
         total += loss.detach()
     return total
-
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of the model for its moving average, on the clock of the model."""
-    average = AveragedModel(model, multi_avg_fn=_moving_average(decay), use_buffers=True)
-    copies = sparse_layers(average.module)
-    for name, layer in sparse_layers(model).items():
-        copies[name].parametrization.clock = layer.parametrization.clock  # type: ignore[union-attr]
-    return average
-
-
-def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
-    """Return the update a ← decay · a + (1 − decay) · value of floating-point tensors; others, as masks, are copied."""
-
-    @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.to(average.dtype), 1 - decay)
-            else:
-                average.copy_(value)
-
-    return update
 
 
 def _is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) -> bool:

@@ -1,0 +1,298 @@
+"""Copies of a model in training: averages have the masks of the model, snapshots and trained copies their own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import sparing
+from sparing import GMP, STR, InputError, RigL
+from sparing.parametrizations import Masked
+
+METHODS = {
+    "gmp": GMP(sparsity=0.9, begin=0, end=0.8, every=1),
+    "rigl": RigL(sparsity=0.8, budget="uniform", every=2, end=0.9),
+}
+STEPS = 20
+pytestmark = pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
+
+
+class Loop:
+    def __init__(self, method):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
+        self.sparsifier = sparing.sparsify_(self.model, method, steps=STEPS)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.sparsifier.attach(self.optimizer)
+
+    def step(self):
+        step(self.model, self.optimizer)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(8, 10)), torch.randint(0, 5, (8,))).backward()
+    optimizer.step()
+
+
+def masks(model):
+    return {
+        name: layer.parametrization.mask.clone()
+        for name, layer in sparing.sparse_layers(model).items()
+        if isinstance(layer.parametrization, Masked)
+    }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+class TorchAverage:
+    def __init__(self, model, **options):
+        self.average = AveragedModel(model, **options)
+        self.model = self.average.module
+
+    def update(self, model):
+        self.average.update_parameters(model)
+
+
+class ParametersByHand:
+    def __init__(self, model):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    def update(self, model):
+        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.data.mul_(0.9).add_(parameter.data, alpha=0.1)
+
+
+class StateDictInPlace:
+    """As timm's ModelEmaV2: every tensor of the state_dict is mixed and copied back."""
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(self, model):
+        for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            average.copy_(0.9 * average + 0.1 * value)
+
+
+class StateDictByHand:
+    def __init__(self, model):
+        self.state, self.copy = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+
+    def update(self, model):
+        self.state = {key: 0.9 * self.state[key] + 0.1 * value for key, value in model.state_dict().items()}
+
+    @property
+    def model(self):
+        self.copy.load_state_dict(self.state)
+        return self.copy
+
+
+class Swapped:
+    """As Lightning's callback: the average changes places with the parameters and buffers of the model."""
+
+    def __init__(self, model):
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+
+    def update(self, model):
+        self.average.update_parameters(model)
+        self.live = model
+
+    @property
+    def model(self):
+        with torch.no_grad():
+            for tensors in ("parameters", "buffers"):
+                for average, value in zip(
+                    getattr(self.average.module, tensors)(), getattr(self.live, tensors)(), strict=True
+                ):
+                    value.data.copy_(average.data)
+        return self.live
+
+
+AVERAGES = {
+    "swa": TorchAverage,
+    "swa of buffers": lambda model: TorchAverage(model, use_buffers=True),
+    "ema": lambda model: TorchAverage(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "ema of buffers": lambda model: TorchAverage(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "own function": lambda model: TorchAverage(model, avg_fn=lambda a, p, n: 0.9 * a + 0.1 * p, use_buffers=True),
+    "parameters by hand": ParametersByHand,
+    "state_dict in place": StateDictInPlace,
+    "state_dict by hand": StateDictByHand,
+    "swapped": Swapped,
+}
+
+
+@pytest.mark.parametrize("read", ["at every step", "at the end"])
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("name", METHODS)
+def test_an_average_has_the_masks_of_the_model(name, kind, read):
+    loop = Loop(METHODS[name])
+    average = AVERAGES[kind](loop.model)
+    for _ in range(STEPS):
+        loop.step()
+        average.update(loop.model)
+        if read == "at every step" and kind != "swapped":
+            assert same(masks_in_use(average.model), masks(loop.model))
+    wanted, report = masks(loop.model), sparing.report(loop.model).total.nonzero
+    assert same(masks_in_use(average.model), wanted)
+    assert sparing.report(average.model).total.nonzero <= report
+    assert sparing.report(average.model).missed == ()
+    assert same(masks(average.model), wanted)
+
+
+def masks_in_use(model):
+    """Return the masks after the model was used."""
+    with torch.no_grad():
+        model(torch.randn(8, 10))
+    return masks(model)
+
+
+def test_the_state_dict_of_an_average_has_the_masks_of_the_model():
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    for _ in range(STEPS):
+        loop.step()
+        average.update_parameters(loop.model)
+    saved = {key: value for key, value in average.state_dict().items() if key.endswith("mask")}
+    assert same(
+        saved, {f"module.{key}": value for key, value in loop.model.state_dict().items() if key.endswith("mask")}
+    )
+
+
+def test_an_average_of_learned_thresholds_knows_the_step_of_the_model():
+    loop = Loop(STR(sparsity=0.9))
+    average = AveragedModel(loop.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    for _ in range(STEPS):
+        loop.step()
+        average.update_parameters(loop.model)
+    (missed,) = sparing.report(average).missed
+    assert "all steps were taken" in missed
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model, lambda model: model.half(), lambda model: model.bfloat16().eval()]
+)
+def test_a_snapshot_keeps_its_masks(change):
+    loop = Loop(METHODS["gmp"])
+    for _ in range(5):
+        loop.step()
+    snapshot, before = change(copy.deepcopy(loop.model)), masks(loop.model)
+    for _ in range(5, STEPS):
+        loop.step()
+    sparing.report(snapshot)
+    assert same(masks(snapshot), before)
+    assert not same(before, masks(loop.model))
+
+
+def test_a_snapshot_that_is_loaded_again_keeps_its_masks():
+    loop = Loop(METHODS["gmp"])
+    best = copy.deepcopy(loop.model)
+    for number in range(STEPS):
+        loop.step()
+        if number == 4:
+            best.load_state_dict(loop.model.state_dict())
+            before = masks(loop.model)
+    sparing.report(best)
+    assert same(masks(best), before)
+
+
+def test_an_average_that_is_loaded_goes_on():
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    for number in range(STEPS):
+        loop.step()
+        average.update_parameters(loop.model)
+        if number == 9:
+            saved = copy.deepcopy(average.state_dict())
+            average = AveragedModel(loop.model)
+            average.load_state_dict(saved)
+    sparing.report(average.module)
+    assert same(masks(average.module), masks(loop.model))
+
+
+def test_a_copy_that_is_trained_keeps_its_masks():
+    loop = Loop(METHODS["gmp"])
+    for _ in range(5):
+        loop.step()
+    other, before = copy.deepcopy(loop.model), masks(loop.model)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(5, STEPS):
+        loop.step()
+        step(other, optimizer)
+    sparing.report(other)
+    assert same(masks(other), before)
+
+
+def test_an_average_is_copied_with_its_model():
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    for _ in range(5):
+        loop.step()
+        average.update_parameters(loop.model)
+    first = masks(loop.model)
+    twin = copy.copy(loop)
+    twin.model, twin_average, twin.optimizer, twin.sparsifier = copy.deepcopy(
+        (loop.model, average, loop.optimizer, loop.sparsifier)
+    )
+    for _ in range(5, STEPS):
+        twin.step()
+        twin_average.update_parameters(twin.model)
+    sparing.report(twin_average.module)
+    assert same(masks(twin_average.module), masks(twin.model))
+    assert same(masks(loop.model), first)
+
+
+def test_a_pickled_copy_keeps_its_masks():
+    loop = Loop(METHODS["gmp"])
+    part = loop.sparsifier.layers["0"].parametrization
+    again = pickle.loads(pickle.dumps(copy.deepcopy(part)))
+    assert torch.equal(again.mask, part.mask)
+    assert again._source == ()
+
+
+def test_masks_are_not_buffers_but_are_saved_loaded_and_moved():
+    model = nn.Linear(8, 4)
+    sparing.sparsify_(model, GMP(sparsity=0.5, begin=0, end=0))
+    part = model.parametrizations.weight[0]
+    assert list(model.buffers()) == []
+    assert model.state_dict()["parametrizations.weight.0.mask"].data_ptr() == part.mask.data_ptr()
+    model.to("meta")
+    assert part.mask.is_meta
+    with pytest.raises(RuntimeError, match="size mismatch for parametrizations.weight.0.mask"):
+        model.load_state_dict({**model.state_dict(), "parametrizations.weight.0.mask": torch.ones(2, 2)})
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("mask")}
+    with pytest.raises(RuntimeError, match="Missing key.*mask"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Unexpected key.*other"):
+        model.load_state_dict({**model.state_dict(), "parametrizations.weight.0.other": torch.ones(2)})
+
+
+def test_an_average_of_the_masks_of_another_model_is_refused():
+    loop = Loop(METHODS["gmp"])
+    key = "0.parametrizations.weight.0.mask"
+    state = {**loop.model.state_dict(), key: torch.full((16, 10), 0.5)}
+    loop.model.load_state_dict(state)  # of this model it may be
+    state[key][0, 0] = 0.0
+    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+        loop.model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("method", [STR(init=-5.0), METHODS["gmp"], sparing.ST3(sparsity=0.5)], ids=lambda m: m.name)
+def test_thresholds_keep_float32_when_a_narrow_checkpoint_is_loaded(method, assign):
+    loop, again = Loop(method), Loop(method)
+    loop.step()
+    before = {
+        key: value.dtype for key, value in again.model.state_dict().items() if ".parametrizations.weight.0." in key
+    }
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in loop.model.state_dict().items()}
+    again.model.load_state_dict(state, assign=assign)
+    assert before == {key: again.model.state_dict()[key].dtype for key in before}
+    for key in before:
+        torch.testing.assert_close(again.model.state_dict()[key], state[key].to(before[key]), rtol=0, atol=0)
