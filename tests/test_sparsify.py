@@ -594,13 +594,20 @@ def test_a_model_made_on_the_meta_device_starts_as_any_other(name, reset):
     assert total.weights - total.nonzero >= zeros
 
 
-def test_methods_that_rank_the_first_weights_refuse_the_meta_device():
+def test_one_shot_pruning_on_the_meta_device_ranks_the_weights_that_are_initialized_later():
     with torch.device("meta"):
-        model = nn.Linear(8, 8)
-    for method in (sparing.GMP(sparsity=0.5, begin=0, end=0), sparing.DNW(sparsity=0.5)):
-        with pytest.raises(InputError, match="is on the meta device, and the method ranks the weights"):
-            sparing.sparsify_(model, method, steps=10)
-    assert not sparing.sparse_layers(model)
+        model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0, budget="global"))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model(torch.randn(2, 12))
+    layers = sparing.sparse_layers(model).values()
+    kept = torch.cat([layer.parametrization.mask.flatten() for layer in layers])
+    sizes = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
+    assert kept.sum() == 90
+    assert sizes[kept].min() >= sizes[~kept].max()
 
 
 def test_a_copy_made_on_the_meta_device_says_that_it_has_no_values():

@@ -369,16 +369,7 @@ class Allocation:
 
 
 def magnitude(layer: Layer, units: Units) -> Tensor:
-    """Return the score |W|; for groups their root mean square.
-
-    Raises:
-        InputError: the weight is on the meta device.
-    """
-    if layer.weight.is_meta:
-        raise InputError(
-            f"layer {layer.name!r} is on the meta device, and the method ranks the weights that it starts from: "
-            "initialize or load the model before sparsify_()"
-        )
+    """Return the score |W|; for groups their root mean square."""
     return units.norm(layer.weight)
 
 

@@ -91,7 +91,10 @@ class Layer:
         """The module that makes the effective weight; None for a layer that is not sparsified."""
         made_by = self.places[0].parametrizations
         first = None if made_by is None else made_by[0]
-        return first if isinstance(first, Sparse) else None
+        if not isinstance(first, Sparse):
+            return None
+        first.refresh()
+        return first
 
     @property
     def threshold(self) -> Tensor | None:

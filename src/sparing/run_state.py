@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 
-SAMPLE = 64
-"""Active weights by which a copy recognizes that its weights have been changed."""
+CANDIDATES, SAMPLE = 2**20, 64
+"""A copy recognizes that its weights have changed by a sample of the active ones among so many candidates."""
 
 
 class RunState(nn.Module):
@@ -34,7 +34,7 @@ class RunState(nn.Module):
     _source: tuple["RunState", ...] = ()
     _sample: tuple[tuple[Tensor, ...], Tensor] | None = None
     _undefined: bool = False  # moved from the meta device, so far without values
-    _start: tuple[Callable[[], None], ...] = ()
+    _start: tuple[Callable[[bool], None], ...] = ()
 
     def register_state(self, name: str, tensor: Tensor) -> None:
         """Make a tensor an attribute that is in the state_dict and is moved with the model, but is not a buffer."""
@@ -49,42 +49,62 @@ class RunState(nn.Module):
         """Tell the module where its weight is: as `original` of this ParametrizationList, or of several."""
         self._home = (*self._home, parametrizations)
 
-    def start_with(self, start: Callable[[], None]) -> None:
-        """Tell the module how to get its first values, if it leaves the meta device without a checkpoint."""
+    def start_with(self, start: Callable[[bool], None]) -> None:
+        """Tell a module on the meta device how to get its first values if it is not loaded from a checkpoint.
+
+        Args:
+            start: calls `take_values` of all modules of the run, with what it is given.
+        """
         self._start = (start,)
 
     def reset_parameters(self) -> None:
-        """Set the first values after `to_empty`; does nothing in a module that has values.
+        """Take the first values after `to_empty`; does nothing in a module that has values.
+
+        State that depends on the weights is taken again at the first use, when all weights are initialized.
 
         Raises:
-            InputError: this is a copy, which does not know them.
+            InputError: this is a copy, which does not know its first values.
         """
-        if not self._undefined:
-            return
-        if not self._start:
+        if self._undefined and not self._start:
             raise InputError(
                 f"a {type(self).__name__} was copied on the meta device and has no values: load a checkpoint, or copy "
                 "the model after it was initialized"
             )
-        self._start[0]()
+        if self._undefined:
+            self._start[0](False)
 
     @torch.no_grad()
-    def take_values(self, source: "RunState") -> None:
-        """Take parameters and state of another module, of the same class; does nothing in a module that has values."""
-        if self._undefined:
+    def take_values(self, source: "RunState", final: bool) -> None:
+        """Take state, and parameters that have no values yet, of another module; only after `start_with`.
+
+        Args:
+            source: of the same class.
+            final: whether the module is complete then.
+        """
+        if self._start:
             self.take_state(source)
             for ours, theirs in zip(self.parameters(), source.parameters(), strict=True):
-                ours.copy_(theirs)
-            self._undefined, self._start = False, ()
+                if self._undefined:
+                    ours.copy_(theirs)
+            self._undefined, self._start = False, () if final else self._start
 
     def keep_state(self) -> None:
         """Let this copy keep the state that it has, whatever becomes of its weights."""
         self._source, self._sample = (), None
 
+    def refresh(self) -> None:
+        """Take the state of the model, if this is an average."""
+        if self._sample is not None and not torch.compiler.is_compiling():
+            self._follow(self._home[0].original)  # type: ignore[arg-type]
+
     def __call__(self, weight: Tensor) -> Any:
         if self._undefined:
             self.reset_parameters()
-        if self._sample is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return super().__call__(weight)
+        if self._start and not weight.is_meta:
+            self._start[0](True)
+        if self._sample is None:
             return super().__call__(weight)
         self._follow(weight)
         effective = super().__call__(weight)
@@ -109,9 +129,11 @@ class RunState(nn.Module):
         weight = getattr(self._home[0], "original", None) if len(self._home) == 1 else None
         if weight is None or weight.is_meta or hasattr(weight, "full_tensor"):
             return None
-        active = super().__call__(weight).nonzero(as_tuple=True)
-        few = tuple(index[:: max(len(index) // SAMPLE, 1)].clone() for index in active)
-        return few, weight.detach()[few].clone()
+        effective = super().__call__(weight).reshape(-1)
+        stride = max(len(effective) // CANDIDATES, 1)
+        active = effective[::stride].nonzero()[:, 0] * stride
+        index = torch.unravel_index(active[:: max(len(active) // SAMPLE, 1)], weight.shape)
+        return index, weight.detach()[index].clone()
 
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:
@@ -134,8 +156,7 @@ class RunState(nn.Module):
             return super()._apply(tracked, recurse)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if self._sample is not None:
-            self._follow(self._home[0].original)  # type: ignore[arg-type]
+        self.refresh()
         with self._as_buffers():
             super()._save_to_state_dict(*args)  # type: ignore[no-untyped-call]
 
@@ -152,7 +173,7 @@ class RunState(nn.Module):
         with self._as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *args)
         if all(prefix + name in state_dict for name in (*self._parameters, *self._names)):
-            self._undefined = False
+            self._undefined, self._start = False, ()
         if self._source:
             self._sample = self._take_sample()
 

@@ -70,7 +70,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     sparsifier = Sparsifier(model, method, layers, plan, clock)
     if any(layer.weight.is_meta for layer in layers.values()):
         for part in made.values():
-            part.start_with(sparsifier.reset_parameters)
+            part.start_with(sparsifier.start)
     sparsifier.warn_collapsed()
     return sparsifier
 

@@ -25,6 +25,7 @@ def train_all(rank, meeting):
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
     for name in SETTINGS:
         train(name, rank)
+    prune_by_grasp(rank)
     # gloo may abort a rank whose peer is gone, or whose wrappers outlive their group. So the ranks wait for
     # each other outside of gloo, and exit without destroying the group.
     done = [Path(f"{meeting.removeprefix('file://')}.{each}") for each in range(RANKS)]
@@ -49,9 +50,17 @@ def train(name, rank):
         optimizer.zero_grad()
         (F.cross_entropy(parallel(x), y) + sparsifier.penalty()).backward()
         optimizer.step()
-        # Compared before the next forward pass, which broadcasts the buffers of the first rank.
         agree(name, step, held(model))
     assert not torch.equal(start, held(model)), f"{name} has not trained"
+
+
+def prune_by_grasp(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
+    method = make("grasp")
+    x, y = batch((16,), rank)
+    method.prune(sparing.sparsify_(model, method), lambda: F.cross_entropy(model(x), y))
+    agree("grasp", 0, held(model))
 
 
 def held(model):

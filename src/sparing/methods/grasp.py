@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sparing.budget import Budget
@@ -81,7 +82,7 @@ class GraSP(Ranking):
         return {name: ProbedMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def prune(self, sparsifier: Sparsifier, closure: Callable[[], Tensor]) -> None:
-        """Make the masks from the exact product of Hessian and gradient.
+        """Make the masks from the exact product of Hessian and gradient; ranks of torch.distributed add up theirs.
 
         Args:
             sparsifier: what `sparsify_` returned for this method.
@@ -98,6 +99,9 @@ class GraSP(Ranking):
         gradients = torch.autograd.grad(closure(), list(weights.values()), create_graph=True, materialize_grads=True)
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
         products = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
+        if dist.is_available() and dist.is_initialized():
+            for product in products:
+                dist.all_reduce(product)
         _keep_best(sparsifier, dict(zip(weights, products, strict=True)))
 
     @torch.no_grad()
