@@ -12,7 +12,7 @@ demo: .venv/demo
 
 # One process per core, with one thread each.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: .venv/dev
 	$(BIN)/ruff check .
