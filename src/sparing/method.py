@@ -40,8 +40,8 @@ class Method(ABC):
 
     `sparsify_` calls `prepare` and `parametrizations` once. After `Sparsifier.attach`, the hooks run around every
     optimizer step, except those that a gradient scaler skips. The method has no state: everything that a checkpoint
-    needs is a parameter or buffer of the parametrizations. The length of the run is an argument of `sparsify_`, not
-    of the method.
+    needs is a parameter or registered state of the parametrizations (`RunState.register_state`). The length of the run
+    is an argument of `sparsify_`, not of the method.
 
     Attributes:
         name: the name of the method in recipes and messages.

@@ -1,7 +1,7 @@
 """Base classes of the parametrizations: modules that make the effective weight from the dense weight.
 
-Everything a checkpoint needs is in the state_dict of these modules: parameters, buffers, and the clock of the
-run as extra state. So it is saved, moved and copied with the model.
+Everything a checkpoint needs is in the state_dict of these modules: parameters, registered state such as masks (see
+`sparing.run_state`), and the clock of the run as extra state. So it is saved, moved and copied with the model.
 """
 
 import json
@@ -75,7 +75,7 @@ class Sparse(RunState):
     Every subclass is final and defines `forward(weight) -> effective weight`, of the same shape and dtype.
     `sparsify_`, `densify_` and `report` recognize a sparsified layer by this class.
 
-    Parameters and buffers keep their dtype when the model is moved to a narrower one. In bf16 or fp16 a step of
+    Parameters and state keep their dtype when the model is moved to a narrower one. In bf16 or fp16 a step of
     weight decay, s ← (1 − 5e-5) s, is lost to rounding, and the s of STR would never move.
 
     Attributes:
