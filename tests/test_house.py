@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "register": {"errors", "layers", "run_state"},
     "patterns": {"errors", "group_threshold", "layers", "masks"},
     "budget": {"errors", "files", "layers", "masks", "patterns"},
-    "macs": {"errors", "layers", "run_state"},
+    "macs": {"errors", "layers"},
     "param_groups": {"errors", "layers", "parametrizations"},
     "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
     "goal": {"errors", "layers", "method", "parametrizations"},

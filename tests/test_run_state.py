@@ -1,11 +1,15 @@
 """Copies of a model in training: averages have the masks of the model, snapshots and trained copies their own."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -253,7 +257,7 @@ def test_a_pickled_copy_keeps_its_masks():
     part = loop.sparsifier.layers["0"].parametrization
     again = pickle.loads(pickle.dumps(copy.deepcopy(part)))
     assert torch.equal(again.mask, part.mask)
-    assert again._source == ()
+    assert again._source is None
 
 
 def test_masks_are_not_buffers_but_are_saved_loaded_and_moved():
@@ -277,10 +281,119 @@ def test_an_average_of_the_masks_of_another_model_is_refused():
     loop = Loop(METHODS["gmp"])
     key = "0.parametrizations.weight.0.mask"
     state = {**loop.model.state_dict(), key: torch.full((16, 10), 0.5)}
-    loop.model.load_state_dict(state)  # of this model it may be
-    state[key][0, 0] = 0.0
+    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+        loop.model.load_state_dict(state)  # nothing was trained
+    loop.step()
+    state = {**loop.model.state_dict(), key: torch.full((16, 10), 0.5)}
+    loop.model.load_state_dict(state)
+    state[key][loop.model.state_dict()[key]] = 0.0
     with pytest.raises(InputError, match=f"{key} is an average of masks"):
         loop.model.load_state_dict(state)
+    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+        Loop(METHODS["gmp"]).model.to("meta").load_state_dict(state, assign=True)
+
+
+def train(loop, average=None, steps=STEPS):
+    for _ in range(steps):
+        loop.step()
+        if average is not None:
+            average.update_parameters(loop.model)
+
+
+def wide(border=True):
+    """A first layer with inputs that are always zero, and a last layer that starts at zero."""
+    loop = Loop(METHODS["gmp"])
+    loop.model = nn.Sequential(nn.Linear(784, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 5))
+    nn.init.zeros_(loop.model[3].weight)
+    loop.sparsifier = sparing.sparsify_(loop.model, METHODS["gmp"], steps=STEPS)
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    loop.sparsifier.attach(loop.optimizer)
+    x = torch.zeros(8, 784)
+
+    def step():
+        x[:, 300:500] = torch.randn(8, 200)
+        loop.optimizer.zero_grad()
+        F.cross_entropy(loop.model(x), torch.randint(0, 5, (8,))).backward()
+        loop.optimizer.step()
+
+    loop.step = step
+    return loop
+
+
+def test_averages_notice_changes_of_few_weights_and_of_layers_that_start_at_zero():
+    loop = wide()
+    average = AveragedModel(loop.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    train(loop, average)
+    assert same(masks(average.module), masks(loop.model))
+
+
+def test_a_copy_of_an_average_that_was_not_used_has_its_masks():
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    train(loop, average)
+    best = copy.deepcopy(average)
+    assert same(masks(best.module), masks(loop.model))
+
+
+def test_an_average_outlives_its_model():
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    train(loop, average)
+    expected = masks(loop.model)
+    del loop
+    gc.collect()
+    assert same(masks(average.module), expected)
+
+
+def test_copies_of_copies_do_not_keep_each_other_alive():
+    model = Loop(METHODS["gmp"]).model
+    generations = []
+    for _ in range(4):
+        generations.append(weakref.ref(model[0].parametrizations.weight.original))
+        model = copy.deepcopy(model)
+    gc.collect()
+    # torch itself keeps the first alive: copies share the class of a parametrized layer.
+    assert [each() is None for each in generations[1:]] == [True] * 3
+
+
+@pytest.mark.parametrize(("model_dtype", "dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_an_average_may_have_another_dtype_than_the_model(model_dtype, dtype):
+    loop = Loop(METHODS["gmp"])
+    loop.model.to(model_dtype)
+    average = copy.deepcopy(loop.model).to(dtype)
+    for _ in range(STEPS):
+        loop.optimizer.zero_grad()
+        F.cross_entropy(loop.model(torch.randn(8, 10).to(model_dtype)).float(), torch.randint(0, 5, (8,))).backward()
+        loop.optimizer.step()
+        for theirs, parameter in zip(average.parameters(), loop.model.parameters(), strict=True):
+            theirs.data.lerp_(parameter.data.to(theirs.dtype), 0.1)
+    assert same(masks(average), masks(loop.model))
+
+
+def test_a_snapshot_keeps_its_masks_through_conversions_and_functional_calls():
+    loop = Loop(METHODS["gmp"])
+    train(loop, steps=5)
+    snapshot, before = copy.deepcopy(loop.model), masks(loop.model)
+    converted = copy.deepcopy(loop.model).half().float()
+    train(loop, steps=STEPS - 5)
+    changed = {key: value + 1 for key, value in snapshot.named_parameters()}
+    functional_call(snapshot, changed, (torch.randn(8, 10),))
+    assert same(masks(snapshot), before)
+    assert same(masks(converted), before)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, AveragedModel, nn.DataParallel], ids=["bare", "average", "wrapped"]
+)
+def test_distributed_checkpoints_of_wrapped_models_have_the_masks(wrap):
+    loop = Loop(METHODS["gmp"])
+    train(loop)
+    saved = get_model_state_dict(wrap(loop.model))
+    again = Loop(METHODS["gmp"])
+    wrapped = wrap(again.model)
+    set_model_state_dict(wrapped, saved)
+    inner = wrapped.module if isinstance(wrapped, AveragedModel) else again.model
+    assert same(masks(inner), masks(loop.model))
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -23,7 +23,6 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sparing.errors import InputError
 from sparing.layers import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, find_layers
-from sparing.run_state import RunState
 
 Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
@@ -111,11 +110,7 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
     state = {
         f"{prefix}.{name}".lstrip("."): meta(tensor)
         for prefix, module in model.named_modules()
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-            *(module.state().items() if isinstance(module, RunState) else ()),
-        )
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}

@@ -93,10 +93,14 @@ class Sparse(RunState):
         """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""
         return None
 
-    def take_state(self, source: RunState) -> None:
-        super().take_state(source)
-        if self.clock is not None and isinstance(source, Sparse) and source.clock is not None:
-            self.clock.step, self.clock.start = source.clock.step, source.clock.start
+    def follow(self, source: Any) -> None:
+        super().follow(source)
+        model = source.module()
+        if self.clock is not None and isinstance(model, Sparse) and model.clock is not None:
+            self.clock.step, self.clock.start = model.clock.step, model.clock.start
+
+    def is_trained(self) -> bool:
+        return self.clock is None or self.clock.step > 0
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8) if self.clock is None else self.clock.save()
@@ -114,6 +118,8 @@ class Sparse(RunState):
             # From the tensor itself, not from its rounded copy; to_empty() has no values to keep.
             return tensor.to(moved.device) if narrower else moved
 
+        if self._source is not None:
+            self._source.move(fn)
         return super()._apply(keep_dtype, recurse)
 
 

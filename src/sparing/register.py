@@ -79,6 +79,8 @@ def _reset_dense_weights(module: nn.Module) -> None:
 
 def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     def run(self: nn.Module) -> None:
+        if "parametrizations" not in self._modules:  # called by the other of the two
+            return method(self)
         modules, made_by = dict(self._modules), self._modules.pop("parametrizations")
         dense = {name: each.original for name, each in made_by.items() if hasattr(each, "original")}  # type: ignore[union-attr, operator]
         properties = {name: vars(type(self))[name] for name in dense}
@@ -89,7 +91,9 @@ def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Mod
             method(self)
         finally:
             for name, access in properties.items():
-                del self._parameters[name]
+                assigned = self._parameters.pop(name)
+                if assigned is not None and assigned is not dense[name]:
+                    dense[name].data.copy_(assigned.detach())
                 setattr(type(self), name, access)
             self._modules.clear()
             self._modules.update(modules)  # in the order in which they were

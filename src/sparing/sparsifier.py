@@ -178,11 +178,11 @@ class Sparsifier:
         clock.start = goal_reached(self.layers, clock.goal)
         vars(self.clock).update(vars(clock))
 
-    def start(self, final: bool = True) -> None:
-        """Give the values of the start to parametrizations that left the meta device; see `RunState.take_values`."""
+    def start(self) -> None:
+        """Give the values of the start to parametrizations that left the meta device without a checkpoint."""
         made = self.method.parametrizations(self.layers, self.plan)
         for name, layer in self.layers.items():
-            layer.parametrization.take_values(made[name], final)  # type: ignore[union-attr]
+            layer.places[0].parametrizations[0].take_values(made[name])  # type: ignore[index, operator, union-attr]
 
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
