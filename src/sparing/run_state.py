@@ -77,25 +77,27 @@ class RunState(nn.Module):
         """Let this copy keep the state that it has, whatever becomes of its weights."""
         self._source = None
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take the first values after the meta device was left, or the state of the model if this is an average.
 
         Raises:
             InputError: the module has no values, and is a copy that does not know its first ones.
         """
+        if self._source is None and not self._undefined:
+            return
         weight = self._weight()
         if weight is None or weight.is_meta or torch.compiler.is_compiling():
             return
-        if self._start and self._undefined:
+        if self._start:
             self._start[0]()
         if self._undefined:
             raise InputError(
                 f"a {type(self).__name__} was copied on the meta device and has no values: load a checkpoint, or copy "
                 "the model after it was initialized"
             )
-        if self._source is not None and self._source.is_averaged(weight):
-            self.follow(self._source)
+        with torch.no_grad():
+            if self._source is not None and self._source.is_averaged(weight):
+                self.follow(self._source)
 
     def follow(self, source: "_Source") -> None:
         """Take the state of the model that this average was copied from."""
