@@ -562,6 +562,13 @@ def test_batches_normalize_and_shift_by_whole_pixels():
     assert len(set(columns)) > 1
 
 
+@pytest.mark.parametrize("changes", [{}, {"shift": 2}, {"flip": True}, {"shift": 1, "flip": True}], ids=repr)
+def test_batches_have_the_strides_of_a_new_tensor(changes):
+    """With other strides torch's convolutions corrupted memory on two threads, if images had one channel."""
+    for x, _ in ImageBatches(images(), (0.0,), (1.0,), 3, **changes):
+        assert x.stride() == torch.empty(x.shape).stride()
+
+
 def test_every_rank_gets_a_share_of_every_training_batch():
     part = images(count=9)
     alone = ImageBatches(part, (0.0,), (1.0,), 4, shuffle=True, shift=1, flip=True, seed=3)

@@ -274,10 +274,11 @@ class ImageBatches:
 
 def _crop(padded: Tensor, offsets: Tensor, shift: int) -> Tensor:
     """Crop each image at its own offset, with one gather for the whole batch."""
-    count, _, height, width = padded.shape
-    rows, columns = offsets.to(padded.device)
-    height, width = height - 2 * shift, width - 2 * shift
-    y = rows[:, None] + torch.arange(height, device=padded.device)
-    x = columns[:, None] + torch.arange(width, device=padded.device)
-    image = torch.arange(count, device=padded.device)[:, None, None]
-    return padded.movedim(1, -1)[image, y[:, :, None], x[:, None, :]].movedim(-1, 1)
+    count, channels, height, width = padded.shape
+    rows, columns = offsets.to(padded.device)[..., None, None, None]
+    y = rows + torch.arange(height - 2 * shift, device=padded.device)[:, None]
+    x = columns + torch.arange(width - 2 * shift, device=padded.device)
+    image = torch.arange(count, device=padded.device)[:, None, None, None]
+    # Gathered in this order, the strides are those of a new tensor. With one channel last, the convolutions of torch
+    # 2.13 on the CPU corrupt memory where they run on two threads.
+    return padded[image, torch.arange(channels, device=padded.device)[:, None, None], y, x]
