@@ -17,3 +17,16 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vision_operators():
+    """Make a CUDA build of torchvision importable with a CPU build of torch.
+
+    Its operators need CUDA libraries. The tests use none of them, so declaring two is enough for the import.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library  # pytest keeps it: the operators are removed when it is deleted.

@@ -32,26 +32,10 @@ ROOT = Path(__file__).parent.parent
 CLASSES, TRAIN, VAL = 100, 4, 2
 
 # Raised on a machine with fewer cores than the workers of a test.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _torchvision():
-    """Make a CUDA build of torchvision importable with a CPU build of torch.
-
-    Its operators need CUDA libraries. The tests use none of them, so declaring two is enough for the import.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-        yield library  # The operators are removed when the library is deleted.
-    else:
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("vision_operators"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 
 
 def number_to_color(number):

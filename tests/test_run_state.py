@@ -300,7 +300,7 @@ def train(loop, average=None, steps=STEPS):
             average.update_parameters(loop.model)
 
 
-def wide(border=True):
+def wide():
     """A first layer with inputs that are always zero, and a last layer that starts at zero."""
     loop = Loop(METHODS["gmp"])
     loop.model = nn.Sequential(nn.Linear(784, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 5))

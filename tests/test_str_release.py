@@ -1,6 +1,5 @@
 """Conversion of checkpoints of the 2020 STR release, compared with a reimplementation of its networks."""
 
-import importlib.util
 import json
 import warnings
 import zipfile
@@ -233,22 +232,10 @@ def test_converted_resnet_loads_into_torchvision(folder, arch, torchvision_model
 
 
 @pytest.fixture(scope="module")
-def torchvision_models():
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    # The operators of torchvision need CUDA libraries. Without these, its import fails unless two schemas are defined.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)
+def torchvision_models(vision_operators):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchvision import models
-    yield models
-    del library  # unregisters the schemas
+        return pytest.importorskip("torchvision.models", reason="torchvision is not installed")
 
 
 def test_with_bias_rejects_mobilenet_and_thresholds(folder):

@@ -125,7 +125,7 @@ class Budget(Mapping[str, float]):
         """Return a published budget by name, such as "resnet50-str-90.23"; see `sparing.published`.
 
         Raises:
-            InputError: there is none of that name; the nearest is named.
+            InputError: there is no budget of that name; the message suggests the nearest one.
 
         Examples:
             >>> Budget.published("resnet50-str-90.23")["fc"]

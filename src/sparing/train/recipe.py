@@ -156,7 +156,7 @@ class Recipe(Section):
     """Automatic mixed precision; fp16 scales the loss."""
     channels_last: bool = False
     """Store images and convolution weights channels last, which is faster for most networks. On the CPU, torch 2.13 has
-    crashed on two threads in networks whose convolutions have fewer than 16 channels: leave it off for those."""
+    crashed on two threads in networks with fewer than 16 channels (`bench/channels_last.py`): leave it off there."""
     compile: bool = False
     """Compile the model with torch.compile."""
     seed: int = Field(default=0, ge=0, lt=2**32)
