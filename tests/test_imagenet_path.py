@@ -18,7 +18,7 @@ from sparing.export.str_release import convert
 from sparing.train.log import read_history
 from sparing.train.recipe import load_recipe
 from sparing.train.run import evaluate_file, evaluate_run, report_run
-from test_imagenet import _torchvision, noise_image, write_image_tree  # noqa: F401
+from test_imagenet import noise_image, write_image_tree
 from test_str_release import STRConv, old_resnet, save, trained
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,9 @@ except RuntimeError:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 main()
 """
+
+
+pytestmark = pytest.mark.usefixtures("vision_operators")
 
 
 @pytest.fixture(scope="module")
