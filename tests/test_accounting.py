@@ -4,10 +4,12 @@ import copy
 import csv
 import io
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sparing
 from sparing import STR, Budget, InputError
@@ -300,15 +302,218 @@ def test_counting_leaves_nothing_behind_that_a_forward_caches():
 
 def test_macs_of_attention():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    by_name = {row.name: row.dense_macs for row in sparing.report(model, (3, 5, 8)).layers}
-    assert by_name == {"self_attn.out_proj": 15 * 64, "linear1": 15 * 128, "linear2": 15 * 128}
-    sparing.sparsify_(model, STR(), select=sparing.select.of_type(nn.MultiheadAttention))
-    by_name = {row.name: row.dense_macs for row in sparing.report(model, (3, 5, 8)).layers}
-    assert by_name["self_attn.in_proj_weight"] == 15 * 3 * 64
-    attention = nn.MultiheadAttention(8, 2)
-    sparing.sparsify_(attention, STR(), select=sparing.select.of_type(nn.MultiheadAttention))
-    with pytest.raises(InputError, match="different lengths"):
-        sparing.report(attention, (torch.ones(3, 1, 8), torch.ones(5, 1, 8), torch.ones(5, 1, 8)))
+    expected = {"self_attn.in_proj_weight": 3 * 64, "self_attn.out_proj": 64, "linear1": 128, "linear2": 128}
+    for _ in range(2):  # dense, then sparsified
+        by_name = {row.name: row.dense_macs for row in sparing.report(model, (3, 5, 8)).layers}
+        assert by_name == {name: 15 * weights for name, weights in expected.items()}
+        if not sparing.sparse_layers(model):
+            sparing.sparsify_(model, STR(), select=sparing.select.of_type(nn.MultiheadAttention))
+
+
+def test_macs_of_cross_attention_count_each_projection_by_its_own_input():
+    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+    sparing.sparsify_(layer, sparing.GMP(sparsity=0.5, begin=0, end=0), select=["*attn.in_proj_weight", "linear*"])
+    decoder, encoder = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    rows = {row.name: row for row in sparing.report(layer, (decoder, encoder)).layers}
+    assert rows["self_attn.in_proj_weight"].dense_macs == 10 * 3 * 256
+    assert rows["multihead_attn.in_proj_weight"].dense_macs == 10 * 256 + 14 * 2 * 256
+    active = (layer.multihead_attn.in_proj_weight != 0).reshape(3, 256).sum(1).tolist()
+    assert rows["multihead_attn.in_proj_weight"].macs == 10 * active[0] + 14 * (active[1] + active[2])
+    with pytest.raises(InputError, match="multiplied 10 to 14 times in a forward pass"):
+        sparing.sparsify_(
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            STR(macs=0.5, input_size=(decoder, encoder, encoder)),
+            select=["in_proj_weight"],
+            steps=10,
+        )
+
+
+class Odd(nn.Module):
+    """A module that uses weights in unusual ways, given by a function."""
+
+    def __init__(self, use, *shapes):
+        super().__init__()
+        self.use = use
+        self.linear = nn.Linear(6, 8, bias=False)
+        for number, shape in enumerate(shapes):
+            self.register_parameter(f"p{number}", nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def _by_rows(m, x):
+    first, second = m.linear.weight.chunk(2)
+    return torch.cat([x[:2] @ first.t(), x[:3] @ second.t()])
+
+
+FUNCTIONAL = {
+    # Every row of x is a product with each weight; x has the shape (4, 6).
+    "functional linear": (lambda m, x: F.linear(x, m.linear.weight), (), {"linear": 4 * 48}),
+    "matmul": (lambda m, x: x @ m.linear.weight.T, (), {"linear": 4 * 48}),
+    "a vector": (lambda m, x: m.linear.weight @ x[0], (), {"linear": 48}),
+    "used twice": (lambda m, x: m.linear(x) + m.linear(x), (), {"linear": 2 * 4 * 48}),
+    "not used": (lambda m, x: x, (), {"linear": 0}),
+    "experts": (lambda m, x: torch.einsum("bi,eio->beo", x, m.p0), ((3, 6, 5),), {"linear": 0, "p0": 4 * 90}),
+    "one expert": (lambda m, x: x @ m.p0[1], ((3, 6, 5),), {"linear": 0, "p0": 4 * 30}),
+    "broadcast": (lambda m, x: torch.bmm(x[None].expand(2, 4, 6), m.p0.expand(2, 6, 5)), ((1, 6, 5),), {"p0": 8 * 30}),
+    "parts": (_by_rows, (), {"linear": 2 * 24 + 3 * 24}),
+    "two weights as one": (
+        lambda m, x: F.linear(x, torch.cat([m.linear.weight, m.p0])), ((3, 6),), {"linear": 4 * 48, "p0": 4 * 18},
+    ),
+    "a copy": (lambda m, x: F.linear(x, m.linear.weight.t().contiguous().t()), (), {"linear": 4 * 48}),
+    "scaled": (lambda m, x: F.linear(x, m.linear.weight * 0.1), (), {"linear": 4 * 48}),
+    "a diagonal": (lambda m, x: (x[:, None] * m.p0).sum(1), ((6, 6),), {"p0": 4 * 36}),
+    "functional convolution": (
+        lambda m, x: F.conv1d(x.reshape(1, 2, 12), m.p0, padding=1), ((4, 2, 3),), {"p0": 12 * 24},
+    ),
+    "positions": (lambda m, x: m.linear(x + m.p0), ((4, 6),), {"linear": 4 * 48, "p0": 0}),
+    "a token": (lambda m, x: m.linear(torch.cat([m.p0, x])), ((2, 6),), {"linear": 6 * 48, "p0": 0}),
+    "learned queries": (
+        lambda m, x: (m.linear(m.p0) @ m.linear(x).t()).softmax(-1), ((2, 6),), {"linear": 6 * 48, "p0": 0},
+    ),
+    "autocast": (lambda m, x: _autocast(m.linear, x), (), {"linear": 4 * 48}),
+}  # fmt: skip
+
+
+def _autocast(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("use", FUNCTIONAL)
+def test_macs_are_counted_whoever_multiplies(use, sparse):
+    function, shapes, expected = FUNCTIONAL[use]
+    model = Odd(function, *shapes)
+    if sparse:
+        sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0), select=["*"])
+    rows = {row.name: row for row in sparing.report(model, torch.randn(4, 6)).layers}
+    assert {name: rows[name].dense_macs for name in expected} == expected
+    if sparse and use not in ("parts", "one expert"):  # half the weights of the layer, not of each part
+        assert {name: rows[name].macs for name in expected} == {name: macs // 2 for name, macs in expected.items()}
+
+
+def test_a_model_that_looks_at_values_is_run_for_real():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+            self.seen = []
+
+        def forward(self, x, mask):
+            return self.fc(x if mask.all().item() else x[mask])
+
+    model = Masked()
+    inputs = {"x": torch.randn(5, 4), "mask": torch.tensor([True, True, True, False, False])}
+    assert sparing.report(model, inputs).total.dense_macs == 3 * 12
+    sparing.sparsify_(model, STR(sparsity=0.5), steps=10)
+    assert sparing.report(model, inputs).total.dense_macs == 3 * 12
+    assert not model.fc.weight.is_meta
+    assert model.training
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_macs_of_recurrent_layers_are_the_same_in_a_real_run(kind):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(4, 6, num_layers=2, bidirectional=True)
+
+        def forward(self, x):
+            return self.rnn(x) if x.sum().item() < math.inf else x
+
+    model = Looking()
+    assert (
+        sparing.report(model, torch.randn(5, 3, 4)).total.dense_macs
+        == sparing.report(model.rnn, (5, 3, 4)).total.dense_macs
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "operation"),
+    [
+        (lambda w: (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-6), "sub"),
+        (lambda w: F.layer_norm(w, w.shape[1:]), "native_layer_norm"),
+        (lambda w: w + 1, "add"),
+    ],
+)
+def test_a_weight_that_is_changed_before_the_product_counts_as_dense_and_warns(change, operation):
+    # Such as the standardized convolutions of NFNets: the zeros become −mean / std.
+    model = Odd(lambda m, x: F.linear(x, change(m.linear.weight)))
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0))
+    with pytest.warns(sparing.SparsityWarning, match=f"multiplies by what '{operation}' makes"):
+        found = sparing.report(model, torch.randn(4, 6))
+    assert found.total.macs == found.total.dense_macs == 4 * 48
+    assert "linear" in found.notes[0]
+    with pytest.raises(InputError, match="zeros need not be zero"):
+        sparing.sparsify_(Odd(model.use), STR(macs=0.5, input_size=torch.randn(4, 6)), steps=10)
+
+
+@pytest.mark.parametrize(
+    ("use", "operation"),
+    [
+        (lambda m, x: torch.cdist(x, m.linear.weight) + m.other(x), "_cdist_forward|_euclidean_dist"),
+        (lambda m, x: F.linear(x, m.p0 @ m.p1) + m.other(x), "addmm|mm"),
+    ],
+)
+def test_one_odd_layer_does_not_cost_the_whole_report(use, operation):
+    model = Odd(use, (8, 2), (2, 6))
+    model.other = nn.Linear(6, 1)
+    with pytest.warns(sparing.SparsityWarning, match=f"are not known, because '({operation})' uses it"):
+        found = sparing.report(model, torch.randn(4, 6))
+    assert {row.name: row.dense_macs for row in found.layers}["other"] == 4 * 6
+    assert found.total.dense_macs == sum(row.dense_macs or 0 for row in found.layers)
+    assert any(row.dense_macs is None for row in found.layers)
+
+
+def test_macs_of_lookups_are_none():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.words, self.out = nn.EmbeddingBag(100, 8), nn.Embedding(100, 8), nn.Linear(8, 2)
+
+        def forward(self, ids):
+            return self.out(self.bag(ids) + self.words(ids).mean(1))
+
+    model = Bag()
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0), select=["bag", "words", "out"])
+    found = sparing.report(model, torch.zeros(2, 5, dtype=torch.long))
+    assert [row.dense_macs for row in found.layers] == [0, 0, 2 * 16]
+    assert found.total.weights == 1616
+
+
+def test_a_shape_stands_for_an_input_of_the_models_dtype():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).bfloat16()
+    assert sparing.report(model, (1, 3, 8, 8)).total.dense_macs == 36 * 216
+
+
+def test_the_total_is_all_weights_of_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(10, 4)
+            self.positions = nn.Parameter(torch.randn(1, 5, 4))
+            self.token = nn.Parameter(torch.randn(1, 1, 4))  # a vector
+            self.norm = nn.LayerNorm((5, 4))
+            self.relative_bias = nn.Parameter(torch.randn(5, 5))
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids):
+            return self.head(self.body(self.words(ids) + self.positions))
+
+    model = Model()
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0), select=["body"])
+    found = sparing.report(model, torch.zeros(2, 5, dtype=torch.long))
+    assert {row.name: row.weights for row in found.layers} == {"positions": 20, "words": 40, "body": 16}
+    assert (found.total.weights, found.total.nonzero) == (76, 68)
+    assert (found.sparsified.weights, found.sparsified.nonzero) == (16, 8)
+    assert found.backbone.weights == 36, "the classifier is the tied embedding"
+    assert "sparsified" in str(found)
+    assert "sparsified" in found.as_dict()
+    sparing.densify_(model)
+    assert sparing.report(model).sparsified is None
 
 
 def test_a_model_without_values_cannot_be_counted_and_says_so():

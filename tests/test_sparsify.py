@@ -403,10 +403,117 @@ def test_nan_weights_are_refused_by_name_without_changing_the_model():
     assert not parametrize.is_parametrized(model[0])
 
 
-def test_other_parametrizations_lazy_modules_and_what_is_no_method_are_refused():
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "method", [sparing.GMP(sparsity=0.5, every=1), STR(sparsity=0.5, every=1), sparing.DNW(sparsity=0.5)]
+)
+def test_a_normalized_weight_is_made_sparse_after_its_normalization(norm, method):
+    model = nn.Sequential(norm(nn.Conv1d(4, 8, 3)), nn.ReLU(), norm(nn.Conv1d(8, 4, 3)))
+    sparsifier = sparing.sparsify_(model, method, steps=10)
+    optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)
+    sparsifier.attach(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 16)).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    account = sparing.report(model.eval(), (1, 4, 16))
+    assert account.total.sparsity == 0.5
+    assert account.total.dense_macs == 14 * 96 + 12 * 96
+    x = torch.randn(2, 4, 16)
+    expected = model(x)
+    assert torch.equal(sparing.densify_(model)(x), expected)
+    assert type(model[0]) is nn.Conv1d
+
+
+@pytest.mark.parametrize("method", [sparing.RigL(sparsity=0.5), sparing.SET(sparsity=0.5), sparing.SNIP(sparsity=0.5)])
+def test_methods_that_work_on_the_gradient_of_a_weight_refuse_a_normalized_one(method):
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    with pytest.raises(InputError, match="'0' already carries the parametrization _WeightNorm"):
-        sparing.sparsify_(normed, HALF)
+    with pytest.raises(InputError, match="'0' carries the parametrization _WeightNorm, so its weight is computed"):
+        sparing.sparsify_(normed, method, steps=10)
+
+
+class Conv1D(nn.Module):
+    """A Linear whose weight is transposed, as in GPT-2."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 6))
+
+
+def test_modules_like_a_linear_are_selected_and_grouped_by_their_outputs():
+    model = nn.Sequential(Conv1D(8, 6), PatchEmbedding(), nn.Embedding(9, 6), nn.LayerNorm((4, 8)))
+    assert list(sparing.layers.find_layers(model)) == ["0"]
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0, pattern=sparing.Filters()))
+    assert sorted((model[0].weight != 0).sum(0).tolist()) == [0] * 4 + [6] * 4
+    sparing.densify_(model)
+    sparsifier = sparing.sparsify_(model, STR(granularity="filter"))
+    assert sparsifier.layers["0"].parametrization.s.shape == (1, 8)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.Parameter(0.1 * torch.randn(4, 16, 16)), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(torch.einsum("bi,eio->beo", x, self.experts).sum(1))
+
+
+def test_a_parameter_that_a_module_multiplies_by_itself_is_selected_by_name():
+    model = Experts()
+    sparsifier = sparing.sparsify_(model, STR(sparsity=0.9, every=1), select=["experts"], steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier.attach(optimizer)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    account = sparing.report(model, (1, 16))
+    assert account.sparsified.sparsity == pytest.approx(0.9, abs=1e-3)
+    assert account.total.weights == 1024 + 64
+    assert model.experts.shape == (4, 16, 16)
+    assert torch.equal(sparing.densify_(model).experts != 0, model.state_dict()["experts"] != 0)
+
+
+def test_patterns_refuse_a_parameter_whose_outputs_are_not_known():
+    for method in (sparing.GMP(sparsity=0.5, pattern=sparing.Filters()), sparing.DST(alpha=0.1)):
+        with pytest.raises(InputError, match="layer 'experts' is a Experts"):
+            sparing.sparsify_(Experts(), method, select=["experts"], steps=10)
+
+
+def test_weights_that_the_default_selection_leaves_out_are_named():
+    with pytest.warns(
+        SparsityWarning, match=r"1,024 of 1,088 weights .*'experts' \(Experts, 4 × 16 × 16\).* stay dense"
+    ):
+        sparing.sparsify_(Experts(), HALF, steps=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparing.sparsify_(Experts(), HALF, select=sparing.select.of_type(nn.Linear), steps=10)
+        sparing.sparsify_(nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 2)), HALF, steps=10)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(("option", "text"), [({"max_norm": 1.0}, "max_norm=1.0"), ({"sparse": True}, "sparse=True")])
+def test_embeddings_that_cannot_be_sparse_are_refused(kind, option, text):
+    model = nn.Sequential(kind(100, 8, **option), nn.Linear(8, 2))
+    with pytest.raises(InputError, match=f"layer '0' .*{text}"):
+        sparing.sparsify_(model, STR(init=-3.0), select=["0", "1"])
+    assert not parametrize.is_parametrized(model[1])
+
+
+def test_lazy_modules_and_what_is_no_method_are_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lazy = nn.Sequential(nn.LazyLinear(3))
@@ -424,10 +531,15 @@ def test_an_initial_threshold_above_every_weight_warns_with_the_numbers():
         sparing.sparsify_(model, STR(init=2.0))
 
 
-def test_a_weight_held_outside_a_layer_as_well_is_refused():
+def test_a_weight_held_in_two_places_is_sparse_in_both_or_refused():
     model, _ = small()
     model.table = model[0].weight
-    with pytest.raises(InputError, match="layer '0' is also the parameter 'table'"):
+    sparsifier = sparing.sparsify_(model, HALF, steps=10)
+    assert [place.key for place in sparsifier.layers["table"].places] == ["table", "0.weight"]
+    assert torch.equal(model.table, model[0].weight)
+    model, _ = small()
+    model.bias_table = model[0].weight
+    with pytest.raises(InputError, match="layer '0' is also the parameter 'bias_table'"):
         sparing.sparsify_(model, HALF)
 
 

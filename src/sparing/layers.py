@@ -1,12 +1,15 @@
 """Find the weight tensors of a model, dense and sparsified.
 
-A *layer* is one weight tensor under one name: `conv1` for the `weight` of module `conv1`,
-`lstm.weight_hh_l0` for a tensor of another name. A tensor used in several places (tied weights, a
-module used twice) is one layer, named after the first of them.
+A *layer* is one weight tensor under one name: `conv1` for the `weight` of module `conv1`, `lstm.weight_hh_l0` for a
+tensor of another name, `moe.experts` for a parameter `experts` that the module `moe` multiplies by itself. A tensor
+used in several places (tied weights, a module used twice) is one layer, named after the first of them. Biases,
+normalizations and other vectors are no layers.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ Predicate = Callable[[str, nn.Module], bool]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,  # batch and instance normalization, lazy and synchronized ones too
     nn.GroupNorm,
@@ -76,10 +80,32 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, the parameter that the optimizer moves."""
+        """The dense weight: the parameter that the optimizer moves, or what another parametrization makes of it."""
         made_by = self.places[0].parametrizations
-        # Weight normalization and its like have several originals; the computed weight stands for them.
-        return made_by.original if hasattr(made_by, "original") else self.effective_weight  # type: ignore[union-attr]
+        if made_by is None:
+            return self.effective_weight
+        before = list(takewhile(lambda each: not isinstance(each, Sparse), made_by))
+        if not before:
+            return made_by.original  # type: ignore[return-value]
+        weight: Tensor = before[0](*self.originals)
+        for each in before[1:]:
+            weight = each(weight)
+        return weight
+
+    @property
+    def originals(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the weight is made from: itself, or those of weight normalization and its like."""
+        made_by = self.places[0].parametrizations
+        owner = self.module if made_by is None else made_by
+        names = [self.places[0].tensor_name] if made_by is None else [n for n in made_by._parameters if n is not None]
+        return tuple(getattr(owner, name) for name in names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        made_by = self.places[0].parametrizations
+        whole = made_by.original if hasattr(made_by, "original") else self.effective_weight  # type: ignore[union-attr]
+        return tuple(whole.shape)  # type: ignore[union-attr, arg-type]
 
     @property
     def effective_weight(self) -> Tensor:
@@ -89,12 +115,10 @@ class Layer:
     @property
     def parametrization(self) -> Sparse | None:
         """The module that makes the effective weight; None for a layer that is not sparsified."""
-        made_by = self.places[0].parametrizations
-        first = None if made_by is None else made_by[0]
-        if not isinstance(first, Sparse):
-            return None
-        first.refresh()
-        return first
+        found = next((each for each in self.places[0].parametrizations or () if isinstance(each, Sparse)), None)
+        if found is not None:
+            found.refresh()
+        return found
 
     @property
     def threshold(self) -> Tensor | None:
@@ -110,52 +134,97 @@ class Layer:
         """
         if self.weight.is_meta:
             raise InputError(f"layer {self.name!r} is on the meta device and has no weights to count")
-        return int(torch.count_nonzero(self.effective_weight))
+        count = (self.effective_weight != 0).sum()
+        # A sharded tensor counts its own part; all ranks must ask.
+        return int(count.full_tensor() if hasattr(count, "full_tensor") else count)
 
     def sparsity(self) -> float:
         """Return the fraction of effective weights that are zero, in [0, 1]."""
-        weights = self.weight.numel()
+        weights = prod(self.shape)
         return (weights - self.nonzero()) / weights if weights else 0.0
 
 
 def default(name: str, module: nn.Module) -> bool:
-    """Select every convolution, transposed convolution, Linear, and recurrent layer or cell.
+    """Select every convolution, transposed convolution, Linear, recurrent layer or cell, and what is like a Linear.
+
+    Like a Linear is a module of another library with a matrix or kernel called `weight`, such as the Conv1D of
+    transformers, unless its name says that it is an embedding.
 
     Examples:
         >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
         (True, False)
     """
-    return isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + RECURRENT + (nn.Linear,))
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + RECURRENT + (nn.Linear,)):
+        return True
+    kind = parametrize.type_before_parametrizations(module)
+    from_torch = any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in kind.__mro__)
+    if from_torch or "embed" in kind.__name__.lower() or "weight" not in weight_names(module):
+        return False
+    return sum(size > 1 for size in Layer((Place(name, module, "weight"),)).shape) > 1
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the weight of a module has its inputs in the first dimension and its outputs in the second.
+
+    The Conv1D of transformers, a Linear by another name, has it so too.
+    """
+    kind = parametrize.type_before_parametrizations(module).__name__
+    return isinstance(module, TRANSPOSED_CONVOLUTIONS) or (kind == "Conv1D" and hasattr(module, "nf"))
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the weight matrices or kernels of a module, without biases."""
-    if isinstance(module, nn.RNNBase):
-        return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
-    if isinstance(module, nn.RNNCellBase):
-        return ("weight_ih", "weight_hh")
-    if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return tuple(n for n in names if getattr(module, n, None) is not None)
     if isinstance(module, NORMALIZATIONS):
         return ()
-    if parametrize.is_parametrized(module, "weight"):
-        return ("weight",)
-    weight = module._parameters.get("weight")
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return ("weight",)
-    return ("weight",) if weight is not None and weight.dim() >= 2 else ()
+    if isinstance(module, nn.RNNBase):
+        return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
+    from_torch = type(module).__module__.startswith("torch.nn.modules") or isinstance(
+        module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + EMBEDDINGS + (nn.Linear,)
+    )
+    found = []
+    made = {name: _original(each) for name, each in getattr(module, "parametrizations", {}).items()}
+    for name, parameter in (module._parameters | made).items():
+        if parameter is None or "bias" in name or isinstance(module, (Sparse, parametrize.ParametrizationList)):
+            continue
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            found += [name] if name == "weight" else []
+        # A vector that broadcasts, such as a token of shape (1, 1, C), is no kernel.
+        elif parameter.dim() == 2 or (parameter.dim() > 2 and (from_torch or sum(n > 1 for n in parameter.shape) > 1)):
+            found.append(name)
+    return tuple(found)
+
+
+def _original(made_by: parametrize.ParametrizationList) -> Tensor:
+    """Return the parameter that has the shape of the weight, or the one with most dimensions."""
+    return max(made_by.parameters(recurse=False), key=lambda each: (each.dim(), each.numel()))
 
 
 def _is_parameter(module: nn.Module, name: str) -> bool:
     return name in module._parameters or parametrize.is_parametrized(module, name)
 
 
-def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
-    """Return the layers of a model by name, in module order, dense and sparsified ones.
+def all_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return all layers of a model by name, in module order: every parameter that is a matrix or a kernel.
 
-    A tied weight is found if `predicate` selects any of its places: it is one tensor, which cannot
-    be sparse in one of them and dense in another.
+    Examples:
+        >>> list(all_layers(nn.Sequential(nn.Embedding(9, 2), nn.ReLU(), nn.LSTM(2, 2))))
+        ['0', '2.weight_ih_l0', '2.weight_hh_l0']
+    """
+    places: dict[int, list[Place]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for tensor_name in weight_names(module):
+            place = Place(module_name, module, tensor_name)
+            identity = id(place.parametrizations or module._parameters[tensor_name])
+            places.setdefault(identity, []).append(place)
+    layers = (Layer(tuple(where)) for where in places.values())
+    return {layer.name: layer for layer in layers}
+
+
+def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
+    """Return the selected layers of a model by name, in module order, dense and sparsified ones.
+
+    A predicate selects modules, and of these the tensors with "weight" in their names. A tied weight is found if any
+    of its places is selected: it is one tensor, which cannot be sparse in one of them and dense in another.
 
     Args:
         model: the model to walk.
@@ -165,21 +234,14 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
         >>> list(find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.LSTM(2, 2))))
         ['0', '2.weight_ih_l0', '2.weight_hh_l0']
     """
-    places: dict[int, list[Place]] = {}
-    chosen: set[int] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for tensor_name in weight_names(module):
-            place = Place(module_name, module, tensor_name)
-            identity = id(place.parametrizations or module._parameters[tensor_name])
-            places.setdefault(identity, []).append(place)
-            if predicate is None:
-                taken = default(module_name, module) or Layer((place,)).parametrization is not None
-            else:
-                taken = predicate(module_name, module)
-            if taken:
-                chosen.add(identity)
-    layers = (Layer(tuple(where)) for identity, where in places.items() if identity in chosen)
-    return {layer.name: layer for layer in layers}
+    select = default if predicate is None else predicate
+
+    def is_taken(layer: Layer) -> bool:
+        if predicate is None and layer.parametrization is not None:
+            return True
+        return any("weight" in place.tensor_name and select(place.module_name, place.module) for place in layer.places)
+
+    return {name: layer for name, layer in all_layers(model).items() if is_taken(layer)}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Layer]:
@@ -189,25 +251,31 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
         >>> sparse_layers(nn.Linear(4, 2))
         {}
     """
-    return {name: layer for name, layer in find_layers(model).items() if layer.parametrization is not None}
+    return {name: layer for name, layer in all_layers(model).items() if layer.parametrization is not None}
 
 
 def filter_shape(layer: Layer) -> tuple[int, ...]:
     """Return the shape with one number per filter (output channel or row) that broadcasts to the weight of a layer.
 
     Raises:
-        InputError: the layer is a transposed convolution of several groups.
+        InputError: the layer is a transposed convolution of several groups, or a parameter of more than two
+            dimensions that is no convolution.
 
     Examples:
         >>> filter_shape(find_layers(nn.Conv2d(3, 8, 5))["weight"])
         (8, 1, 1, 1)
     """
-    shape = tuple(layer.weight.shape)
-    if not isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
-        return shape[:1] + (1,) * (len(shape) - 1)
-    if layer.module.groups != 1:
+    shape, module = layer.shape, layer.module
+    if len(shape) > 2 and not isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         raise InputError(
-            f"layer {layer.name!r} is a transposed convolution of {layer.module.groups} groups, whose filters are not "
+            f"layer {layer.name!r} is a {layer.kind} with a weight of shape {shape}, whose filters are not known: one "
+            "threshold per filter is not supported; leave it out with select="
+        )
+    if not is_transposed(module):
+        return shape[:1] + (1,) * (len(shape) - 1)
+    if getattr(module, "groups", 1) != 1:
+        raise InputError(
+            f"layer {layer.name!r} is a transposed convolution of {module.groups} groups, whose filters are not "
             "slices of its weight: one threshold per filter is not supported; leave it out with select="
         )
     return (1, shape[1]) + (1,) * (len(shape) - 2)

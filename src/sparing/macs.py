@@ -1,28 +1,30 @@
 """Count multiply-accumulates (MACs), dense and sparse; the papers' tables call them FLOPs.
 
-    dense MACs of a layer  = applications · weights
-    sparse MACs of a layer = applications · nonzero weights
+    dense MACs of a layer  = Σ applications of its weights
+    sparse MACs of a layer = Σ applications of its nonzero weights
 
-where *applications* is how often one forward pass multiplies by each weight: the output positions of a
-convolution, the input positions of a transposed one, the rows of a Linear's input, the time steps
-of a recurrent layer, each times the batch. Only weights are counted: no bias, no normalization,
-no pooling. Taps that fall into the padding count, as they do in the papers' tables.
+where *applications* is how often one forward pass multiplies by a weight: the output positions of a convolution, the
+input positions of a transposed one, the rows of a Linear's input, the time steps of a recurrent layer, each times the
+batch. Only weights are counted: no bias, no normalization, no pooling. Taps that fall into the padding count, as they
+do in the papers' tables.
 
-The model runs once on the meta device, on shapes alone: no data, no arithmetic, no GPU.
+The model runs once on the meta device, on shapes alone: no data, no arithmetic, no GPU. Every product of tensors is
+seen as it happens, whichever module asks for it. A model that looks at the values of its inputs, such as an attention
+mask, runs once for real instead.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils._pytree import tree_map_only
 
 from sparing.errors import InputError
-from sparing.layers import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS, find_layers
+from sparing.layers import Layer, all_layers
+from sparing.products import Applications, ProductCounter
 
 Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 
@@ -34,74 +36,56 @@ def count_applications(model: nn.Module, example: Example) -> dict[str, int]:
         model: any module, on any device, the meta device too.
         example: the shape of one float input, batch first, as `(1, 3, 224, 224)`; or the input
             itself, where it has another dtype or there are several: a tensor, a tuple of tensors
-            or a mapping of keyword arguments. Only shapes and dtypes matter.
+            or a mapping of keyword arguments. Their values matter only to a model that looks at them.
 
     Returns:
         Layer name → applications; 0 for a layer that the pass does not reach.
 
     Raises:
-        InputError: the model cannot run on this input, or not on the meta device.
+        InputError: the model cannot run on this input; the applications of a layer are not known, or differ between
+            its weights.
 
     Examples:
         >>> count_applications(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32))
         {'weight': 1024}
     """
-    layers = find_layers(model)
-    by_place = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
-    applications = dict.fromkeys(layers, 0)
-
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tell = getattr(module, "applications_of_parts", None)
-        of_parts = {} if tell is None else {id(part): number for part, number in tell(*args, **kwargs).items()}
-        for (identity, _), name in by_place.items():
-            if identity in of_parts:
-                applications[name] += of_parts[identity]
-            elif identity == id(module):
-                applications[name] += _applications(module, args, kwargs, output)
-            elif isinstance(module, nn.MultiheadAttention) and identity == id(module.out_proj):
-                # Attention multiplies by this weight without calling its module.
-                applications[name] += int(prod(output[0].shape[:-1]))
-
-    modules = {id(place.module): place.module for layer in layers.values() for place in layer.places}
-    modules |= {id(module): module for module in model.modules() if _uses_children(module)}
-    handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules.values()]
-    try:
-        _run_on_meta(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return applications
+    found = find_applications(model, example)
+    return {name: found.per_weight(name) for name in found.counts}
 
 
-def _uses_children(module: nn.Module) -> bool:
-    """Return whether a module uses the weights of child modules without calling them.
+def find_applications(model: nn.Module, example: Example) -> Applications:
+    """Count how often one forward pass multiplies by each weight, and tell where that is not known.
 
-    Those of sparing say how often, in `applications_of_parts(*inputs) -> {child: applications}`.
+    Raises:
+        InputError: the model cannot run on this input.
     """
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "applications_of_parts")
+    layers = all_layers(model)
+    args, kwargs = _arguments(model, example)
+    try:
+        return _run_on_meta(model, layers, args, kwargs)
+    except Exception as error:
+        try:
+            return _run(model, layers, args, kwargs)
+        except Exception as real_error:
+            shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            reason = (str(real_error) or str(error) or type(real_error).__name__).splitlines()[0]
+            raise InputError(f"the model does not run on an input of shape {shapes}: {reason}") from error
 
 
-def _applications(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
-    given = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
-    if isinstance(module, CONVOLUTIONS):
-        return int(prod(output.shape)) // int(module.out_channels)
-    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        return int(prod(given.shape)) // int(module.in_channels)
-    if isinstance(module, nn.Embedding):
-        return 0  # a row is read, nothing is multiplied
-    if isinstance(given, nn.utils.rnn.PackedSequence):
-        given = given.data
-    if isinstance(module, nn.MultiheadAttention):
-        inputs = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
-        if len({tuple(part.shape[:-1]) for part in inputs}) > 1:
-            raise InputError("the MACs of attention with queries and keys of different lengths are not known")
-    if isinstance(module, (*RECURRENT, nn.Linear, nn.MultiheadAttention)):
-        return int(prod(given.shape[:-1]))
-    kind = type_before_parametrizations(module).__name__
-    raise InputError(f"the MACs of a {kind} are not known; leave input_size out to report without MACs")
+def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Sequence) and all(isinstance(part, Tensor) for part in example):
+        return tuple(example), {}
+    if not isinstance(example, Sequence) or not all(type(part) is int and part > 0 for part in example):
+        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}  # type: ignore[arg-type]
 
 
-def _run_on_meta(model: nn.Module, example: Example) -> None:
+def _run_on_meta(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) -> Applications:
     def meta(tensor: Tensor) -> Tensor:
         return tensor.detach().to("meta")
 
@@ -112,46 +96,66 @@ def _run_on_meta(model: nn.Module, example: Example) -> None:
         for prefix, module in model.named_modules()
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example, Tensor):
-        args = (meta(example),)
-    elif isinstance(example, Mapping):
-        kwargs = {key: meta(value) if isinstance(value, Tensor) else value for key, value in example.items()}
-    elif not isinstance(example, Sequence):
-        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
-    elif all(isinstance(part, Tensor) for part in example):
-        args = tuple(meta(part) for part in example)  # type: ignore[arg-type]
-    elif all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in example):
-        args = (torch.empty(tuple(example), device="meta"),)  # type: ignore[arg-type]
-    else:
-        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    try:
-        with torch.no_grad(), torch.device("meta"), _evaluating(model):
-            functional_call(model, state, args, kwargs, tie_weights=False)
-    except InputError:
-        raise
-    except Exception as error:
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"the model does not run on an input of shape {shapes} on the meta device: {reason}"
-        ) from error
-    finally:
-        # A forward may cache tensors on its module, such as a table of positions; they would stay on meta.
-        for module, before in attributes.items():
-            vars(module).clear()
-            vars(module).update(before)
+    counter = ProductCounter(layers)
+    for name, layer in layers.items():
+        for place in layer.places:
+            if place.key in state:
+                counter.mark_weight(state[place.key], name)
+    args, kwargs = tree_map_only(Tensor, meta, (args, kwargs))
+    counter.mark((args, kwargs))
+    with _counting(model, layers, counter), torch.device("meta"):
+        functional_call(model, state, args, kwargs, tie_weights=False)
+    return counter.applications()
+
+
+def _run(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) -> Applications:
+    counter = ProductCounter(layers)
+    for name, layer in layers.items():
+        if layer.places[0].parametrizations is None:
+            counter.mark_weight(layer.weight, name)
+    device = next(model.parameters()).device
+    # Tensors of its own: the model may write into its inputs.
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(device), (args, kwargs))
+    counter.mark((args, kwargs))
+    with _counting(model, layers, counter), torch.random.fork_rng(devices=[]):
+        model(*args, **kwargs)
+    return counter.applications()
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode: batch normalization in training mode refuses a batch of one."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCounter) -> Iterator[None]:
+    """Count the products of a forward pass in evaluation mode, and leave the model as it was."""
+    names = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
+
+    def mark_made(module: nn.Module, args: Any, result: Tensor) -> None:
+        counter.mark_weight(result, made[module])
+
+    def tell(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        for part, number in module.applications_of_parts(*args, **kwargs).items():  # type: ignore[operator, union-attr]
+            counter.tell(names[id(part), "weight"], number)
+
+    made: dict[nn.Module, str] = {
+        place.parametrizations: name
+        for name, layer in layers.items()
+        for place in layer.places
+        if place.parametrizations is not None
+    }
+    handles = [module.register_forward_hook(mark_made) for module in made]
+    # The recurrent layers of sparing multiply their factors out where that is faster, but a factor is what is stored.
+    tellers = [module for module in model.modules() if hasattr(module, "applications_of_parts")]
+    handles += [module.register_forward_hook(tell, with_kwargs=True) for module in tellers]
+    # A forward may cache tensors on its module, such as a table of positions; they would stay on meta.
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it uses the weights of a whole layer in one operation
+    model.eval()  # batch normalization in training mode refuses a batch of one
     try:
-        yield
+        with torch.no_grad(), counter:
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+        for handle in handles:
+            handle.remove()

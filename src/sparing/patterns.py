@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.group_threshold import Shape, group_norm
-from sparing.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer
+from sparing.layers import CONVOLUTIONS, Layer, is_transposed
 from sparing.masks import count_kept, keep_top
 
 
@@ -255,8 +255,7 @@ class NM(Pattern):
     def units(self, layer: Layer) -> Units:
         shape = tuple(layer.weight.shape)
         axis = _axes(layer, self)[1]
-        transposed = isinstance(layer.module, TRANSPOSED_CONVOLUTIONS)
-        together = shape[axis] // layer.module.groups if transposed else shape[axis]  # type: ignore[operator]
+        together = shape[axis] // getattr(layer.module, "groups", 1) if is_transposed(layer.module) else shape[axis]
         if together % self.m:
             raise InputError(
                 f"{self}: layer {layer.name!r} ({layer.kind}) has {together} inputs per output channel, which "
@@ -284,14 +283,14 @@ class Filters(Pattern):
         output, _ = _axes(layer, self)
         if output == 0:
             return Groups(shape, shape, tuple(range(1, len(shape))))
-        groups: int = layer.module.groups  # type: ignore[assignment]
+        groups: int = getattr(layer.module, "groups", 1)
         view = (groups, shape[0] // groups, *shape[1:])
         return Groups(shape, view, (1, *range(3, len(view))))
 
 
 def _axes(layer: Layer, pattern: Pattern) -> tuple[int, int]:
     """Return the dimensions of a weight that hold its output and its input channels."""
-    if isinstance(layer.module, TRANSPOSED_CONVOLUTIONS):
+    if is_transposed(layer.module):
         return 1, 0
     if isinstance(layer.module, (*CONVOLUTIONS, nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
         return 0, 1

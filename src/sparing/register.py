@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparing.errors import InputError
-from sparing.layers import Layer, Place
+from sparing.layers import EMBEDDINGS, Layer, Place
 from sparing.run_state import RunState
 
 
@@ -21,19 +21,30 @@ def check_weight(layer: Layer) -> None:
     """Check that a weight can be sparsified.
 
     Raises:
-        InputError: it carries a parametrization, is not floating point, not finite, or has no elements.
+        InputError: it is sparsified already, tied and parametrized, not floating point, not finite, or has no elements;
+            an embedding changes it in place, or has sparse gradients.
     """
+    made_by = layer.places[0].parametrizations
+    if layer.parametrization is not None:
+        raise InputError(
+            f"layer {layer.name!r} is sparsified already: choose other layers with select=, change its target with "
+            "sparsifier.retarget(), or call sparing.densify_(model) first"
+        )
+    if made_by is not None and len(set(_distinct(layer))) > 1:
+        raise InputError(
+            f"layer {layer.name!r} is tied and carries the parametrization {type(made_by[0]).__name__}; remove it with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
+        )
     for place in layer.places:
-        if layer.parametrization is not None:
+        if getattr(place.module, "max_norm", None) is not None:
             raise InputError(
-                f"layer {layer.name!r} is sparsified already: choose other layers with select=, change its target with "
-                "sparsifier.retarget(), or call sparing.densify_(model) first"
+                f"layer {place.name!r} renormalizes its weight in place (max_norm={place.module.max_norm}), which a "
+                "sparsified weight does not allow; set max_norm to None, or leave it out with select="
             )
-        if place.parametrizations is not None:
-            other = type(place.parametrizations[0]).__name__
+        if isinstance(place.module, EMBEDDINGS) and place.module.sparse:
             raise InputError(
-                f"layer {layer.name!r} already carries the parametrization {other}; remove it with "
-                "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
+                f"layer {place.name!r} makes sparse gradients (sparse=True), which do not pass through a sparsified "
+                "weight; set sparse to False, or leave it out with select="
             )
     weight = layer.weight
     if not weight.is_floating_point():
@@ -58,7 +69,8 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
         parametrize.register_parametrization(place.module, place.tensor_name, parametrization)
         place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator, union-attr]
     if isinstance(parametrization, RunState):
-        parametrization.set_home(shared)  # type: ignore[arg-type]
+        for _ in layer.places:
+            parametrization.set_home(shared)  # type: ignore[arg-type]
     for place in layer.places:
         _reset_dense_weights(place.module)
         if isinstance(place.module, nn.RNNBase):
@@ -102,7 +114,7 @@ def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Mod
 
 
 def unregister(layer: Layer) -> None:
-    """Replace the dense weight of a layer by its effective weight and remove the parametrization."""
+    """Replace the dense weight of a layer by its effective weight and remove all of its parametrizations."""
     for index, place in enumerate(_distinct(layer)):
         _own_class(place.module)
         # Only the first place is given the effective weight: the others hold the same Parameter, and would

@@ -4,15 +4,19 @@ import csv
 import html
 import io
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
 
+from sparing.errors import SparsityWarning
 from sparing.goal import missed_targets
-from sparing.layers import Layer, find_layers
-from sparing.macs import Example, count_applications
+from sparing.layers import Layer, all_layers
+from sparing.macs import Example, find_applications
+from sparing.products import Applications
 
 FIELDS = ("name", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense_macs", "macs")
 
@@ -22,13 +26,14 @@ class Row:
     """The counts of one layer, or of several together.
 
     Attributes:
-        name: the layer's name, "total" or "backbone".
+        name: the layer's name, "total", "sparsified" or "backbone".
         kind: the class of its module, such as "Conv2d".
         shape: of the weight.
         weights: how many weights it has.
         nonzero: how many effective weights are not zero.
         threshold: the threshold in force, the mean where a layer has several, None where it has none.
-        dense_macs: multiply-accumulates of one forward pass if no weight were zero; None without input size.
+        dense_macs: multiply-accumulates of one forward pass if no weight were zero; None without input size, or
+            where they are not known.
         macs: the same without those of zero weights.
     """
 
@@ -56,37 +61,46 @@ class Report:
     """The counts of a model. Printing it gives a table.
 
     Attributes:
-        layers: one row for every convolution, Linear and recurrent weight, sparsified or not, and
-            for whatever else is sparsified.
+        layers: one row for every matrix and kernel among the parameters, sparsified or not: embeddings too, but no
+            biases, normalizations or other vectors.
         total: all of them.
         backbone: all but the last Linear, the classifier, which the papers leave out under this name.
+        sparsified: the sparsified layers; None if none or all of them are.
         missed: a sentence for each target that is not met, with both numbers.
+        notes: a sentence for each layer whose MACs are not those of its nonzero weights.
     """
 
     layers: tuple[Row, ...]
     total: Row
     backbone: Row
+    sparsified: Row | None = None
     missed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sums(self) -> tuple[Row, ...]:
+        """The rows of several layers together: total, sparsified, backbone."""
+        return tuple(row for row in (self.total, self.sparsified, self.backbone) if row is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """The report in plain Python values."""
         return {
             "layers": [row.as_dict() for row in self.layers],
-            "total": self.total.as_dict(),
-            "backbone": self.backbone.as_dict(),
+            **{row.name: row.as_dict() for row in self.sums},
             "missed": list(self.missed),
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
-        """The report as a JSON object with keys layers, total and backbone."""
+        """The report as a JSON object: the layers, a key for each sum, missed and notes."""
         return json.dumps(self.as_dict(), indent=2)
 
     def to_csv(self) -> str:
-        """The report as CSV: a header, one row per layer, then total and backbone. Shapes read 64x3x7x7."""
+        """The report as CSV: a header, one row per layer, then the sums. Shapes read 64x3x7x7."""
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row in (*self.layers, self.total, self.backbone):
+        for row in (*self.layers, *self.sums):
             writer.writerow({**row.as_dict(), "shape": _shape(row)})
         return text.getvalue()
 
@@ -105,10 +119,11 @@ class Report:
             for row in cells
         ]
         rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *self.missed])
+        sums = len(self.sums)
+        return "\n".join([lines[0], rule, *lines[1:-sums], rule, *lines[-sums:], *self.missed, *self.notes])
 
     def _cells(self) -> list[list[str]]:
-        rows = (*self.layers, self.total, self.backbone)
+        rows = (*self.layers, *self.sums)
         cells = [["layer", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense MACs", "MACs"]]
         for row in rows:
             threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
@@ -138,31 +153,47 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
         >>> report(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 32, 32)).total.macs
         221184
     """
-    layers = find_layers(model)
-    counts = None if input_size is None else count_applications(model, input_size)
-    rows = tuple(_row(layer, None if counts is None else counts[name]) for name, layer in layers.items())
-    linear = [row for row in rows if row.kind == "Linear"]
-    backbone = [row for row in rows if not linear or row is not linear[-1]]
-    return Report(rows, _sum("total", rows), _sum("backbone", backbone), tuple(missed_targets(model)))
+    layers = all_layers(model)
+    found = None if input_size is None else find_applications(model, input_size)
+    rows = {name: _row(layer, found) for name, layer in layers.items()}
+    notes = tuple(found.notes()) if found else ()
+    for note in notes:
+        warnings.warn(note, SparsityWarning, stacklevel=2)
+    sparse = [rows[name] for name, layer in layers.items() if layer.parametrization is not None]
+    classifier = _classifier(model, layers)
+    return Report(
+        layers=tuple(rows.values()),
+        total=_sum("total", rows.values()),
+        backbone=_sum("backbone", [row for name, row in rows.items() if name != classifier]),
+        sparsified=_sum("sparsified", sparse) if 0 < len(sparse) < len(rows) else None,
+        missed=tuple(missed_targets(model)),
+        notes=notes,
+    )
 
 
-def _row(layer: Layer, applications: int | None) -> Row:
-    threshold, weights, nonzero = layer.threshold, layer.weight.numel(), layer.nonzero()
+def _classifier(model: nn.Module, layers: Mapping[str, Layer]) -> str | None:
+    """Return the layer that the last Linear uses; with tied weights it may bear the name of an embedding."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return next((name for name, layer in layers.items() if any(place.module in last for place in layer.places)), None)
+
+
+def _row(layer: Layer, found: Applications | None) -> Row:
+    threshold = layer.threshold
     return Row(
         name=layer.name,
         kind=layer.kind,
-        shape=tuple(layer.weight.shape),
-        weights=weights,
-        nonzero=nonzero,
+        shape=layer.shape,
+        weights=prod(layer.shape),
+        nonzero=layer.nonzero(),
         threshold=None if threshold is None else float(threshold.detach().mean()),
-        dense_macs=None if applications is None else applications * weights,
-        macs=None if applications is None else applications * nonzero,
+        dense_macs=None if found is None else found.dense_macs(layer),
+        macs=None if found is None else found.sparse_macs(layer),
     )
 
 
 def _sum(name: str, rows: Iterable[Row]) -> Row:
     rows = list(rows)
-    counted = bool(rows) and all(row.macs is not None for row in rows)
+    counted = any(row.macs is not None for row in rows)
     return Row(
         name=name,
         kind="",

@@ -1,14 +1,19 @@
 """Which layers of a model to sparsify: predicates, and the `select` argument of `sparsify_`."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 from torch import Tensor, nn
 
-from sparing.errors import InputError, nearest
-from sparing.layers import Layer, Predicate, default, find_layers
+from sparing.errors import InputError, SparsityWarning, nearest
+from sparing.layers import Layer, Predicate, all_layers, default, find_layers
 
 Select = Predicate | Sequence[str]
+
+LARGE = 0.01
+"""The share of all weights from which on a layer that the default selection leaves out is named."""
 
 
 def of_type(*types: type[nn.Module]) -> Predicate:
@@ -56,13 +61,34 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
                     "torch.nn.utils.weight_norm or prune; remove that first, or leave the module out with select="
                 )
     else:
-        layers = _by_pattern(find_layers(model, lambda name, module: True), select)
+        layers = _by_pattern(all_layers(model), select)
     if not layers:
         raise InputError(f"select chose no layer; {_inventory(model)}")
     for layer in layers.values():
         if isinstance(layer.weight, nn.parameter.UninitializedParameter):
             raise InputError(f"layer {layer.name!r} is not initialized yet: run one batch through the model first")
+    if select is None:
+        _warn_left_out(all_layers(model), layers)
     return layers
+
+
+def _warn_left_out(layers: Mapping[str, Layer], selected: Mapping[str, Layer]) -> None:
+    """Warn of weights that users may expect the default selection to take: all large ones but embeddings."""
+    total = sum(prod(layer.shape) for layer in layers.values())
+    out = [
+        layer
+        for name, layer in layers.items()
+        if name not in selected and prod(layer.shape) >= LARGE * total and "embed" not in layer.kind.lower()
+    ]
+    if out:
+        names = [f"{layer.name!r} ({layer.kind}, {' × '.join(map(str, layer.shape))})" for layer in out[:4]]
+        more = f" and {len(out) - 4} more" if len(out) > 4 else ""
+        warnings.warn(
+            f"{sum(prod(layer.shape) for layer in out):,} of {total:,} weights are not selected by default: "
+            f"{', '.join(names)}{more}. They stay dense; choose layers by name with select=[...]",
+            SparsityWarning,
+            stacklevel=4,
+        )
 
 
 def _by_pattern(layers: dict[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
@@ -79,7 +105,7 @@ def _by_pattern(layers: dict[str, Layer], patterns: Sequence[str]) -> dict[str, 
 
 
 def _inventory(model: nn.Module) -> str:
-    weights = [f"{layer.name} ({layer.kind})" for layer in find_layers(model, lambda name, module: True).values()]
+    weights = [f"{layer.name} ({layer.kind})" for layer in all_layers(model).values()]
     if weights:
         shown = ", ".join(weights[:12]) + (f" and {len(weights) - 12} more" if len(weights) > 12 else "")
         return f"the model's weights are {shown}"

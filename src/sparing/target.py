@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from sparing.budget import check_target
 from sparing.errors import InputError
-from sparing.layers import Layer, find_layers
-from sparing.macs import Example, count_applications
+from sparing.layers import Layer, all_layers
+from sparing.macs import Example, find_applications
 from sparing.masks import count_kept
 from sparing.method import Layers, Method, Optimizers
 from sparing.parametrizations import LearnedThreshold
@@ -147,8 +147,9 @@ class Rescaling(Method):
             wanted = count_kept(sum(weights.values()), self.sparsity or 0)
         else:
             assert self.input_size is not None  # __post_init__ has seen to it
-            costs = count_applications(model, self.input_size)
-            dense_macs = {name: costs[name] * layer.weight.numel() for name, layer in find_layers(model).items()}
+            found = find_applications(model, self.input_size)
+            costs = {name: found.per_weight(name) for name in layers}
+            dense_macs = {name: found.dense_macs(layer) or 0 for name, layer in all_layers(model).items()}
             beside = sum(cost for name, cost in dense_macs.items() if name not in weights)
             wanted = self.macs if isinstance(self.macs, int) else round(self.macs * sum(dense_macs.values()))
         costs = {name: costs[name] * each.weights for name, each in units.items()}

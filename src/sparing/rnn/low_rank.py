@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.layers import Layer, find_layers
+from sparing.layers import Layer, all_layers
 from sparing.register import check_weight, register
 from sparing.select import Select, resolve
 from sparing.sparsify import densify_
@@ -278,7 +278,7 @@ def factored_layers(model: nn.Module) -> list[Layer]:
         >>> [layer.name for layer in factored_layers(factorize_(nn.Sequential(nn.Linear(4, 2))))]
         ['0']
     """
-    layers = find_layers(model, lambda name, module: True).values()
+    layers = all_layers(model).values()
     found = {layer.name: layer.places[0].parametrizations for layer in layers}
     return [layer for layer in layers if found[layer.name] and isinstance(found[layer.name][0], Factored)]  # type: ignore[index]
 
