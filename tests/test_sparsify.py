@@ -1,6 +1,7 @@
 """sparsify_ and densify_ on every kind of layer, copies and state dicts between them, and bad input."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -502,6 +503,50 @@ def test_weights_that_the_default_selection_leaves_out_are_named():
         warnings.simplefilter("error")
         sparing.sparsify_(Experts(), HALF, select=sparing.select.of_type(nn.Linear), steps=10)
         sparing.sparsify_(nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 2)), HALF, steps=10)
+
+
+WRITES = {
+    "nn.init": lambda weight: nn.init.kaiming_uniform_(weight),
+    "nn.init through a view": lambda weight: nn.init.orthogonal_(weight),
+    "+= of .data": lambda weight: exec("weight.data += 1"),
+    "assignment of .data": lambda weight: setattr(weight, "data", torch.zeros(3, 8)),
+    "copy_ of .data": lambda weight: weight.data.copy_(torch.zeros(3, 8)),
+    "elements": lambda weight: weight.__setitem__(0, 0.0),
+    "a row": lambda weight: weight[0].zero_(),
+    "a view of .data": lambda weight: weight.data.view(-1)[:2].fill_(1.0),
+    "without a gradient": lambda weight: torch.no_grad()(lambda: weight.mul_(2))(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("method", [HALF, sparing.RigL(sparsity=0.5), sparing.DNW(sparsity=0.5)])
+def test_writing_into_an_effective_weight_is_refused(write, method):
+    model, _ = small()
+    sparing.sparsify_(model, method, steps=10)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=r"would write into the effective weight .*, of shape"):
+        WRITES[write](model[2].weight)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    sparing.densify_(model)
+    with torch.no_grad():
+        WRITES[write](model[2].weight)
+
+
+def test_what_is_made_of_an_effective_weight_is_plain():
+    model, _ = small()
+    sparing.sparsify_(model, HALF)
+    weight = model[2].weight
+    assert [type(each) for each in (weight * 2, weight.clone(), copy.deepcopy(weight.detach()))] == [torch.Tensor] * 3
+    for parameter in (nn.Parameter(weight), nn.Parameter(weight.data), nn.Parameter(weight[:2])):
+        assert type(parameter) is nn.Parameter
+        parameter.data.zero_()
+    weight = model[2].weight
+    file = io.BytesIO()
+    torch.save({"weight": weight.detach()}, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)["weight"]) is torch.Tensor
+    assert "0." in repr(weight)
+    assert all(type(each) is torch.Tensor for each in sparing.dense_state_dict(model).values())
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])

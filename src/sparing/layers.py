@@ -74,6 +74,11 @@ class Layer:
         return self.places[0].module
 
     @property
+    def is_tied(self) -> bool:
+        """Whether several modules use the weight."""
+        return len({(id(place.module), place.tensor_name) for place in self.places}) > 1
+
+    @property
     def kind(self) -> str:
         """Class of the module, such as "Conv2d"."""
         return parametrize.type_before_parametrizations(self.module).__name__
@@ -145,16 +150,16 @@ class Layer:
 
 
 def default(name: str, module: nn.Module) -> bool:
-    """Select every convolution, transposed convolution, Linear, recurrent layer or cell, and what is like a Linear.
+    """Select every convolution, transposed convolution, Linear, recurrent layer or cell, attention, and the like.
 
-    Like a Linear is a module of another library with a matrix or kernel called `weight`, such as the Conv1D of
+    Also selected is a module of another library with a matrix or kernel called `weight`, such as the Conv1D of
     transformers, unless its name says that it is an embedding.
 
     Examples:
         >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
         (True, False)
     """
-    if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + RECURRENT + (nn.Linear,)):
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *RECURRENT, nn.Linear, nn.MultiheadAttention)):
         return True
     kind = parametrize.type_before_parametrizations(module)
     from_torch = any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in kind.__mro__)

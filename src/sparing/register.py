@@ -30,9 +30,9 @@ def check_weight(layer: Layer) -> None:
             f"layer {layer.name!r} is sparsified already: choose other layers with select=, change its target with "
             "sparsifier.retarget(), or call sparing.densify_(model) first"
         )
-    if made_by is not None and len(set(_distinct(layer))) > 1:
+    if made_by is not None and (layer.is_tied or getattr(made_by[0], "stands_alone", False)):
         raise InputError(
-            f"layer {layer.name!r} is tied and carries the parametrization {type(made_by[0]).__name__}; remove it with "
+            f"layer {layer.name!r} {'is tied and ' if layer.is_tied else ''}carries the parametrization {type(made_by[0]).__name__}; remove it with "
             "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
         )
     for place in layer.places:

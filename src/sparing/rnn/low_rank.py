@@ -161,6 +161,8 @@ class Factored(nn.Module):
                 [2., 2.]])
     """
 
+    stands_alone = True  # zeros in the product of the factors would save nothing
+
     def __init__(self, values: Tensor | None) -> None:
         super().__init__()
         self.diagonal = None if values is None else Diagonal(values)
@@ -212,6 +214,9 @@ def factorize_(model: nn.Module, select: Select | None = None) -> nn.Module:
     layers = resolve(model, is_dense if select is None else select)
     for layer in layers.values():
         check_weight(layer)
+        if layer.places[0].parametrizations is not None:
+            kind = type(layer.places[0].parametrizations[0]).__name__
+            raise InputError(f"layer {layer.name!r} carries the parametrization {kind} already")
         if layer.weight.dim() != 2:
             raise InputError(
                 f"layer {layer.name!r}: only a matrix can be factorized, got a weight of shape "

@@ -1,0 +1,105 @@
+"""The effective weight as a layer hands it out: it is read as any tensor, and writing into it raises.
+
+It is computed anew at every use, so whatever is written into it is lost: by `nn.init`, by a merge of adapters into
+`layer.weight.data`, or by an assignment to some of its elements.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.errors import InputError
+
+_VIEWS = (
+    "__getitem__", "flatten", "narrow", "permute", "reshape", "select", "squeeze", "t", "transpose", "unflatten",
+    "unsqueeze", "view", "view_as",
+)  # fmt: skip
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_NO_WRITES = ("requires_grad_",)
+
+
+class EffectiveWeight(Tensor):
+    """A tensor that refuses to be changed in place; so do its views. What is computed from it is a plain tensor.
+
+    Raises:
+        InputError: something is written into it.
+
+    Examples:
+        >>> layer = nn.Linear(4, 2)
+        >>> _ = sparsify_(layer, STR(init=-5.0))
+        >>> nn.init.zeros_(layer.weight)
+        Traceback (most recent call last):
+        sparing.errors.InputError: fill_() would write into the effective weight of a sparsified layer, of shape (2, 4), ...
+    """
+
+    # The operations of torch are those of a plain tensor, at their speed.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its history, which refuses changes as well."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _refuse(self, "assigning .data")
+
+    def detach(self) -> Tensor:
+        return guarded(super().detach())
+
+    # Copies, files and parameters made of it are plain.
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:
+        return self.as_subclass(Tensor).__repr__(**options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":  # nn.Parameter() has detached a tensor, and says that this is now a parameter
+            self.__class__ = nn.Parameter  # type: ignore[assignment]
+        else:
+            super().__setattr__(name, value)
+
+
+def guarded(effective: Tensor) -> Tensor:
+    """Make a new tensor an `EffectiveWeight`; one of another class, such as a sharded one, stays as it is."""
+    if type(effective) is Tensor and not torch.compiler.is_compiling():
+        effective.__class__ = EffectiveWeight
+    return effective
+
+
+def _refuse(tensor: Tensor, what: str) -> None:
+    raise InputError(
+        f"{what} would write into the effective weight of a sparsified layer, of shape {tuple(tensor.shape)}, which is "
+        "computed anew at every use: change the dense weight, sparing.sparse_layers(model)[name].weight, or call "
+        "densify_() first. sparing.merge_() adds an update of low rank, and load_dense_state_dict() loads a checkpoint"
+    )
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _refuse(self, f"{name}()")
+
+    return method
+
+
+def _guarding(name: str) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return guarded(getattr(super(EffectiveWeight, self), name)(*args, **kwargs))
+
+    return method
+
+
+for _name in dir(Tensor):
+    if _name.endswith("_") and not _name.startswith("_") and _name not in _NO_WRITES:
+        setattr(EffectiveWeight, _name, _refusing(_name))
+for _name in ("__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)):
+    setattr(EffectiveWeight, _name, _refusing(_name))
+for _name in _VIEWS:
+    setattr(EffectiveWeight, _name, _guarding(_name))
