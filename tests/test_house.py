@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
     "goal": {"errors", "layers", "method", "parametrizations"},
     "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations", "schedules"},
-    "sparsify": {"errors", "goal", "layers", "method", "register", "schedules", "select", "sparsifier"},
+    "integrations": {"errors", "layers"},
+    "sparsify": {"errors", "goal", "integrations", "layers", "method", "register", "schedules", "select", "sparsifier"},
     "growing": {
         "budget", "layers", "masks", "method", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier",
     },

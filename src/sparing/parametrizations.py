@@ -141,13 +141,6 @@ class LearnedThreshold(Sparse):
         self.g = g
         self.scale = scale
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Where layers share one s, it has several names, and safetensors refuses names that share memory.
-        others = (value for key, value in destination.items() if key.endswith(".s") and key != f"{prefix}s")
-        if not keep_vars and any(value.data_ptr() == self.s.data_ptr() for value in others):
-            destination[f"{prefix}s"] = self.s.detach().clone()
-
     def threshold(self) -> Tensor:
         t = self.g(self.s)
         return t if self.scale == 1.0 else self.scale * t

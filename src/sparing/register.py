@@ -73,6 +73,7 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
             parametrization.set_home(shared)  # type: ignore[arg-type]
     for place in layer.places:
         _reset_dense_weights(place.module)
+        _refuse_replacement(place.module)
         if isinstance(place.module, nn.RNNBase):
             _read_weights_when_run(place.module)
 
@@ -111,6 +112,24 @@ def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Mod
             self._modules.update(modules)  # in the order in which they were
 
     return run
+
+
+def _refuse_replacement(module: nn.Module) -> None:
+    """Make the assignment of a Parameter to a sparsified weight, as for quantization, an error that says what to do."""
+    parametrized_class = type(module)
+    if "register_parameter" in vars(parametrized_class):
+        return
+    register_other = parametrized_class.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if name in self._modules.get("parametrizations", ()):  # type: ignore[operator]
+            raise InputError(
+                f"{name!r} of a sparsified {type(self).__bases__[0].__name__} is computed and cannot be replaced "
+                "by a Parameter: call sparing.densify_(model) first"
+            )
+        register_other(self, name, parameter)
+
+    parametrized_class.register_parameter = register_parameter  # type: ignore[assignment, method-assign]
 
 
 def unregister(layer: Layer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.effective_weight import guarded
 from sparing.errors import InputError
 
 SAMPLE = 2**14
@@ -30,7 +31,8 @@ class RunState(nn.Module):
     """
 
     _names: tuple[str, ...] = ()
-    _home: tuple[nn.Module, ...] = ()  # the ParametrizationList of the weight; in a tuple it is not a submodule
+    # The ParametrizationList of the weight, once for each name of the weight. In a tuple it is not a submodule.
+    _home: tuple[nn.Module, ...] = ()
     _source: "_Source | None" = None
     _start: tuple[Callable[[], None], ...] = ()
     _undefined: bool = False  # moved from the meta device, so far without values
@@ -51,7 +53,10 @@ class RunState(nn.Module):
             yield from ((f"{prefix}.{name}".lstrip("."), tensor) for name, tensor in self.state().items())
 
     def set_home(self, parametrizations: nn.Module) -> None:
-        """Tell the module where its weight is: as `original` of this ParametrizationList, or of several."""
+        """Tell the module where its weight is: as `original` of this ParametrizationList.
+
+        It is called once for each name of the weight, and for each weight that the module makes.
+        """
         self._home = (*self._home, parametrizations)
 
     def start_with(self, start: Callable[[], None]) -> None:
@@ -104,16 +109,33 @@ class RunState(nn.Module):
         self.take_state(source.state())
 
     def __call__(self, weight: Tensor) -> Any:
-        # A plain tensor is a trial, as of functional_call, and says nothing about the weight of this module.
-        if isinstance(weight, nn.Parameter):
+        # A plain tensor in place of the parameter is a trial, as of functional_call, and says nothing of this module.
+        if isinstance(self._weight(), nn.Parameter):
             self.refresh()
+        elif self._source is not None and not weight.is_meta and any(own.is_meta for own in self.state().values()):
+            return self._call_with_state_of(self._source, weight)
+        if self._names and hasattr(weight, "full_tensor"):
+            raise InputError(
+                f"a weight with {', '.join(self._names)} is sharded, and these are not: masks are not supported under "
+                "FSDP2. Use DistributedDataParallel, or STR without a target"
+            )
         effective = super().__call__(weight)
         if self._source is not None and effective.requires_grad and not torch.compiler.is_compiling():
             effective.register_hook(lambda gradient: self.keep_state())
-        return effective
+        return effective if effective is weight else guarded(effective)
+
+    def _call_with_state_of(self, source: "_Source", weight: Tensor) -> Any:
+        """Call a copy on the meta device with a weight that has values: so Opacus computes gradients per sample."""
+        own = self.state()
+        vars(self).update(source.state())
+        try:
+            return super().__call__(weight)
+        finally:
+            vars(self).update(own)
 
     def _weight(self) -> Tensor | None:
-        return getattr(self._home[0], "original", None) if self._home else None
+        """Return the dense weight, or one of the parameters that another parametrization computes it from."""
+        return next(iter(self._home[0]._parameters.values()), None) if self._home else None
 
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:
@@ -139,6 +161,17 @@ class RunState(nn.Module):
         self.refresh()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         destination.update({prefix + name: tensor.detach() for name, tensor in self.state().items()})
+        if len(self._home) > 1 and not keep_vars:
+            self._clone_shared(destination, prefix)
+
+    def _clone_shared(self, destination: dict[str, Any], prefix: str) -> None:
+        """Clone what is saved under another name as well: safetensors refuses names that share memory."""
+        home = prefix[: prefix.rfind(".", 0, -1) + 1]  # of the weight, with all that is made of it
+        others = [value for key, value in destination.items() if not key.startswith(home) and isinstance(value, Tensor)]
+        for key in [key for key in destination if key.startswith(home)]:
+            tensor = destination[key]
+            if any(other.shape == tensor.shape and other.data_ptr() == tensor.data_ptr() for other in others):
+                destination[key] = tensor.clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         masks = self.state() if self._source is None else self._source.state()
@@ -183,7 +216,7 @@ class RunState(nn.Module):
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         weight = self._weight()
-        if len(self._home) == 1 and weight is not None and not weight.is_meta and not hasattr(weight, "full_tensor"):
+        if len({*self._home}) == 1 and weight is not None and not weight.is_meta and not hasattr(weight, "full_tensor"):
             # An average that is copied with its model belongs to the copy of the model.
             model = self if self._source is None else memo.get(id(self._source.module()), self)
             twin._source = _Source(model, weight)

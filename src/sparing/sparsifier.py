@@ -114,6 +114,7 @@ class Sparsifier:
             raise InputError(f"{self.method.name} works on the gradients of a step and does not support LBFGS")
         self.optimizers = inner
         self._hook()
+        self._warn_frozen()
 
     def penalty(self) -> Tensor:
         """Return the term to add to the loss: `loss = loss + sparsifier.penalty()`; zero for most methods.
@@ -123,6 +124,11 @@ class Sparsifier:
         self._penalized = True
         if not self._regularizes or not self._active():
             return torch.zeros((), device=next(self.model.parameters()).device)
+        if any(hasattr(layer.weight, "grad_sample") for layer in self.layers.values()):
+            raise InputError(
+                f"{self.method.name} adds a term to the loss, which Opacus ignores, because it takes gradients per "
+                "sample: use a method without such a term"
+            )
         return self.method.penalty(self)
 
     def unscale(self, gradient: Tensor) -> Tensor:
@@ -218,6 +224,20 @@ class Sparsifier:
                 "target sparsity (STR: the weight decay of the thresholds, or init), or leave layers out with select=",
                 SparsityWarning,
                 stacklevel=2,
+            )
+
+    def _warn_frozen(self) -> None:
+        frozen = [name for name, layer in self.layers.items() if not layer.weight.requires_grad]
+        learns = any(True for layer in self.layers.values() for _ in layer.parametrization.parameters())  # type: ignore[union-attr]
+        pruned_once = getattr(getattr(self.plan, "updates", None), "end", 1) == 0
+        acts = self._edits_gradients or (type(self.method).after_step is not Method.after_step and not pruned_once)
+        if frozen and (learns or acts):
+            warnings.warn(
+                f"{self.method.name}: {len(frozen)} of {len(self.layers)} layers are frozen "
+                f"({', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}): their weights do not adapt to "
+                "pruning, and nothing is learned or regrown there. Finish pruning before you freeze them",
+                SparsityWarning,
+                stacklevel=3,
             )
 
     def _describe(self, name: str) -> str:

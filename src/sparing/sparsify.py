@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import make_clock, set_costs, warn_missed_target
+from sparing.integrations.huggingface import check_saved, save_effective_weights
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.register import check_held_once, check_weight, register, unregister
@@ -56,6 +57,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     for layer in layers.values():
         check_weight(layer)
     check_held_once(model, layers)
+    check_saved(model, layers)
     plan = method.prepare(model, layers, steps)
     with torch.no_grad():
         made = method.parametrizations(layers, plan)
@@ -66,6 +68,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     for name, layer in layers.items():
         made[name].clock = clock
         register(layer, made[name])
+    save_effective_weights(model, layers)
     set_costs(layers, method, plan)
     sparsifier = Sparsifier(model, method, layers, plan, clock)
     if any(layer.weight.is_meta for layer in layers.values()):

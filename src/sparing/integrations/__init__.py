@@ -1,0 +1,1 @@
+"""Code for single frameworks, which their users need not call."""
