@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.operators import Operator, apply_operator, in_forward_mode, save
 from sparing.threshold import sum_to
 
 Shape = tuple[int, ...]
@@ -77,14 +78,11 @@ def group_soft_threshold(weight: Tensor, threshold: Tensor, view: Shape, dims: S
         tensor([[2.1515, 2.8686],
                 [0.0000, 0.0000]])
     """
-    result: Tensor = _GroupSoftThreshold.apply(weight, threshold, view, dims)
-    return result
+    return apply_operator(_GroupSoftThreshold, weight, threshold, view, dims)
 
 
 # --8<-- [start:operator]
-class _GroupSoftThreshold(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _GroupSoftThreshold(Operator):
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor, view: Shape, dims: Shape) -> Tensor:
         norm = group_norm(weight, view, dims)
@@ -95,7 +93,7 @@ class _GroupSoftThreshold(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, threshold, ctx.view, ctx.dims = inputs
-        ctx.save_for_backward(weight, threshold)
+        save(ctx, weight, threshold)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -104,6 +102,7 @@ class _GroupSoftThreshold(torch.autograd.Function):
         norm = group_norm(weight, view, dims)
         t = threshold.to(norm.dtype)
         active = norm > t
+        norm = torch.where(active, norm, 1.0)  # The derivative of what is left out would be NaN in a group of zeros.
         grad, w = grad_output.reshape(view).to(norm.dtype), weight.reshape(view).to(norm.dtype)
         product = grad * w
         inner = torch.where(active, product.sum(dims, keepdim=True) if dims else product, 0.0)
@@ -141,14 +140,11 @@ def feather_threshold(
         >>> feather_threshold(torch.tensor([-0.5, 0.1, 0.3]), torch.tensor(0.2), theta=1.0)
         tensor([-0.4891,  0.0000,  0.2668])
     """
-    result: Tensor = _FeatherThreshold.apply(weight, threshold, theta, view or tuple(weight.shape), dims)
-    return result
+    return apply_operator(_FeatherThreshold, weight, threshold, theta, view or tuple(weight.shape), dims)
 
 
 # --8<-- [start:feather]
-class _FeatherThreshold(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _FeatherThreshold(Operator):
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor, theta: float, view: Shape, dims: Shape) -> Tensor:
         norm = group_norm(weight, view, dims)
@@ -163,8 +159,8 @@ class _FeatherThreshold(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.t, ctx.theta = (inputs[1].shape, inputs[1].dtype), inputs[2]
         # Saved only if it is needed. The layer that uses it saves the same tensor, except under autocast.
-        if ctx.theta != 1 or ctx.needs_input_grad[1]:
-            ctx.save_for_backward(output)
+        if ctx.theta != 1 or ctx.needs_input_grad[1] or in_forward_mode():
+            save(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

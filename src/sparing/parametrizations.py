@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.operators import Operator, apply_operator
 from sparing.run_state import RunState
 from sparing.threshold import soft_threshold
 
@@ -232,13 +233,10 @@ def straight_through(weight: Tensor, effective: Tensor) -> Tensor:
         >>> weight.grad
         tensor([1., 1.])
     """
-    result: Tensor = _StraightThrough.apply(weight, effective)
-    return result
+    return apply_operator(_StraightThrough, weight, effective)
 
 
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _StraightThrough(Operator):
     @staticmethod
     def forward(weight: Tensor, effective: Tensor) -> Tensor:
         return effective.view_as(effective)

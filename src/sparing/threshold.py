@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparing.errors import InputError
+from sparing.operators import Operator, apply_operator, save
 
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 """Maps g from the learned number s to a threshold, by the name that recipes use."""
@@ -54,15 +55,12 @@ def soft_threshold(weight: Tensor, threshold: Tensor | float) -> Tensor:
             f"{(weight.shape[:1] + (1,) * (weight.dim() - 1)) or (1,)} for one per filter, "
             f"or {tuple(weight.shape)} for one per weight"
         )
-    result: Tensor = _SoftThreshold.apply(weight, threshold)
-    return result
+    return apply_operator(_SoftThreshold, weight, threshold)
 
 
 # --8<-- [start:operator]
-class _SoftThreshold(torch.autograd.Function):
+class _SoftThreshold(Operator):
     """Soft threshold; saves only S, which the layer that uses it saves for its own backward in any case."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ class _SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(output)
+        save(ctx, output)
         ctx.threshold_shape = inputs[1].shape
         ctx.threshold_dtype = inputs[1].dtype
 

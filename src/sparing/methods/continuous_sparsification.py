@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.method import Layers, Method, Optimizers, Parametrizations
+from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number, to_step
 from sparing.sparsifier import Sparsifier
@@ -49,8 +50,7 @@ class SigmoidMask(Sparse):
         # Reading the weight without recording gradients (a count, densify_) gives the hard mask.
         if not (self.training and torch.is_grad_enabled()):
             return weight * (self.scale * (self.m > 0)).to(weight.dtype)
-        result: Tensor = _SigmoidMask.apply(weight, self.m, self.temperature, self.finished, self.scale)
-        return result
+        return apply_operator(_SigmoidMask, weight, self.m, self.temperature, self.finished, self.scale)
 
 
 def _mask(m: Tensor, temperature: Tensor, finished: Tensor | None) -> Tensor:
@@ -58,10 +58,8 @@ def _mask(m: Tensor, temperature: Tensor, finished: Tensor | None) -> Tensor:
     return soft if finished is None else torch.where(finished, (m > 0).to(m.dtype), soft)
 
 
-class _SigmoidMask(torch.autograd.Function):
+class _SigmoidMask(Operator):
     """S = W ⊙ mask · scale; the mask alone without W. Saves only its inputs, not the mask."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor | None, m: Tensor, temperature: Tensor, finished: Tensor | None, scale: float) -> Tensor:
@@ -71,7 +69,7 @@ class _SigmoidMask(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -124,7 +122,7 @@ class ContinuousSparsification(Method):
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         parts = [part for _, part in sparsifier.each(SigmoidMask)]
-        sums = [_SigmoidMask.apply(None, part.m, part.temperature, None, 1.0).sum() for part in parts]
+        sums = [apply_operator(_SigmoidMask, None, part.m, part.temperature, None, 1.0).sum() for part in parts]
         return self.weight * torch.stack(sums).sum()
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparing.layers import filter_shape
 from sparing.method import Layers, Method, Optimizers, Parametrizations
+from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
@@ -53,14 +54,11 @@ class StepMask(Sparse):
         return self.t.clamp(min=0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _StepMask.apply(weight, self.t)
-        return result
+        return apply_operator(_StepMask, weight, self.t)
 
 
-class _StepMask(torch.autograd.Function):
+class _StepMask(Operator):
     """The operator. It saves W and t only, and computes the mask again in the backward pass."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, t: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ class _StepMask(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparing.growing import Growing, MaskUpdate
 from sparing.method import Optimizers
+from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Masked
 from sparing.schedules import cosine
 from sparing.sparsifier import Sparsifier
@@ -72,20 +73,17 @@ class ProbingMask(Masked):
         self.register_state("probing", torch.zeros((), dtype=torch.bool, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _Probe.apply(weight, self.mask, self.probing)
-        return result
+        return apply_operator(_Probe, weight, self.mask, self.probing)
 
 
-class _Probe(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Probe(Operator):
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, probing: Tensor) -> Tensor:
         return torch.where(mask, weight, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+        save(ctx, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparing.method import Layers, Method, Parametrizations
+from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import Updates, check_number, check_positions
 from sparing.sparsifier import Sparsifier
@@ -47,8 +48,7 @@ class GaussianNoise(Sparse):
         # Reading the weight without recording gradients (a count, densify_) gives it without noise.
         if not (self.training and torch.is_grad_enabled()):
             return torch.where(_log_alpha(weight, self.log_sigma2) < self.cut, weight, 0.0)
-        result: Tensor = _Noise.apply(weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
-        return result
+        return apply_operator(_Noise, weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
 
 
 def _signal(weight: Tensor, log_sigma2: Tensor) -> Tensor:
@@ -59,10 +59,8 @@ def _log_alpha(weight: Tensor, log_sigma2: Tensor) -> Tensor:
     return log_sigma2 - _signal(weight, log_sigma2).log_()
 
 
-class _Noise(torch.autograd.Function):
+class _Noise(Operator):
     """S = W + σ ⊙ ε. Saves W, log σ² and S, which the layer saves in any case, and gets σ ⊙ ε back as S − W."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, log_sigma2: Tensor, epsilon: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ class _Noise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2], output)
+        save(ctx, *inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
@@ -85,19 +83,17 @@ class _Noise(torch.autograd.Function):
         return through_noise.add_(grad_output).to(weight.dtype), grad_log_sigma2, None
 
 
-class _Divergence(torch.autograd.Function):
-    """Σ KL. Saves only W and log σ², and computes log α again in the backward pass."""
-
-    generate_vmap_rule = True
+class _Divergence(Operator):
+    """KL of each weight. Saves only W and log σ², and computes log α again in the backward pass."""
 
     @staticmethod
     def forward(weight: Tensor, log_sigma2: Tensor) -> Tensor:
         log_alpha = _log_alpha(weight, log_sigma2).clamp(-CLIP, CLIP)
-        return (K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)).sum()
+        return K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -106,7 +102,7 @@ class _Divergence(torch.autograd.Function):
         slope = torch.sigmoid(K2 + K3 * log_alpha)
         slope = (1 - slope).mul_(slope).mul_(K1 * K3)
         slope.add_(torch.sigmoid(-log_alpha), alpha=0.5)
-        slope = (slope * -grad_output).masked_fill_(log_alpha.abs_() > CLIP, 0)
+        slope = (slope.neg_() * grad_output).masked_fill_(log_alpha.abs_() > CLIP, 0)
         grad_weight = (-2 * slope).mul_(weight).div_(_signal(weight, log_sigma2))
         return grad_weight.to(weight.dtype), slope
 
@@ -158,6 +154,6 @@ class VariationalDropout(Method):
         begin, end = sparsifier.plan.begin, sparsifier.plan.end
         ramp = min(max((sparsifier.step - begin) / max(end - begin, 1), 0.0), 1.0)
         parts = sparsifier.each(GaussianNoise)
-        divergences = [_Divergence.apply(layer.weight, part.log_sigma2) for layer, part in parts]
+        divergences = [apply_operator(_Divergence, layer.weight, part.log_sigma2).sum() for layer, part in parts]
         total: Tensor = self.kl_weight * ramp * torch.stack(divergences).sum()
         return total

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
+from sparing.operators import is_transformed
 from sparing.rnn.gates import Gate, find_gate
 from sparing.rnn.low_rank import LowRankLinear, linear_from
 
@@ -164,8 +165,14 @@ class FastGRNN(nn.Module):
             zeta + nu,
             *self._hidden_factors(h.shape[0], x.shape[1]),
         )
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            # torch.compile and autocast handle the operations of the loop, but not the hand-written backward pass.
+        if (
+            not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+            or is_transformed()
+        ):
+            # torch.compile, autocast, forward mode and the transforms of torch.func handle the operations of the loop,
+            # but not the hand-written backward pass.
             outputs = _run_steps(cell.gate, cell.update, *arguments)[0]
         else:
             outputs = _FastGRNNFunction.apply(cell.gate, cell.update, *arguments)
