@@ -55,6 +55,9 @@ class Growing(Ranking):
         """Return the parametrization of a layer, with its random first mask."""
         return Mask(mask)
 
+    def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> list[Tensor]:
+        return [layer.weight for layer in sparsifier.layers.values()]
+
     def due(self, sparsifier: Sparsifier, step: int) -> bool:
         """Return whether the masks are updated after that many steps."""
         updates = sparsifier.plan.updates

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,7 @@ Parametrizations = dict[str, Sparse]
 """A parametrization for each layer, by the layer's name."""
 
 Optimizers = tuple[Optimizer, ...]
-"""All optimizers that train the model, in the order in which they step."""
+"""All optimizers that train the model, in the order in which they step, and wrappers that have state of their own."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Method(ABC):
         retargets: whether the target may change in a run, see `Sparsifier.retarget`.
         finishes: whether `Sparsifier.finish` performs the updates due in steps that were not taken; False if updates
             only move weights.
+        sets_weights: whether updates set weights that go on training, so that the optimizer must not keep a copy.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -69,6 +70,7 @@ class Method(ABC):
     name: ClassVar[str]
     retargets: ClassVar[bool] = False
     finishes: ClassVar[bool] = True
+    sets_weights: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Resolve the method for this model and length of the run; the result is `Sparsifier.plan`.
@@ -86,6 +88,10 @@ class Method(ABC):
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         """Act just after the optimizer step; `sparsifier.step` counts this step."""
+
+    def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> Iterable[Tensor]:
+        """Return the parameters whose optimizer state updates set to zero; it is checked after the first step."""
+        return ()
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         """Return the term that the method adds to the loss, differentiable; see `Sparsifier.penalty`."""

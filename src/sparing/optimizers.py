@@ -1,7 +1,7 @@
 """Helpers for torch's optimizers: look through wrappers, recognize steps that are not taken, reset state."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,21 +10,56 @@ from torch.optim import Optimizer
 
 from sparing.errors import InputError
 
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
+"""Names under which wrappers hold the optimizer whose step() they call."""
 
-def unwrap(optimizer: Any) -> Optimizer:
-    """Return the optimizer that torch's hooks run on: the innermost `.optimizer` of wrappers such as accelerate's.
+_COPYING = ("lookahead", "ranger", "schedulefree")
+"""Parts of the names of optimizers that keep a copy of the weights, and mix it into them later."""
+
+
+def chain(optimizer: Any) -> list[Any]:
+    """Return an optimizer and those that it wraps; torch's hooks run on the last one.
+
+    Hooks of a wrapper would run too often or never: step() of accelerate and opacus may only accumulate gradients, the
+    two calls of sharpness-aware minimization have other names, and timm's Lookahead runs no hooks.
 
     Raises:
-        InputError: there is no torch optimizer inside.
+        InputError: torch runs no hooks around the step() of the last one.
     """
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_pre_hooks"):
+    found = [optimizer]
+    while inner := [each for name in _INNER if hasattr(each := getattr(found[-1], name, None), "step")]:
+        found.append(inner[0])
+    if not hasattr(found[-1], "_optimizer_step_pre_hooks") or not getattr(type(found[-1]).step, "hooked", False):
         raise InputError(
-            f"attach() needs a torch.optim.Optimizer or a wrapper that holds one as `.optimizer`, got {optimizer!r}"
+            "attach() needs a torch.optim.Optimizer or a wrapper that holds one as "
+            f"{', '.join(f'`.{name}`' for name in _INNER)}; torch runs no hooks around the step() of "
+            f"{type(found[-1]).__name__}"
         )
-    return inner
+    if getattr(found[-1], "_overlap_with_ddp", False):
+        raise InputError(
+            "ZeroRedundancyOptimizer takes its steps in the backward pass, where a method cannot act: build it with "
+            "overlap_with_ddp=False"
+        )
+    return found
+
+
+def holders(optimizer: Any) -> list[Any]:
+    """Return all that hold state: the optimizer that hooks run on, its wrappers, and the shard of a sharded one."""
+    *wrappers, inner = chain(optimizer)
+    others = [*wrappers, getattr(inner, "optim", None)]  # the shard of a ZeroRedundancyOptimizer
+    states = [(each, getattr(each, "state", None)) for each in others]
+    return [inner, *(each for each, state in states if isinstance(state, Mapping) and state is not inner.state)]
+
+
+def copying(optimizers: Iterable[Any]) -> str | None:
+    """Return the name of an optimizer or wrapper that keeps a copy of the weights; None if there is none."""
+    names = [type(each).__name__ for optimizer in optimizers for each in chain(optimizer)]
+    return next((name for name in names if any(part in name.lower() for part in _COPYING)), None)
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running on this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_nested(optimizer: Optimizer) -> bool:
@@ -78,18 +113,77 @@ def with_hook(closure: Callable[[], Any], hook: Callable[[], None]) -> Callable[
     return run
 
 
+def check_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
+    """Raise the errors that `reset_state` would raise for single weights of these parameters."""
+    for parameter in parameters:
+        reset_state(optimizers, parameter, torch.zeros_like(parameter, dtype=torch.bool))
+
+
 @torch.no_grad()
-def reset_state(optimizers: Iterable[Optimizer], parameter: Tensor, where: Tensor | None = None) -> None:
+def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | None = None) -> None:
     """Zero the state of the optimizers for some weights, momentum and second moments alike.
 
-    A regrown weight starts without momentum: what is stored belongs to the weight that was pruned there.
+    A regrown weight starts without momentum: what is stored belongs to the weight that was pruned there. State of the
+    shape of the weight is taken for one number per weight. State of fewer numbers, such as the factors of Adafactor,
+    stays as it is. A quantized tensor is rounded again, and a code without a zero becomes the smallest.
 
     Args:
         optimizers: those that may hold the parameter.
         parameter: the weight.
         where: boolean, of its shape; None for all of it.
+
+    Raises:
+        InputError: the state is stored in a form in which the number of one weight cannot be set to zero.
     """
+    where = torch.ones_like(parameter, dtype=torch.bool) if where is None else where
     for optimizer in optimizers:
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.zero_() if where is None else value.masked_fill_(where, 0)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            try:
+                part = _per_weight(value, parameter)
+                if part is not None:
+                    _zero(part, where.to(part.device))
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                stored = (
+                    f"{type(value).__name__} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+                )
+                raise InputError(
+                    f"{type(optimizer).__name__}: the state {key!r} of a weight of shape {tuple(parameter.shape)} is a "
+                    f"{stored}, in which regrown weights cannot be set to zero: {error}. Use an optimizer that stores "
+                    "a floating-point number for each weight, such as torch.optim.AdamW"
+                ) from error
+
+
+def _zero(part: Tensor, where: Tensor) -> None:
+    try:
+        part.masked_fill_(where, 0)
+    except NotImplementedError:  # a quantized tensor, such as torchao's, can only be read and written as a whole
+        plain = part.dequantize()
+        if bool(where.any()):  # writing rounds all numbers again
+            part.copy_(plain.masked_fill(where, 0))
+
+
+def _per_weight(value: Any, parameter: Tensor) -> Tensor | None:
+    """Return a state as a tensor of the shape of the weight, or a stack of such; None if it has fewer numbers.
+
+    Raises:
+        TypeError: it has about as many numbers, but it is not known where that of a weight is, or what stands for zero.
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        values = value.values() if isinstance(value, Mapping) else value
+        if any(_per_weight(each, parameter) is not None for each in values):
+            raise TypeError("it is a container of tensors")
+        return None
+    if not isinstance(value, Tensor):
+        return None
+    numbers, weights = value.numel(), parameter.numel()
+    if not value.is_floating_point() and not value.is_complex():
+        if numbers > 1 and weights <= 2 * numbers:  # two codes of four bits may share a byte
+            raise TypeError("its integers are codes, and the code 0 may stand for another number")
+        return None
+    if value.shape == parameter.shape or (parameter.dim() > 1 and value.shape[1:] == parameter.shape):
+        return value
+    if not 1 < numbers == weights:
+        return None
+    if sorted(value.shape) == sorted(parameter.shape):
+        raise TypeError(f"its shape is {tuple(value.shape)}")
+    return value.view(parameter.shape)

@@ -12,7 +12,18 @@ from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, warn_missed_target
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import gradient_scale, is_nested, is_priming, is_skipped, unwrap, with_hook
+from sparing.optimizers import (
+    chain,
+    check_state,
+    copying,
+    gradient_scale,
+    holders,
+    in_backward,
+    is_nested,
+    is_priming,
+    is_skipped,
+    with_hook,
+)
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
@@ -46,9 +57,10 @@ class Sparsifier:
     def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
         self.optimizers: tuple[Optimizer, ...] = ()
+        self._holders: tuple[Any, ...] = ()  # of optimizer state: the optimizers and those around or within them
         self._handles: list[Any] = []
         self._stepped: set[int] = set()  # optimizers that have taken their part of the step
-        self._taken = self._acted = self._penalized = self._penalty_warned = False
+        self._taken = self._acted = self._penalized = self._penalty_warned = self._checked = False
         self._warned: set[str] = set()
 
     @property
@@ -89,31 +101,54 @@ class Sparsifier:
 
         A second call moves over to the new optimizers, for a second phase of training.
 
+        Methods that regrow weights set the optimizer state of these weights to zero: every floating-point number that
+        it holds for them, in tensors of the shape of the weight, of another shape, or quantized ones of torchao. State
+        of fewer numbers than the weight has, such as the factors of Adafactor or the moments of GaLore, stays as it is.
+
         Args:
-            optimizers: all that train the model. A wrapper such as accelerate's is looked through. With several, the
-                method acts before the first and after the last of them has stepped. A step ends without those that a
-                GradScaler skips, once another one steps again. Call `scaler.unscale_` on all before the first steps.
+            optimizers: all that train the model. Wrappers such as those of accelerate, Lightning, opacus and
+                sharpness-aware minimization are looked through. With several optimizers, the method acts before the
+                first and after the last of them has stepped. A step ends without those that a GradScaler skips, once
+                another one steps again. Call `scaler.unscale_` on all before the first steps.
 
         Raises:
             InputError: no optimizer is given; they do not hold a threshold or dense weight of a sparsified layer; the
-                method works on gradients, which LBFGS computes several times in a step.
+                model is sharded by FSDP2, and the method has masks or a target; the method changes gradients or
+                optimizer state, and the optimizer is LBFGS; the method sets weights of which the optimizer keeps a
+                copy, as Lookahead does. The first step raises it if the method cannot reset the state, such as the
+                8-bit codes of bitsandbytes, or if the step is taken by a gradient hook, within the backward pass.
+
+        Warns:
+            SparsityWarning: the optimizer gives no weight decay to thresholds that nothing else raises.
         """
         self._active()
-        inner = tuple(unwrap(optimizer) for optimizer in optimizers)
+        inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         if not inner:
             raise InputError("attach() needs the optimizer that trains the model")
-        held = {id(p) for optimizer in inner for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p): group for optimizer in inner for group in optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
-            for what, p in (("dense weight", layer.weight), *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+            weights = (("dense weight", p) for p in layer.originals)
+            for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
                 if p.requires_grad and id(p) not in held:
                     raise InputError(
                         f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
                         "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
                     )
-        if self._edits_gradients and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in inner):
-            raise InputError(f"{self.method.name} works on the gradients of a step and does not support LBFGS")
-        self.optimizers = inner
+        self._check_sharded()
+        resets = list(self.method.resets(self, inner))
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in inner) and (self._edits_gradients or resets):
+            what = "works on the gradients of a step" if self._edits_gradients else "resets the state of single weights"
+            raise InputError(f"{self.method.name} {what} and does not support LBFGS")
+        if (copies := copying(optimizers)) and (self.method.sets_weights or self._rescales):
+            raise InputError(
+                f"{self.method.name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into "
+                "them later: use another optimizer, or a method that only masks weights, such as GMP"
+            )
+        holding = tuple(each for optimizer in optimizers for each in holders(optimizer))
+        check_state(holding, resets)
+        self.optimizers, self._holders, self._checked = inner, holding, False
         self._hook()
+        self._warn_fixed(held)
         self._warn_frozen()
 
     def penalty(self) -> Tensor:
@@ -149,7 +184,7 @@ class Sparsifier:
         while self.clock.step < self.clock.steps:
             self.clock.step += 1
             if self.method.finishes:
-                self.method.after_step(self, self.optimizers)
+                self.method.after_step(self, self._holders)
         warn_missed_target(self.model, self.clock)
 
     def retarget(self, method: Method, steps: int | None = None) -> None:
@@ -196,7 +231,7 @@ class Sparsifier:
         for layer in sparse_layers(self.model).values():
             part = layer.parametrization
             if part is not None and part.clock is not self.clock:
-                kept |= {id(p) for p in (layer.weight, *part.parameters())}
+                kept |= {id(p) for p in (*layer.originals, *part.parameters())}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -226,6 +261,34 @@ class Sparsifier:
                 stacklevel=2,
             )
 
+    def _check_sharded(self) -> None:
+        sharded = any(hasattr(p, "full_tensor") for layer in self.layers.values() for p in layer.originals)
+        if sharded and (self._rescales or any(layer.parametrization.state() for layer in self.layers.values())):  # type: ignore[union-attr]
+            raise InputError(
+                f"{self.method.name}: masks and targets are not supported under FSDP2, which shards neither. Use "
+                "DistributedDataParallel, or STR with a weight decay on s instead of a target"
+            )
+
+    def _warn_fixed(self, groups: Mapping[int, Mapping[str, Any]]) -> None:
+        if self.clock.goal is not None or self._regularizes:
+            return
+        fixed = [
+            name
+            for name, layer in self.layers.items()
+            for key, p in layer.parametrization.named_parameters()  # type: ignore[union-attr]
+            if layer.parametrization.decays.get(key) == "thresholds"  # type: ignore[union-attr]
+            and p.requires_grad
+            and not groups[id(p)].get("weight_decay")
+        ]
+        if fixed:
+            warnings.warn(
+                f"{self.method.name}: nothing raises the thresholds of {len(fixed)} of {len(self.layers)} layers "
+                f"({', '.join(fixed[:3])}{', ...' if len(fixed) > 3 else ''}), because the optimizer gives them no "
+                "weight decay. Build it with sparing.param_groups(model, weight_decay=1e-4), or set a target",
+                SparsityWarning,
+                stacklevel=3,
+            )
+
     def _warn_frozen(self) -> None:
         frozen = [name for name, layer in self.layers.items() if not layer.weight.requires_grad]
         learns = any(True for layer in self.layers.values() for _ in layer.parametrization.parameters())  # type: ignore[union-attr]
@@ -253,6 +316,16 @@ class Sparsifier:
     @property
     def _edits_gradients(self) -> bool:
         return type(self.method).before_step is not Method.before_step
+
+    @property
+    def _rescales(self) -> bool | None:
+        """Whether the method rescales learned thresholds; None if it is none that could."""
+        return getattr(self.method, "targeted", None)
+
+    @property
+    def _acts(self) -> bool:
+        overridden = type(self.method).after_step is not Method.after_step
+        return self._edits_gradients or (overridden and self._rescales is not False)
 
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
@@ -285,6 +358,11 @@ class Sparsifier:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if is_nested(optimizer):
             return None
+        if in_backward() and self._acts:
+            raise InputError(
+                f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
+                "called by a gradient hook, within the backward pass: call it after backward()"
+            )
         # The optimizer itself is the first positional argument.
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
         if id(optimizer) in self._stepped:  # the others skipped the step before
@@ -298,10 +376,10 @@ class Sparsifier:
         if not self._edits_gradients:
             return None
         if closure is None:
-            self.method.before_step(self, self.optimizers)
+            self.method.before_step(self, self._holders)
             return None
         # The closure computes the gradients within the step.
-        closure = with_hook(closure, lambda: self.method.before_step(self, self.optimizers))
+        closure = with_hook(closure, lambda: self.method.before_step(self, self._holders))
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
@@ -317,7 +395,10 @@ class Sparsifier:
         self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1
-        self.method.after_step(self, self.optimizers)
+        if not self._checked:  # the first step has created the state
+            check_state(self._holders, self.method.resets(self, self.optimizers))
+            self._checked = True
+        self.method.after_step(self, self._holders)
         if clock.step % self.WATCH_EVERY == 0:
             self.warn_collapsed()
         if clock.step == clock.steps:

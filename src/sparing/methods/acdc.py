@@ -16,7 +16,7 @@ zero when the mask is removed.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparing.budget import Allocation, Budget, magnitude
 from sparing.errors import InputError
@@ -71,6 +71,7 @@ class ACDC(Ranking):
 
     name = "acdc"
     retargets = True
+    sets_weights = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.1
@@ -91,6 +92,9 @@ class ACDC(Ranking):
     def parametrizations(self, layers: Layers, plan: Phases) -> Parametrizations:
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
+    def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> list[Tensor]:
+        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         phases: Phases = sparsifier.plan
@@ -101,5 +105,5 @@ class ACDC(Ranking):
             for layer, part in sparsifier.each(Mask):
                 layer.weight.masked_fill_(~part.mask, 0)
                 part.mask.fill_(True)
-            for parameter in (p for optimizer in optimizers for p in optimizer.state):
+            for parameter in self.resets(sparsifier, sparsifier.optimizers):
                 reset_state(optimizers, parameter)
