@@ -185,6 +185,31 @@ def two_layers():
     return torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 
 
+def _shard(model, count):
+    mesh = torch.distributed.init_device_mesh("cpu", (count,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
+def _check_sharded_masks_and_targets_are_refused(count):
+    for method in (sparing.GMP(sparsity=0.5), sparing.RigL(sparsity=0.5), sparing.ST3(sparsity=0.5)):
+        model = two_layers()
+        sparsifier = sparing.sparsify_(model, method, steps=10)
+        optimizer = torch.optim.SGD(_shard(model, count).parameters(), lr=0.1)
+        with pytest.raises(sparing.InputError, match="masks and targets are not supported under FSDP2"):
+            sparsifier.attach(optimizer)
+        with pytest.raises(sparing.InputError, match="a weight with .* is sharded, and these are not"):
+            sparing.report(model)
+    model = two_layers()
+    sparsifier = sparing.sparsify_(model, sparing.STR(sparsity=0.5), steps=10)
+    optimizer = torch.optim.SGD(_shard(model, count).parameters(), lr=0.1)
+    with pytest.raises(sparing.InputError, match="masks and targets are not supported under FSDP2"):
+        sparsifier.attach(optimizer)
+    with pytest.raises(sparing.InputError, match="the model is sharded: count its MACs before"):
+        sparing.report(model, (1, 12))
+
+
 def sharded_steps(rank, count, folder):
     """Train STR under FSDP2, or in one process: 110 steps, past the check for layers without weights at step 100."""
     torch.set_num_threads(1)
@@ -192,9 +217,11 @@ def sharded_steps(rank, count, folder):
     sparsifier = sparing.sparsify_(model, sparing.STR(init=-3.0))
     if count > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/sharded", rank=rank, world_size=count)
-        mesh = torch.distributed.init_device_mesh("cpu", (count,))
-        for layer in (model[0], model[2], model):
-            fully_shard(layer, mesh=mesh)
+        counted = sparing.report(model).total.nonzero
+        _shard(model, count)
+        assert sparing.report(model).total.nonzero == counted < 256
+        assert sparing.Budget.from_model(model)["0"] > 0.1
+        _check_sharded_masks_and_targets_are_refused(count)
     groups = sparing.param_groups(model, weight_decay=1e-3, threshold_weight_decay=1e-2)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     sparsifier.attach(optimizer)

@@ -356,15 +356,3 @@ def test_a_target_without_the_length_of_the_run_is_refused():
         InputError, match=r"STR: begin=0.2 needs the length of the run: sparsify_\(model, method, steps="
     ):
         sparing.sparsify_(nn.Linear(8, 8), STR(sparsity=0.5))
-
-
-def test_sharded_weights_are_refused_at_the_first_update():
-    model = nn.Linear(8, 8)
-    sparsifier = sparing.sparsify_(model, STR(sparsity=0.5, begin=0, every=1), steps=100)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier.attach(optimizer)
-    # What a DTensor has, which FSDP2 makes of parameters.
-    model.parametrizations.weight.original.full_tensor = lambda: None
-    model(torch.randn(2, 8)).sum().backward()
-    with pytest.raises(InputError, match="STR: a target is not supported under FSDP2"):
-        optimizer.step()

@@ -322,9 +322,7 @@ class Allocation:
             chosen = self._together(scores, kept)
         else:
             chosen = {name: self.units[name].keep_top(each(), kept[name]) for name, each in scores.items()}
-        # In the memory format of the weight, so that the effective weight keeps it.
-        full = {name: torch.empty_like(layer.weight, dtype=torch.bool) for name, layer in self.layers.items()}
-        return {name: full[name].copy_(self.units[name].expand(mask)) for name, mask in chosen.items()}
+        return {name: _like(self.layers[name].weight, self.units[name].expand(mask)) for name, mask in chosen.items()}
 
     @torch.no_grad()
     def thresholds(self, score: Score, progress: float = 1.0) -> dict[str, Tensor]:
@@ -366,6 +364,13 @@ class Allocation:
         fits[order] = weights[order].cumsum(0) <= kept
         split = fits.split([value.numel() for value in values])
         return {name: part.reshape(value.shape) for name, part, value in zip(scores, split, values, strict=True)}
+
+
+def _like(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask in the memory format of the weight, so that the effective weight keeps it."""
+    if mask.stride() == weight.stride():
+        return mask
+    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
 
 def magnitude(layer: Layer, units: Units) -> Tensor:

@@ -31,11 +31,11 @@ class EffectiveWeight(Tensor):
         >>> _ = sparsify_(layer, STR(init=-5.0))
         >>> nn.init.zeros_(layer.weight)
         Traceback (most recent call last):
-        sparing.errors.InputError: fill_() would write into the effective weight of a sparsified layer, of shape (2, 4), ...
+        sparing.errors.InputError: fill_() would write into the effective weight of a sparsified layer, ...
     """
 
     # The operations of torch are those of a plain tensor, at their speed.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:
@@ -57,8 +57,8 @@ class EffectiveWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-    def __repr__(self, **options: Any) -> str:
-        return self.as_subclass(Tensor).__repr__(**options)
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_is_param":  # nn.Parameter() has detached a tensor, and says that this is now a parameter

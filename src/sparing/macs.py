@@ -57,8 +57,10 @@ def find_applications(model: nn.Module, example: Example) -> Applications:
     """Count how often one forward pass multiplies by each weight, and tell where that is not known.
 
     Raises:
-        InputError: the model cannot run on this input.
+        InputError: the model cannot run on this input, or is sharded.
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputError("the model is sharded: count its MACs before fully_shard(), or report without input_size")
     layers = all_layers(model)
     args, kwargs = _arguments(model, example)
     try:

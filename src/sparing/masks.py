@@ -15,7 +15,7 @@ from sparing.errors import InputError
 Scores = Callable[[], Tensor]
 """Computes the scores of one layer, of any shape; it is called several times."""
 
-FEW = 2**20
+FEW = 2**18
 """So many scores are selected from at once; above, a bracket around the answer is narrowed first."""
 
 SAMPLE = 2**15
@@ -132,6 +132,8 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
 
 
 def _between(scores: Tensor, low: float, high: float) -> Tensor:
+    if (low, high) == (-torch.inf, torch.inf):
+        return scores.reshape(-1)
     return scores[(scores >= low) & (scores <= high)]
 
 

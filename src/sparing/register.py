@@ -31,8 +31,9 @@ def check_weight(layer: Layer) -> None:
             "sparsifier.retarget(), or call sparing.densify_(model) first"
         )
     if made_by is not None and (layer.is_tied or getattr(made_by[0], "stands_alone", False)):
+        tied, other = "is tied and " if layer.is_tied else "", type(made_by[0]).__name__
         raise InputError(
-            f"layer {layer.name!r} {'is tied and ' if layer.is_tied else ''}carries the parametrization {type(made_by[0]).__name__}; remove it with "
+            f"layer {layer.name!r} {tied}carries the parametrization {other}; remove it with "
             "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
         )
     for place in layer.places:

@@ -1,7 +1,7 @@
 """The sparsifier: the clock of a sparse run, and the link between method, model and optimizer."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, warn_missed_target
 from sparing.layers import Layer, sparse_layers
-from sparing.method import Method
+from sparing.method import Method, Optimizers
 from sparing.optimizers import (
     chain,
     check_state,
@@ -125,30 +125,15 @@ class Sparsifier:
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         if not inner:
             raise InputError("attach() needs the optimizer that trains the model")
-        held = {id(p): group for optimizer in inner for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            weights = (("dense weight", p) for p in layer.originals)
-            for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
-                if p.requires_grad and id(p) not in held:
-                    raise InputError(
-                        f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
-                        "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
-                    )
+        self._check_held(inner)
         self._check_sharded()
         resets = list(self.method.resets(self, inner))
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in inner) and (self._edits_gradients or resets):
-            what = "works on the gradients of a step" if self._edits_gradients else "resets the state of single weights"
-            raise InputError(f"{self.method.name} {what} and does not support LBFGS")
-        if (copies := copying(optimizers)) and (self.method.sets_weights or self._rescales):
-            raise InputError(
-                f"{self.method.name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into "
-                "them later: use another optimizer, or a method that only masks weights, such as GMP"
-            )
+        self._check_kinds(inner, optimizers, bool(resets))
         holding = tuple(each for optimizer in optimizers for each in holders(optimizer))
         check_state(holding, resets)
         self.optimizers, self._holders, self._checked = inner, holding, False
         self._hook()
-        self._warn_fixed(held)
+        self._warn_fixed(inner)
         self._warn_frozen()
 
     def penalty(self) -> Tensor:
@@ -261,6 +246,29 @@ class Sparsifier:
                 stacklevel=2,
             )
 
+    def _check_held(self, optimizers: Optimizers) -> None:
+        """Check that the optimizers hold what is to be trained."""
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            weights = (("dense weight", p) for p in layer.originals)
+            for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+                if p.requires_grad and id(p) not in held:
+                    raise InputError(
+                        f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
+                        "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
+                    )
+
+    def _check_kinds(self, optimizers: Optimizers, wrappers: Iterable[Any], resets: bool) -> None:
+        """Check that the method can work with optimizers of these classes."""
+        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) and (self._edits_gradients or resets):
+            what = "works on the gradients of a step" if self._edits_gradients else "resets the state of single weights"
+            raise InputError(f"{self.method.name} {what} and does not support LBFGS")
+        if (copies := copying(wrappers)) and (self.method.sets_weights or self._rescales):
+            raise InputError(
+                f"{self.method.name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into "
+                "them later: use another optimizer, or a method that only masks weights, such as GMP"
+            )
+
     def _check_sharded(self) -> None:
         sharded = any(hasattr(p, "full_tensor") for layer in self.layers.values() for p in layer.originals)
         if sharded and (self._rescales or any(layer.parametrization.state() for layer in self.layers.values())):  # type: ignore[union-attr]
@@ -269,9 +277,10 @@ class Sparsifier:
                 "DistributedDataParallel, or STR with a weight decay on s instead of a target"
             )
 
-    def _warn_fixed(self, groups: Mapping[int, Mapping[str, Any]]) -> None:
+    def _warn_fixed(self, optimizers: Optimizers) -> None:
         if self.clock.goal is not None or self._regularizes:
             return
+        groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         fixed = [
             name
             for name, layer in self.layers.items()

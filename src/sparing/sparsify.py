@@ -24,15 +24,17 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     """Make layers of a model sparse, in place.
 
     Every selected weight W becomes the effective weight that the method makes of it; the dense W stays in the model
-    as the parameter that the optimizer moves. Another call may sparsify other layers by another method.
+    as the parameter that the optimizer moves. Another call may sparsify other layers by another method. Of a weight
+    with another parametrization, such as weight normalization, the result of that is made sparse.
 
     Args:
         model: any module.
         method: how to train it, such as `STR(init=-5.0)`.
-        select: which layers: a predicate `(module name, module) -> bool`, or a list of layer names
-            or shell patterns. None takes every convolution, transposed convolution, Linear and
-            recurrent weight. A tied weight is one layer and is made sparse once. Frozen layers, whose weights
-            have requires_grad=False, are left as they are, and a warning names them.
+        select: which layers: a predicate `(module name, module) -> bool`, which chooses the tensors of a module with
+            "weight" in their names, or a list of layer names or shell patterns, which chooses any matrix or kernel.
+            None takes every convolution, transposed convolution, Linear, recurrent and attention weight, and those of
+            modules like them (see `sparing.select.default`). A tied weight is one layer and is made sparse once. Frozen
+            layers, whose weights have requires_grad=False, are left as they are, and a warning names them.
         steps: length of the run in optimizer steps, for a method that follows a schedule. With gradient
             accumulation it is smaller than the number of batches.
 
@@ -41,8 +43,8 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
 
     Raises:
         InputError: nothing is selected, or only frozen layers; a name matches nothing; a layer is selected twice or
-            sparsified already; a weight is not finite, not floating point, not initialized, or carries another
-            parametrization; the method needs `steps` or refuses the model.
+            sparsified already; a weight is not finite, not floating point or not initialized; another parametrization
+            computes it and the method works on its gradient; the method needs `steps` or refuses the model.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -56,6 +58,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     layers = _trained(resolve(model, select))
     for layer in layers.values():
         check_weight(layer)
+        _check_computed(layer, method)
     check_held_once(model, layers)
     check_saved(model, layers)
     plan = method.prepare(model, layers, steps)
@@ -76,6 +79,18 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
             part.start_with(sparsifier.start)
     sparsifier.warn_collapsed()
     return sparsifier
+
+
+def _check_computed(layer: Layer, method: Method) -> None:
+    """Check that a method can train a weight that another parametrization computes, and that is no parameter."""
+    acts = type(method).before_step is not Method.before_step or type(method).resets is not Method.resets
+    if acts and not isinstance(layer.weight, nn.Parameter):
+        other = type(layer.places[0].parametrizations[0]).__name__  # type: ignore[index]
+        raise InputError(
+            f"layer {layer.name!r} carries the parametrization {other}, so its weight is computed, no parameter, and "
+            f"{method.name!r} works on its gradient or its optimizer state; use a method that does not, such as GMP or "
+            "STR, or leave the layer out with select="
+        )
 
 
 def _trained(layers: dict[str, Layer]) -> dict[str, Layer]:
@@ -137,7 +152,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     effective: dict[str, Tensor] = {}
     internal: list[str] = []
     for layer in sparse_layers(model).values():
-        tensor = layer.effective_weight.detach()
+        tensor = Tensor.detach(layer.effective_weight)  # a plain tensor, which may be changed
         for place in layer.places:
             effective[place.key] = tensor
             prefix = f"{place.module_name}." if place.module_name else ""

@@ -173,15 +173,7 @@ class Rescaling(Method):
     def after_step(self, sparsifier: "Sparsifier", optimizers: Optimizers) -> None:
         target: ResolvedTarget | None = sparsifier.plan
         if target is not None and target.updates.due(sparsifier.step):
-            self._rescale(sparsifier, target)
-
-    def _rescale(self, sparsifier: "Sparsifier", target: ResolvedTarget) -> None:
-        if any(hasattr(layer.weight, "full_tensor") for layer in sparsifier.layers.values()):
-            raise InputError(
-                f"{type(self).__name__}: a target is not supported under FSDP2: sharded counts are not reduced. Use "
-                "DistributedDataParallel, or STR with a weight decay on s instead of a target"
-            )
-        rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
+            rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
 
     def _out_of_reach(self, lowest: int, highest: int, beside: int, layers: int) -> str:
         who = type(self).__name__
