@@ -34,6 +34,7 @@ SETTINGS = {
     "gmp_one_shot_global": ("gmp", {"sparsity": TARGET, "begin": 0, "end": 0, "budget": "global"}, []),
 }
 VARIANTS = ["dense", *dict.fromkeys([*METHODS, *SETTINGS])]
+VARIANTS.remove("fixed_mask")  # it prunes nothing
 
 
 def settings(variant):

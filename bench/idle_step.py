@@ -57,6 +57,7 @@ VARIANTS = {
     "feather": ("feather", LATER),
     "acdc": ("acdc", {"sparsity": 0.9}),
     "spartan": ("spartan", RARELY),
+    "fixed_mask": ("fixed_mask", {}),
 }
 """Name → method, and arguments with which no update is due at `STEP`."""
 EVERY_STEP = ("dnw", "dst", "snfs", "spartan", "continuous_sparsification")

@@ -58,6 +58,7 @@ VARIANTS = {
     "feather": ("feather", TO_TWO),
     "acdc": ("acdc", {"sparsity": 0.9, "begin": 1, "end": 3, "phase": 1}),
     "spartan": ("spartan", {"sparsity": 0.9, "every": 1, "begin": 2, "end": 3}),
+    "fixed_mask": ("fixed_mask", {}),
 }
 """Name → method, and arguments with which an update is due in each of the three steps, or in as many as possible."""
 LOW = ("dense", "str", "str_sparsity", "gmp", "gmp_global", "gmp_block", "gmp_2_4", "rigl", "dnw", "dsr", "set",

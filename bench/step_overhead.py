@@ -70,6 +70,7 @@ ARGUMENTS = {
     "dst": {"alpha": 1e-4},
     "continuous_sparsification": {"weight": 1e-5},
     "variational_dropout": {"kl_weight": 1e-4},
+    "fixed_mask": {},
 }
 """Arguments of methods without a target sparsity; the others run at 90 %."""
 VARIANTS = {"dense": dense_, "naive": naive_}

@@ -338,8 +338,8 @@ class Odd(nn.Module):
         for number, shape in enumerate(shapes):
             self.register_parameter(f"p{number}", nn.Parameter(torch.randn(shape)))
 
-    def forward(self, x):
-        return self.use(self, x)
+    def forward(self, x, **others):
+        return self.use(self, x, **others)
 
 
 def _by_rows(m, x):
@@ -394,6 +394,18 @@ def test_macs_are_counted_whoever_multiplies(use, sparse):
         assert {name: rows[name].macs for name in expected} == {name: macs // 2 for name, macs in expected.items()}
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_macs_of_experts_follow_the_rows_that_each_of_them_gets():
+    rows = [3, 0, 1]
+    offsets = torch.tensor(rows).cumsum(0).to(torch.int32)
+    model = Odd(lambda m, x, offsets: F.grouped_mm(x, m.p0.transpose(1, 2), offs=offsets), (3, 8, 16))
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.75, budget="global", begin=0, end=0), select=["p0"])
+    x = {"x": torch.randn(4, 16), "offsets": offsets}
+    row = next(row for row in sparing.report(model, x).layers if row.name == "p0")
+    assert row.dense_macs == 4 * 128
+    assert row.macs == sum(number * int((expert != 0).sum()) for number, expert in zip(rows, model.p0, strict=True))
+
+
 def test_a_model_that_looks_at_values_is_run_for_real():
     class Masked(nn.Module):
         def __init__(self):
@@ -442,7 +454,9 @@ def test_a_weight_that_is_changed_before_the_product_counts_as_dense_and_warns(c
     # Such as the standardized convolutions of NFNets: the zeros become −mean / std.
     model = Odd(lambda m, x: F.linear(x, change(m.linear.weight)))
     sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0))
-    with pytest.warns(sparing.SparsityWarning, match=f"multiplies by what '{operation}' makes"):
+    with pytest.warns(
+        sparing.SparsityWarning, match=f"multiplies by what '{operation}' makes of the weight of 'linear'"
+    ):
         found = sparing.report(model, torch.randn(4, 6))
     assert found.total.macs == found.total.dense_macs == 4 * 48
     assert "linear" in found.notes[0]
@@ -460,7 +474,7 @@ def test_a_weight_that_is_changed_before_the_product_counts_as_dense_and_warns(c
 def test_one_odd_layer_does_not_cost_the_whole_report(use, operation):
     model = Odd(use, (8, 2), (2, 6))
     model.other = nn.Linear(6, 1)
-    with pytest.warns(sparing.SparsityWarning, match=f"are not known, because '({operation})' uses it"):
+    with pytest.warns(sparing.SparsityWarning, match=f"are not known, because '({operation})' uses"):
         found = sparing.report(model, torch.randn(4, 6))
     assert {row.name: row.dense_macs for row in found.layers}["other"] == 4 * 6
     assert found.total.dense_macs == sum(row.dense_macs or 0 for row in found.layers)

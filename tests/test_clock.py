@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from harness import SETTINGS, make, method_class
+from harness import SETTINGS, make, method_class, ready_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from sparing.parametrizations import Masked
 every_method = pytest.mark.parametrize("name", SETTINGS)
 quiet = pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
 
-UNTARGETED = {"str", "variational_dropout", "dst", "continuous_sparsification"}
+UNTARGETED = {"str", "variational_dropout", "dst", "continuous_sparsification", "fixed_mask"}
 TARGETED = [name for name in SETTINGS if name not in UNTARGETED]
 # Methods that update thresholds up to the last step, and at each of the last `every` steps.
 TO_THE_END = ["str_sparsity", "str_feather", "st3", "st3_sigma", "feather"]
@@ -64,7 +64,7 @@ class Loop:
     def __init__(self, method, steps, optimizer="sgd", fused=False, scaled=False, attach=True, seed=0):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 5))
-        self.sparsifier = sparing.sparsify_(self.model, method, steps=steps)
+        self.sparsifier = sparing.sparsify_(ready_for(method, self.model), method, steps=steps)
         self.optimizer = self.build_optimizer(optimizer, fused)
         if attach:
             self.sparsifier.attach(self.optimizer)

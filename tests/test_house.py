@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "macs": {"errors", "layers", "products"},
     "param_groups": {"errors", "layers", "parametrizations"},
     "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
-    "goal": {"errors", "layers", "method", "parametrizations"},
+    "goal": {"errors", "layers", "method", "parametrizations", "patterns"},
     "sparsifier": {"errors", "goal", "layers", "method", "optimizers", "parametrizations", "schedules"},
     "integrations": {"errors", "layers"},
     "sparsify": {"errors", "goal", "integrations", "layers", "method", "register", "schedules", "select", "sparsifier"},
+    "dense": {"errors", "goal", "parametrizations"},
     "growing": {
         "budget", "layers", "masks", "method", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier",
     },

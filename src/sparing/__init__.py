@@ -2,6 +2,7 @@
 
 from sparing import export, models, rnn, select
 from sparing.budget import Budget
+from sparing.dense import load_dense_state_dict, merge_
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.layers import sparse_layers
 from sparing.macs import count_applications
@@ -20,6 +21,7 @@ from sparing.methods import (
     STR,
     ContinuousSparsification,
     Feather,
+    FixedMask,
     GraSP,
     RigL,
     Spartan,
@@ -58,6 +60,7 @@ __all__ = [
     "ContinuousSparsification",
     "Feather",
     "Filters",
+    "FixedMask",
     "GraSP",
     "InputError",
     "Method",
@@ -80,6 +83,8 @@ __all__ = [
     "densify_",
     "export",
     "find_method",
+    "load_dense_state_dict",
+    "merge_",
     "models",
     "param_groups",
     "report",

@@ -4,12 +4,20 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sparing.errors import SparsityWarning
+from sparing.errors import InputError, SparsityWarning
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.parametrizations import Clock
+from sparing.parametrizations import Clock, Mask, Masked, Sparse
+from sparing.patterns import NM
+
+CHANCE = 0.02
+"""A smaller share of zeros does not make a model sparse: a uniform initialization in bfloat16 has 0.4 %."""
+
+SLACK = 0.95
+"""Budgets round the counts of layers, so a model counts as being at its target down to this share of the weights."""
 
 
 def make_clock(method: Method, plan: Any, steps: int | None, layers: int, start: float = 0.0) -> Clock:
@@ -32,6 +40,85 @@ def goal_reached(layers: Mapping[str, Layer], goal: int | None) -> float:
         return 0.0
     dense, now = _costs(layers.values())
     return min(max((dense - now) / max(dense - goal, 1), 0.0), 1.0)
+
+
+@torch.no_grad()
+def start_ramp(method: Method, plan: Any, weights: Mapping[str, Tensor], made: Mapping[str, Sparse]) -> float:
+    """Let the ramp of a method start at the zeros of weights that are sparse already; masks keep these zeros.
+
+    Args:
+        method: that is to train them.
+        plan: of the method.
+        weights: dense weights, by layer.
+        made: their parametrizations.
+
+    Returns:
+        The share of the way from dense to the goal that the zeros are; 0 for dense weights, and without a ramp.
+
+    Raises:
+        InputError: the weights are sparser than the target.
+    """
+    goal, costs = method.goal(plan) or (None, None)
+    if goal is None or not method.ramps or any(weight.is_meta for weight in weights.values()):
+        return 0.0
+    kept = nonzero_masks(weights)
+    if not kept:
+        return 0.0
+    dense = now = loose = 0
+    for name in weights:
+        units = getattr(plan, "allocation", plan).units[name]
+        cost = 1 if costs is None else costs[name]
+        active = units.count if name not in kept else _sum(units.active(kept[name]))
+        dense, now = dense + cost * units.weights * units.count, now + cost * units.weights * active
+        if name in kept and type(made.get(name)) is not Mask:
+            loose += units.weights * active - _sum(kept[name])
+    # N:M is no total: a group that has fewer than n weights satisfies it.
+    if now < SLACK * goal and not isinstance(getattr(method, "pattern", None), NM):
+        raise InputError(
+            f"{type(method).__name__}: the layers have a sparsity of {1 - now / dense:.2%} already, above the target "
+            f"of {1 - goal / dense:.2%}: give a higher target, or keep these zeros with sparing.FixedMask()"
+        )
+    if made and loose:
+        warnings.warn(
+            f"{type(method).__name__}: {loose:,} of the zeros are in groups that are not zero as a whole, and are "
+            f"trained again, as {method.pattern} prunes whole groups",  # type: ignore[attr-defined]
+            SparsityWarning,
+            stacklevel=3,
+        )
+    for name, part in made.items():
+        if isinstance(part, Masked) and name in kept:
+            part.mask &= kept[name]
+    return min((dense - now) / max(dense - goal, 1), 1.0)
+
+
+@torch.no_grad()
+def nonzero_masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return masks that are False at the zeros of the layers that are sparse already; none of dense layers.
+
+    A layer of zeros alone, or of zeros and one other value, is an initialization: zero, identity or Dirac. Its zeros
+    are trained, and so are the few that are there by chance.
+
+    Examples:
+        >>> nonzero_masks({"sparse": torch.tensor([0.0, 0.5, -0.3]), "new": torch.zeros(2)})
+        {'sparse': tensor([False,  True,  True])}
+    """
+    zeros = {name: weight.numel() - _sum(weight != 0) for name, weight in weights.items()}
+    pruned = [name for name, weight in weights.items() if zeros[name] and not _is_initialization(weight, zeros[name])]
+    if sum(zeros[name] for name in pruned) < CHANCE * sum(weight.numel() for weight in weights.values()):
+        return {}
+    return {name: weights[name] != 0 for name in pruned}
+
+
+def _is_initialization(weight: Tensor, zeros: int) -> bool:
+    if weight.numel() - zeros == 1:
+        return False  # one weight that is left
+    zero = weight == 0
+    return bool(weight.masked_fill(zero, torch.inf).amin() >= weight.masked_fill(zero, -torch.inf).amax())
+
+
+def _sum(mask: Tensor) -> int:
+    count = mask.sum()
+    return int(count.full_tensor() if hasattr(count, "full_tensor") else count)
 
 
 def missed_targets(model: nn.Module, only: Clock | None = None) -> list[str]:

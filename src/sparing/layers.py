@@ -183,9 +183,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
         return ()
     if isinstance(module, nn.RNNBase):
         return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
-    from_torch = type(module).__module__.startswith("torch.nn.modules") or isinstance(
-        module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS + EMBEDDINGS + (nn.Linear,)
-    )
+    kernel = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
     found = []
     made = {name: _original(each) for name, each in getattr(module, "parametrizations", {}).items()}
     for name, parameter in (module._parameters | made).items():
@@ -193,8 +191,8 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
             continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             found += [name] if name == "weight" else []
-        # A vector that broadcasts, such as a token of shape (1, 1, C), is no kernel.
-        elif parameter.dim() == 2 or (parameter.dim() > 2 and (from_torch or sum(n > 1 for n in parameter.shape) > 1)):
+        # A vector that broadcasts, such as a token of shape (1, 1, C), is no kernel; a convolution of one channel is.
+        elif parameter.dim() == 2 or (kernel and name == "weight") or sum(size > 1 for size in parameter.shape) > 1:
             found.append(name)
     return tuple(found)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.budget import Allocation, Budget, check_target
+from sparing.budget import RULES, Allocation, Budget, check_target, read_budget
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.parametrizations import Sparse
@@ -49,6 +49,8 @@ class Method(ABC):
         finishes: whether `Sparsifier.finish` performs the updates due in steps that were not taken; False if updates
             only move weights.
         sets_weights: whether updates set weights that go on training, so that the optimizer must not keep a copy.
+        ramps: whether the sparsity rises to the target, of a method whose plan has units. In a model that is sparse
+            already, the ramp then starts at the zeros that are there.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -71,6 +73,7 @@ class Method(ABC):
     retargets: ClassVar[bool] = False
     finishes: ClassVar[bool] = True
     sets_weights: ClassVar[bool] = False
+    ramps: ClassVar[bool] = False
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Resolve the method for this model and length of the run; the result is `Sparsifier.plan`.
@@ -103,6 +106,10 @@ class Method(ABC):
         Return None if there is no target.
         """
         return None
+
+    def limited_to(self, layers: Layers) -> Method:
+        """Return the method for the layers that are left of those it was made for."""
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Return name and arguments in plain values, for checkpoints. Equal methods have equal descriptions."""
@@ -185,6 +192,12 @@ class Ranking(Method):
                 "must have one size in all layers: use Block(n), or leave layers out with select="
             )
         return Plan(allocation, self.updates(steps))
+
+    def limited_to(self, layers: Layers) -> Ranking:
+        if self.budget in RULES:
+            return self
+        budget = read_budget(self.budget)
+        return dataclasses.replace(self, budget=Budget({name: budget[name] for name in layers}))
 
     def updates(self, steps: int | None) -> Updates | None:
         """Return when masks or thresholds are updated; None for a method without the field `end`."""

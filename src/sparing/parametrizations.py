@@ -26,7 +26,8 @@ class Clock:
         method: name and arguments of the method, in plain values.
         steps: length of the run in optimizer steps; None if the method needs none.
         step: optimizer steps taken.
-        start: the share of the final sparsity that the run started with; above 0 after `retarget`.
+        start: the share of the final sparsity that the run started with; above 0 after `retarget`, and in a model that
+            was sparse already.
         layers: how many layers the run has.
         goal: the most that the layers may cost at the end of the run; None without a target. It follows
             from model and method, so it is not saved.
@@ -84,11 +85,13 @@ class Sparse(RunState):
             "thresholds", "weights" or "norms". A parameter that is not named gets none.
         clock: of the run; set by `sparsify_`.
         cost: of one weight, in the unit of the goal of the run.
+        sparsifier: the sparsifier of the run, alone in a tuple; a copy of the model has none.
     """
 
     decays: ClassVar[Mapping[str, str]] = {}
     clock: Clock | None = None
     cost: int = 1
+    sparsifier: tuple[Any, ...] = ()
 
     def threshold(self) -> Tensor | None:
         """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""
@@ -109,6 +112,9 @@ class Sparse(RunState):
     def set_extra_state(self, state: Tensor) -> None:
         if self.clock is not None:
             self.clock.load(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "sparsifier"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -71,22 +71,31 @@ class Applications:
                 "forward pass, so they have no common cost in MACs: leave the layer out, or give a sparsity"
             )
         for note in self.notes([name]):
-            raise InputError(f"{note}. Leave the layer out, or give a sparsity")
+            raise InputError(f"{note}. Leave it out, or give a sparsity")
         return count
 
     def notes(self, names: Iterable[str] | None = None) -> list[str]:
-        """Return a sentence for each layer, of these names or of all, whose MACs are not those of its weights."""
+        """Return a sentence for each operation that makes the MACs of some layers others than those of its weights.
+
+        Args:
+            names: of the layers to speak of; None is all.
+        """
         names = list(self.counts if names is None else names)
+        texts = {
+            "the model multiplies by what {by!r} makes of the weight of {layers}, in which zeros need not be zero; the "
+            "MACs are those of a dense layer": self.changed,
+            "the MACs of {layers} are not known, because {by!r} uses the weight, and are in no sum": self.unknown,
+        }
         return [
-            f"layer {name!r}: the model multiplies by what {self.changed[name]!r} makes of the weight, in which zeros "
-            "need not be zero; its MACs are those of a dense layer"
-            for name in names
-            if name in self.changed
-        ] + [
-            f"layer {name!r}: its MACs are not known, because {self.unknown[name]!r} uses it, and are in no sum"
-            for name in names
-            if name in self.unknown
+            text.format(by=operation, layers=_listed([name for name in names if found.get(name) == operation]))
+            for text, found in texts.items()
+            for operation in sorted({found[name] for name in names if name in found})
         ]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+    return f"{', '.join(map(repr, names[:3]))}{more}"
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,9 @@ class ProductCounter(TorchDispatchMode):
         if operation in _PRODUCTS and (data or operation is not aten.mul):
             self._count_product(operation, args, result, weights)
             self.mark(result, DATA if data else Origin(layers=layers))
+        elif operation is aten._grouped_mm:
+            self._count_groups(*args, **kwargs)
+            self.mark(result)
         elif operation in _RECURRENT:
             for name in layers:
                 self._counts[name] += math.prod(args[0].shape[:-1])
@@ -237,6 +249,15 @@ class ProductCounter(TorchDispatchMode):
         if origin.changed is not None:
             self._changed |= dict.fromkeys(origin.layers, origin.changed)
 
+    def _count_groups(self, rows: Tensor, experts: Tensor, offs: Tensor | None = None, **others: Any) -> None:
+        """Count the products of a mixture of experts: how many rows an expert gets follows from their values."""
+        origin = self._origins.get(experts, CONSTANT)
+        if origin.places is None or offs is None or experts.dim() != 3:
+            self._unknown |= dict.fromkeys(origin.layers, "_grouped_mm")
+            return
+        for index, number in enumerate(offs.diff(prepend=offs.new_zeros(1)).tolist()):
+            self._parts.append((replace(origin, places=partial(_one_of, origin.places, index)), number))
+
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, weights: dict[Tensor, Origin]) -> None:
         """Mark what an operation makes of weights alone."""
         operation = func.overloadpacket
@@ -260,6 +281,10 @@ class ProductCounter(TorchDispatchMode):
                 self.mark(made, replace(origin, places=source.places, whole=source.whole, changed=changed))
             else:
                 self.mark(made, origin)
+
+
+def _one_of(places: Callable[[], Tensor], index: int) -> Tensor:
+    return places()[index]
 
 
 def _moved(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin], index: int) -> Tensor:

@@ -67,7 +67,7 @@ class Report:
         backbone: all but the last Linear, the classifier, which the papers leave out under this name.
         sparsified: the sparsified layers; None if none or all of them are.
         missed: a sentence for each target that is not met, with both numbers.
-        notes: a sentence for each layer whose MACs are not those of its nonzero weights.
+        notes: a sentence for each kind of layers whose MACs are not those of their nonzero weights.
     """
 
     layers: tuple[Row, ...]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import goal_reached, make_clock, set_costs, warn_missed_target
+from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method, Optimizers
 from sparing.optimizers import (
@@ -62,6 +62,7 @@ class Sparsifier:
         self._stepped: set[int] = set()  # optimizers that have taken their part of the step
         self._taken = self._acted = self._penalized = self._penalty_warned = self._checked = False
         self._warned: set[str] = set()
+        self._introduce()
 
     @property
     def step(self) -> int:
@@ -90,6 +91,15 @@ class Sparsifier:
         """How far the sparsity ramp is at this step, in [0, 1]; of a method with a schedule."""
         done: float = self.plan.updates.progress(self.clock.step, self.clock.start)
         return done
+
+    @property
+    def holds(self) -> bool:
+        """Whether this step is on the ramp of a run that did not start dense; of a method with a schedule.
+
+        A method whose gradients reach pruned weights then updates its thresholds at every step: zeros lie close
+        together, and the next step could move all of them past a threshold.
+        """
+        return self.clock.start > 0 and self.clock.step <= self.plan.updates.end
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Copy a mask into each layer, given by the layer's name; of a method with `Masked` parametrizations."""
@@ -121,7 +131,7 @@ class Sparsifier:
         Warns:
             SparsityWarning: the optimizer gives no weight decay to thresholds that nothing else raises.
         """
-        self._active()
+        self.drop_lost_layers()
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         if not inner:
             raise InputError("attach() needs the optimizer that trains the model")
@@ -164,7 +174,8 @@ class Sparsifier:
         """
         if self._stepped:
             self._end_step()
-        if not self._active() or self.clock.steps is None or self.clock.step >= self.clock.steps:
+        self.drop_lost_layers()
+        if not self.layers or self.clock.steps is None or self.clock.step >= self.clock.steps:
             return
         while self.clock.step < self.clock.steps:
             self.clock.step += 1
@@ -189,12 +200,15 @@ class Sparsifier:
                 "densify_() and sparsify_() for that"
             )
         if not method.retargets:
-            raise InputError(f"retarget(): {method.name!r} cannot change its sparsity during training")
+            raise InputError(
+                f"retarget(): {method.name!r} cannot change its sparsity during training: call densify_(), then "
+                "sparsify_() with a method that can, such as GMP"
+            )
         ours, theirs = self.method.describe(), method.describe()
         changed = [key for key in ours if ours[key] != theirs[key] and key not in _MAY_CHANGE]
         if changed:
             raise InputError(f"retarget() changes targets and schedules, not {', '.join(changed)}")
-        self._active()
+        self.drop_lost_layers()
         plan = method.prepare(self.model, self.layers, steps)
         if getattr(getattr(plan, "updates", None), "end", 1) == 0:
             raise InputError("retarget(): begin=0 and end=0 prune in sparsify_() only; give a later end")
@@ -209,6 +223,14 @@ class Sparsifier:
         made = self.method.parametrizations(self.layers, self.plan)
         for name, layer in self.layers.items():
             layer.places[0].parametrizations[0].take_values(made[name])  # type: ignore[index, operator, union-attr]
+
+    def restart(self) -> None:
+        """Make masks and the start of the ramp anew, from weights that were loaded before the first step."""
+        made = self.method.parametrizations(self.layers, self.plan)
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        self.clock.start = start_ramp(self.method, self.plan, weights, made)
+        for name, layer in self.layers.items():
+            layer.parametrization.take_state(made[name].state())  # type: ignore[union-attr]
 
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
@@ -341,11 +363,34 @@ class Sparsifier:
             self.clock.stale = False
             self.layers = {name: layer for name, layer in self.layers.items() if layer.parametrization is not None}
             if self.layers:
-                self.plan = self.method.prepare(self.model, self.layers, self.steps)
+                self.plan = self.method.limited_to(self.layers).prepare(self.model, self.layers, self.steps)
                 rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
                 self.clock.goal, self.clock.layers = rest.goal, rest.layers
                 set_costs(self.layers, self.method, self.plan)
         return bool(self.layers)
+
+    def drop_lost_layers(self) -> None:
+        """Drop the layers whose module is no longer in the model, with a warning; the target is that of the others."""
+        self._active()
+        modules = {id(module) for module in self.model.modules()}
+        lost = {name for name, layer in self.layers.items() if not any(id(p.module) in modules for p in layer.places)}
+        if not lost:
+            return
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in lost}
+        self.clock.stale = True
+        self._active()
+        names = sorted(lost)
+        warnings.warn(
+            f"{self.method.name}: sparsified layers are no longer in the model, as their modules were replaced or "
+            f"removed: {', '.join(names)}. The target is now that of the other {len(self.layers)} layers. To sparsify "
+            f"what replaced them, call sparsify_(model, method, select={names})",
+            SparsityWarning,
+            stacklevel=3,
+        )
+
+    def _introduce(self) -> None:
+        for layer in self.layers.values():
+            layer.parametrization.sparsifier = (self,)  # type: ignore[union-attr]
 
     def _hook(self) -> None:
         while self._handles:
@@ -362,6 +407,7 @@ class Sparsifier:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, and has another identity.
         vars(self).update({**state, "_stepped": set(), "_acted": False})
+        self._introduce()
         self._hook()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -404,6 +450,8 @@ class Sparsifier:
         self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1
+        if clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
+            self.drop_lost_layers()
         if not self._checked:  # the first step has created the state
             check_state(self._holders, self.method.resets(self, self.optimizers))
             self._checked = True

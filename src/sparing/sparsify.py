@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import make_clock, set_costs, warn_missed_target
+from sparing.goal import make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.integrations.huggingface import check_saved, save_effective_weights
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
@@ -25,7 +25,8 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
 
     Every selected weight W becomes the effective weight that the method makes of it; the dense W stays in the model
     as the parameter that the optimizer moves. Another call may sparsify other layers by another method. Of a weight
-    with another parametrization, such as weight normalization, the result of that is made sparse.
+    with another parametrization, such as weight normalization, the result of that is made sparse. If the weights are
+    sparse already, a sparsity ramp starts at their zeros.
 
     Args:
         model: any module.
@@ -44,7 +45,8 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     Raises:
         InputError: nothing is selected, or only frozen layers; a name matches nothing; a layer is selected twice or
             sparsified already; a weight is not finite, not floating point or not initialized; another parametrization
-            computes it and the method works on its gradient; the method needs `steps` or refuses the model.
+            computes it and the method works on its gradient; the weights are sparser than the target; the method needs
+            `steps` or refuses the model.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -66,8 +68,9 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         made = method.parametrizations(layers, plan)
         for name, layer in layers.items():
             made[name](layer.weight)
+        start = start_ramp(method, plan, {name: layer.weight for name, layer in layers.items()}, made)
     # Everything that can fail has been tried by now, so an error leaves the model as it was.
-    clock = make_clock(method, plan, steps, len(layers))
+    clock = make_clock(method, plan, steps, len(layers), start)
     for name, layer in layers.items():
         made[name].clock = clock
         register(layer, made[name])

@@ -98,6 +98,7 @@ class Rescaling(Method):
     """
 
     retargets = True
+    ramps = True
 
     sparsity: float | None = None
     macs: float | int | None = None

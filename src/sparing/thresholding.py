@@ -54,6 +54,7 @@ class Thresholding(Ranking):
 
     takes_nm = False
     retargets = True
+    ramps = True
     after_ramp = True
 
     budget: Budget | str = "global"
@@ -70,7 +71,7 @@ class Thresholding(Ranking):
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        if sparsifier.due:
+        if sparsifier.due or sparsifier.holds:
             thresholds = sparsifier.plan.allocation.thresholds(_score, sparsifier.progress)
             for layer, part in sparsifier.each(RankedThreshold):
                 part.update(layer.weight, thresholds[layer.name])

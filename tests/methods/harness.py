@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import sparing
-from sparing import METHODS, NM, Block, Filters
+from sparing import GMP, METHODS, NM, Block, Filters, FixedMask
 
 STEPS = 20
 SPARSITY = 0.75
@@ -38,6 +38,7 @@ SETTINGS = {
     "feather": {"sparsity": SPARSITY, "every": 3, "theta": 0.5},
     "acdc": {"sparsity": SPARSITY, "begin": 2, "end": 15, "phase": 3},
     "spartan": {"sparsity": SPARSITY, "every": 3},
+    "fixed_mask": {},
 }
 
 # Entries that are a second way to use a method.
@@ -100,6 +101,14 @@ def build(model_name, seed=0):
     """Return a fresh model and the shape of one input."""
     torch.manual_seed(seed)
     return MODELS[model_name]()
+
+
+def ready_for(method, model):
+    """Return the model, with half of its weights pruned for a method that keeps zeros."""
+    if isinstance(method, FixedMask):
+        sparing.sparsify_(model, GMP(sparsity=0.5, begin=0, end=0))
+        sparing.densify_(model)
+    return model
 
 
 def batch(shape, step):
@@ -167,7 +176,7 @@ class Run:
 
     def __init__(self, model_name, method, optimizer="sgd", seed=0, steps=STEPS, **options):
         self.model, self.shape = build(model_name, seed)
-        self.sparsifier = sparing.sparsify_(self.model, method, steps=steps)
+        self.sparsifier = sparing.sparsify_(ready_for(method, self.model), method, steps=steps)
         groups = sparing.param_groups(self.model, weight_decay=1e-2)
         if optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, **options)

@@ -11,6 +11,7 @@ from sparing.methods.dnw import DNW
 from sparing.methods.dsr import DSR
 from sparing.methods.dst import DST
 from sparing.methods.feather import Feather
+from sparing.methods.fixed_mask import FixedMask
 from sparing.methods.gmp import GMP
 from sparing.methods.grasp import GraSP
 from sparing.methods.rigl import RigL
@@ -26,7 +27,7 @@ from sparing.methods.variational_dropout import VariationalDropout
 
 __all__ = [
     "ACDC", "DNW", "DSR", "DST", "GMP", "METHODS", "SET", "SNFS", "SNIP", "ST3", "STR", "ContinuousSparsification",
-    "Feather", "GraSP", "RigL", "ST3Sigma", "STRFeather", "Spartan", "StaticRandom", "VariationalDropout",
+    "Feather", "FixedMask", "GraSP", "RigL", "ST3Sigma", "STRFeather", "Spartan", "StaticRandom", "VariationalDropout",
     "find_method",
 ]  # fmt: skip
 
@@ -34,7 +35,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         STR, STRFeather, GMP, RigL, DNW, DSR, SET, SNFS, VariationalDropout, DST, ContinuousSparsification,
-        StaticRandom, SNIP, GraSP, ST3, ST3Sigma, Feather, ACDC, Spartan,
+        StaticRandom, SNIP, GraSP, ST3, ST3Sigma, Feather, ACDC, Spartan, FixedMask,
     )
 }  # fmt: skip
 """The methods by the name that recipes use."""

@@ -45,6 +45,7 @@ class GMP(Ranking):
 
     name = "gmp"
     retargets = True
+    ramps = True
 
     begin: int | float = 0.2
     end: int | float = 0.8
@@ -57,4 +58,7 @@ class GMP(Ranking):
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.due and sparsifier.plan.updates.end > 0:
-            sparsifier.set_masks(sparsifier.plan.allocation.masks(magnitude, sparsifier.progress))
+            masks = sparsifier.plan.allocation.masks(magnitude, sparsifier.progress)
+            if sparsifier.clock.start > 0:  # the zeros of the start stay, whatever the share of their layer
+                masks = {name: mask & (sparsifier.layers[name].weight != 0) for name, mask in masks.items()}
+            sparsifier.set_masks(masks)

@@ -64,6 +64,7 @@ class Spartan(Ranking):
     name = "spartan"
     takes_nm = False
     equal_units = True
+    ramps = True
 
     budget: Budget | str = "global"
     begin: int | float = 0.2
@@ -121,7 +122,8 @@ class Spartan(Ranking):
         step, plan = sparsifier.step, sparsifier.plan
         if not sparsifier.due:
             return
-        progress = min(step / max(to_step(self.begin, sparsifier.steps), 1), 1.0)
+        start, share = sparsifier.clock.start, step / max(to_step(self.begin, sparsifier.steps), 1)
+        progress = start + (1 - start) * share if share < 1 else 1.0
         beta, kept, units = self.beta(step, plan.updates.end), plan.allocation.at(progress), plan.allocation.units
         norms = {layer.name: partial(_norm, layer, units[layer.name]) for layer, _ in sparsifier.each(SoftTopK)}
         if isinstance(kept, int):

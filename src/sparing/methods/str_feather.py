@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 from sparing.group_threshold import feather_threshold
 from sparing.layers import Layer
-from sparing.method import Layers, Parametrizations
+from sparing.method import Layers, Optimizers, Parametrizations
 from sparing.parametrizations import LearnedThreshold, learned_number
 from sparing.patterns import Units
 from sparing.schedules import check_number
-from sparing.target import Rescaling
+from sparing.sparsifier import Sparsifier
+from sparing.target import Rescaling, rescale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ class STRFeather(Rescaling):
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {name: self._parametrization(layer) for name, layer in layers.items()}
+
+    def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        if sparsifier.due or sparsifier.holds:
+            target = sparsifier.plan
+            rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
 
     def _parametrization(self, layer: Layer) -> LearnedThreshold:
         s = learned_number((1,), self.init, layer.weight)
