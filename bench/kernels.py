@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparing.export import latency, mnn, native, onnx
+from sparing.export.inputs import find_inputs
 from sparing.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def in_mnn(layer, x, folder):
     """Return a function that runs the layer in MNN and returns the seconds of its convolution."""
     import MNN
 
-    onnx.export(layer, tuple(x.shape)).save(folder / "layer.onnx")
+    onnx.export(layer, find_inputs(layer, tuple(x.shape)))[0].save(folder / "layer.onnx")
     mnn.convert(folder / "layer.onnx", folder / "layer.mnn")
     interpreter = MNN.Interpreter(str(folder / "layer.mnn"))
     session = interpreter.createSession({"backend": "CPU", "numThread": 1, "precision": "normal"})

@@ -2,7 +2,12 @@
 
 import builtins
 import json
+import os
 import re
+import subprocess
+import sys
+import warnings
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from torch import nn
 
 import sparing
 from sparing.export import csr, formats, latency, mnn, network, onnx, openvino, runtimes
+from sparing.export.inputs import find_inputs
 from sparing.export.runtimes import Process
 from sparing.export.shrink import shrink
 from sparing.plots import latency_bars
@@ -82,7 +88,7 @@ def test_outputs_match_pytorch_in_every_runtime(name):
     model = trained(make)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     plain = network.plain(model)
-    allowed = relative_error(plain, *network.random_inputs(example, 5)[0])
+    allowed = relative_error(plain, *find_inputs(plain, example).sample(5)[0])
     written = onnx.save(model, "network.onnx", example)
     assert written.error < allowed
     mnn.convert(Path("network.onnx"), Path("network.mnn"))
@@ -90,7 +96,7 @@ def test_outputs_match_pytorch_in_every_runtime(name):
     for runtime, file in files.items():
         with Process(runtime, file, threads=1) as process:
             for batch in (1, 5):  # the batch size is dynamic
-                args, kwargs = network.random_inputs(example, batch)
+                args, kwargs = find_inputs(plain, example).sample(batch)
                 got = process.run([tensor.numpy() for tensor in args])
                 assert network.max_relative_error(network.outputs(plain, args, kwargs), got) < allowed, runtime
     after = model.state_dict()
@@ -106,7 +112,7 @@ def test_outputs_match_pytorch_in_every_runtime(name):
 def test_every_format_writes_a_file_with_matching_outputs():
     model = trained(lambda: nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)))
     sizes, plain = {}, network.plain(model)
-    allowed = relative_error(plain, *network.random_inputs((1, 3, 8, 8))[0])
+    allowed = relative_error(plain, *find_inputs(plain, (1, 3, 8, 8)).sample(2)[0])
     for name, (file, save) in formats.FORMATS.items():
         written = save(model, Path(file), (1, 3, 8, 8))
         assert written.path == Path(file)
@@ -117,7 +123,7 @@ def test_every_format_writes_a_file_with_matching_outputs():
     assert sizes["compressed"] < 0.2 * sizes["safetensors"]
     assert sizes["mnn"] < 0.4 * sizes["safetensors"]
     with Process("openvino_fp32", "model.xml", threads=1) as process:
-        args, _ = network.random_inputs((1, 3, 8, 8))
+        args, _ = find_inputs(plain, (1, 3, 8, 8)).sample(2)
         got = process.run([args[0].numpy()])
     assert network.max_relative_error(network.outputs(plain, args, {}), got) < allowed
     state = sparing.export.compressed.load("compressed.safetensors")
@@ -175,8 +181,8 @@ def test_export_compacts_learned_ranks():
 
 def test_onnx_constant_of_shape_has_an_explicit_value():
     model = sparing.models.fastgrnn(5, 6, hidden_size=8).eval()  # the initial state is zeros of the batch size
-    nodes = onnx.export(model, (1, 3, 6)).model.graph.all_nodes()
-    (zeros,) = [node for node in nodes if node.op_type == "ConstantOfShape"]
+    program, _ = onnx.export(model, find_inputs(model, (1, 3, 6)))
+    (zeros,) = [node for node in program.model.graph.all_nodes() if node.op_type == "ConstantOfShape"]
     value = zeros.attributes["value"].as_tensor().numpy()
     assert (value.tolist(), value.dtype) == ([0.0], "float32")
 
@@ -196,8 +202,11 @@ def test_export_errors_name_the_cause_in_one_line():
         onnx.save(Untraceable(), "no.onnx", (1, 3))
     with pytest.raises(sparing.InputError, match=r"nowhere/no.onnx cannot be written: No such file"):
         onnx.save(nn.Sequential(nn.Linear(3, 3)), "nowhere/no.onnx", (1, 3))
-    with pytest.raises(sparing.InputError, match=r"example must be a shape such as \(1, .*\) or tensors, got 'x'"):
-        onnx.save(nn.Linear(3, 3), "no.onnx", "x")
+    for example in ("x", (), (torch.ones(1, 3), None), {"input": 3}, (1, 0)):
+        with pytest.raises(sparing.InputError, match=r"example must be a shape such as \(1, .*\) or tensors, got "):
+            onnx.save(nn.Linear(3, 3), "no.onnx", example)
+    with pytest.raises(sparing.InputError, match=r"does not run on inputs of shape \[\(1, 4\)\]: mat1 and mat2 shapes"):
+        onnx.save(nn.Linear(3, 3), "no.onnx", (1, 4))
     with pytest.raises(sparing.InputError, match="no.mnn: the suffix of an OpenVINO file must be .xml, got '.mnn'"):
         openvino.save(nn.Linear(3, 3), "no.mnn", (1, 3))
     Path("noise.onnx").write_bytes(b"noise")
@@ -207,7 +216,7 @@ def test_export_errors_name_the_cause_in_one_line():
 
 
 def test_export_with_output_mismatch_is_not_written(monkeypatch):
-    monkeypatch.setattr(onnx, "_run", lambda path, inputs: [torch.zeros(3, 2)])
+    monkeypatch.setattr(Process, "run", lambda process, inputs: [torch.zeros(3, 2)])
     with pytest.raises(sparing.InputError, match="output mismatch with PyTorch: maximum relative error 1, allowed"):
         onnx.save(nn.Sequential(nn.Linear(4, 2)), "wrong.onnx", (1, 4))
     assert not list(Path().iterdir())
@@ -217,6 +226,389 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(network, "find_spec", lambda name: None if name == "MNN" else builtins.object())
     with pytest.raises(sparing.InputError, match=re.escape("mnn is not installed; run pip install 'sparing[export]'")):
         mnn.save(nn.Linear(2, 2), "x.mnn", (1, 2))
+
+
+def test_every_module_of_the_package_is_an_attribute():
+    # In a new process: here the modules are imported already.
+    code = (
+        "import sparing, sys; print(*[name for name in sys.argv[1:] if getattr(sparing.export, name).__name__ != "
+        "f'sparing.export.{name}' or name not in dir(sparing.export)], hasattr(sparing.export, 'absent'))"
+    )
+    names = [path.stem for path in Path(sparing.export.__file__).parent.glob("[!_]*.py")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
+    assert len(names) > 10
+
+
+# Names of inputs and outputs.
+
+
+def names_of(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return {value.name: value.shape for value in session.get_inputs()}, {
+        value.name: value.shape for value in session.get_outputs()
+    }
+
+
+class Classifier(nn.Module):
+    """Model with keyword inputs of its own order, and names that are also those of weights and of other values."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.scale = nn.Embedding(20, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, input_ids, scale, add=None):
+        hidden = self.words(input_ids) * scale[..., None] * self.scale
+        return {"logits": hidden.relu() - 2 * add, "scale": scale, "relu": hidden + 1, "parts": (add, [hidden - 1])}
+
+
+def test_inputs_are_named_as_keywords_and_outputs_as_keys():
+    import openvino as package
+
+    ids = torch.randint(20, (1, 6))
+    example = {"add": torch.ones(1, 6, 8), "input_ids": ids, "scale": torch.ones(1, 6)}
+    inputs = {"add": ["batch", 6, 8], "input_ids": ["batch", 6], "scale": ["batch", 6]}
+    outputs = ["logits", "scale_out", "relu", "parts_0", "parts_1_0"]
+    onnx.save(
+        Classifier(), "model.onnx", example
+    )  # compares the outputs with PyTorch, so the names are at their values
+    found, results = names_of("model.onnx")
+    assert found == inputs
+    assert list(results) == outputs
+    openvino.save(Classifier(), "model.xml", example)
+    read = package.Core().read_model("model.xml")
+    assert [value.get_any_name() for value in read.inputs] == list(inputs)
+    assert [value.get_any_name() for value in read.outputs] == outputs
+    mnn.save(Classifier(), "model.mnn", example)
+    content = Path("model.mnn").read_bytes()
+    assert all(name.encode() in content for name in (*inputs, *outputs))
+
+
+Pair = namedtuple("Pair", "mean rest")
+
+
+class Positional(nn.Module):
+    def forward(self, image, state, *more):
+        total = image + state[0] + state[1]["k"] - 2 * more[0] + more[1]
+        if len(image.shape) == 2:
+            return Pair(total, [image, None, total])
+        return total, None, image
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs"), [(2, ["mean", "rest_0", "rest_2"]), (3, ["output0", "output1"])], ids=["named", "numbered"]
+)
+def test_positional_inputs_are_named_as_parameters(size, outputs):
+    tensors = [torch.ones(*[1] * (size - 1), 3) for _ in range(5)]
+    example = (tensors[0], (tensors[1], {"k": tensors[2]}), *tensors[3:])
+    onnx.save(Positional(), "model.onnx", example)
+    found, results = names_of("model.onnx")
+    assert list(found) == ["image", "state_0", "state_1_k", "more_0", "more_1"]
+    assert list(results) == outputs
+
+
+def test_output_that_is_not_a_tensor_is_named():
+    class Count(nn.Module):
+        def forward(self, x):
+            return x, 3
+
+    with pytest.raises(sparing.InputError, match="the model must return tensors, got 3 of type int"):
+        onnx.save(Count(), "no.onnx", (1, 3))
+
+
+# The dimension of the batch.
+
+
+class Streaming(nn.Module):
+    """Recurrent layer that takes and returns its state."""
+
+    def __init__(self, kind=nn.LSTM, inputs=4, **options):
+        super().__init__()
+        self.layer = kind(inputs, 8, **options)
+        self.head = nn.Linear(8 * (2 if self.layer.bidirectional else 1), 2)
+
+    def forward(self, x, *state):
+        if len(state) == 2:
+            y, state = self.layer(x, state)
+        else:
+            y, state = self.layer(x, *state)
+        return self.head(y), state
+
+
+class Reversed(Streaming):
+    def forward(self, h, c, x):
+        return super().forward(x, h, c)
+
+
+class InPlace(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+class Deep(nn.Module):
+    """Eight recurrent layers, each with its own state."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(8))
+
+    def forward(self, x, *states):
+        new = []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer(x, state)
+            new.append(state)
+        return x, new
+
+
+STATE = (torch.randn(1, 1, 8), torch.randn(1, 1, 8))
+
+
+# The model, an example of its inputs, and the dimension of the batch in each.
+BATCHES = {
+    "lstm": (Streaming(batch_first=True), (torch.randn(1, 5, 4), *STATE), (0, 1, 1)),
+    "state-in-a-tuple": (Streaming(batch_first=True), (torch.randn(1, 5, 4), STATE), (0, 1, 1)),
+    "time-first": (Streaming(), (torch.randn(5, 1, 4), *STATE), (1, 1, 1)),
+    # The number of layers and the number of features are equal to the batch size.
+    "bidirectional": (
+        Streaming(num_layers=2, bidirectional=True),
+        (torch.randn(5, 4, 4), tuple(torch.randn(2, 4, 4, 8))),
+        (1, 1, 1),
+    ),
+    # The sizes of the input are those of the state.
+    "one-frame": (Streaming(inputs=8, batch_first=True), (torch.randn(1, 1, 8), *STATE), (0, 1, 1)),
+    "one-frame-time-first": (Streaming(inputs=8), (torch.randn(1, 1, 8), *STATE), (1, 1, 1)),
+    "state-first": (
+        Reversed(inputs=8, batch_first=True),
+        {"h": STATE[0], "c": STATE[1], "x": torch.randn(1, 1, 8)},
+        (1, 1, 0),
+    ),
+    "many-states": (Deep(), tuple(torch.randn(9, 1, 1, 8)), (0, *[1] * 8)),
+    "gru": (Streaming(nn.GRU, batch_first=True), (torch.randn(1, 5, 4), STATE[0]), (0, 1)),
+    "gru-two-layers": (Streaming(nn.GRU, num_layers=2), (torch.randn(5, 1, 4), torch.randn(2, 1, 8)), (1, 1)),
+    "rnn": (Streaming(nn.RNN, batch_first=True), (torch.randn(1, 5, 4), STATE[0]), (0, 1)),
+    "without-state": (nn.LSTM(4, 8), (5, 1, 4), (1,)),
+    "in-place": (InPlace(4, 8), (5, 1, 4), (1,)),
+    "attention": (nn.MultiheadAttention(4, 2), tuple(torch.randn(3, 5, 1, 4)), (1, 1, 1)),
+    "different-sizes": (nn.Bilinear(3, 3, 2), (torch.randn(1, 3), torch.randn(4, 3)), (0, 0)),
+    "dependent-samples": (nn.BatchNorm1d(4, track_running_stats=False), (3, 4), (0,)),
+    "convolution": (nn.Conv2d(3, 4, 3), (1, 3, 8, 8), (0,)),
+    "tokens": (nn.Embedding(9, 4), torch.ones(2, 3, dtype=torch.int32), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_dimension_of_the_batch_is_found(name):
+    model, example, dims = BATCHES[name]
+    found = find_inputs(model.eval(), example)
+    assert found.batch_dims == dims
+    args, kwargs = found.sample(7)
+    assert 7 in network.outputs(model, args, kwargs)[0].shape
+
+
+def test_tensor_without_a_batch_keeps_its_shape():
+    class Scaled(nn.Module):
+        def forward(self, x, gain, temperature):
+            return x * gain / temperature
+
+    example = {"x": torch.randn(1, 6), "gain": torch.randn(6), "temperature": torch.tensor(2.0)}
+    assert find_inputs(Scaled(), example).batch_dims == (0, None, None)
+    assert onnx.save(Scaled(), "model.onnx", example).error < 1e-6
+    assert names_of("model.onnx")[0] == {"x": ["batch", 6], "gain": [6], "temperature": []}
+
+
+def test_finding_the_batch_changes_neither_model_nor_example():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            return x.mul_(2)
+
+    model, x = Counting(), torch.ones(2, 3)
+    find_inputs(model, x)
+    assert model.count == 0
+    assert bool((x == 1).all())
+
+
+def test_streaming_network_is_exported_with_a_dynamic_batch_size():
+    model = trained(lambda: Streaming(batch_first=True), sparsity=0.5)
+    example = {"x": torch.randn(1, 5, 4)} | dict(zip("hc", STATE, strict=True))
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, h, c):
+            y, (h, c) = self.model(x, h, c)
+            return {"y": y, "h": h, "c": c}
+
+    allowed = relative_error(network.plain(model), torch.randn(3, 5, 4), *torch.randn(2, 1, 3, 8))
+    for save, file in ((onnx.save, "model.onnx"), (openvino.save, "model.xml"), (mnn.save, "model.mnn")):
+        assert save(Named(), file, example).error < allowed  # checked with a batch of three
+    state = [1, "batch", 8]
+    assert names_of("model.onnx") == (
+        {"x": ["batch", 5, 4], "h": state, "c": state},
+        {"y": ["batch", 5, 2], "h_out": state, "c_out": state},
+    )
+
+
+class Branch(nn.Module):
+    """Model whose control flow depends on the batch size, which torch.export cannot trace with a dynamic one."""
+
+    def forward(self, x):
+        return x + 1 if x.shape[0] < 3 else x * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "shape", "message"),
+    [
+        (
+            nn.LSTM(4, 8),
+            (torch.randn(5, 4), (torch.randn(1, 8), torch.randn(1, 8))),
+            [5, 4],
+            "no dimension of the inputs",
+        ),
+        (nn.LSTM(4, 8), (5, 4), [5, 4], "cannot trace the model with a dynamic batch size"),
+        (Branch(), (1, 4), [1, 4], "cannot trace the model with a dynamic batch size"),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(12, 2)), (3, 2, 2), [3, 2, 2], "no dimension of the inputs"),
+    ],
+    ids=["state", "unbatched", "branch", "flatten"],
+)
+def test_batch_size_is_fixed_with_a_warning(model, example, shape, message):
+    with pytest.warns(
+        sparing.SparsityWarning, match=f"batch size is fixed at that of the example: .*{message}"
+    ) as found:
+        onnx.save(model, "model.onnx", example)
+    assert found[0].filename == __file__
+    assert next(iter(names_of("model.onnx")[0].values())) == shape
+
+
+def test_latency_of_a_fixed_batch_size():
+    options = {"threads": (1,), "backends": ("ONNX Runtime",), "sweep": (), "rounds": 1, "turn": 0.001}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sparing.SparsityWarning)
+        with pytest.raises(
+            sparing.InputError, match=r"batches must be \(1,\), got \(1, 16\): the batch size of the model"
+        ):
+            latency.measure(Branch(), (1, 4), batches=(1, 16), **options)
+        rows = latency.measure(Branch(), (1, 4), batches=(1,), **options).rows
+    assert all(row.error < 1e-6 for row in rows)
+
+
+# Models that a runtime or a format does not support.
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+
+
+SAVES = {"onnx": onnx.save, "xml": openvino.save, "mnn": mnn.save}
+
+
+@pytest.mark.parametrize("suffix", SAVES)
+@pytest.mark.parametrize(
+    "example", [(1, 3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)], ids=["shape", "tensor"]
+)
+def test_bf16_model_is_refused_in_one_sentence(suffix, example):
+    with pytest.raises(sparing.InputError) as caught:
+        SAVES[suffix](convolutional().bfloat16(), f"model.{suffix}", example)
+    message = str(caught.value)
+    assert re.match(
+        r".* cannot \w+ the network in torch.bfloat16 \(call model.float\(\) before the export\): \S", message
+    )
+    assert "\n" not in message
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "reason"),
+    [
+        ("onnx", torch.float16, None),
+        ("mnn", torch.float16, "an input cannot be float16; use float32"),
+        ("onnx", torch.float64, ".*Could not find an implementation for Conv"),
+        ("xml", torch.float64, None),
+    ],
+)
+def test_half_and_double_precision(suffix, dtype, reason):
+    model, files = convolutional().to(dtype), {f"model.{suffix}"} | ({"model.bin"} if suffix == "xml" else set())
+    if reason is None:
+        SAVES[suffix](model, f"model.{suffix}", (1, 3, 8, 8))  # compares the outputs with PyTorch
+    else:
+        refusal = rf"cannot run the network in {dtype} \(call model.float\(\) before the export\): {reason}"
+        with pytest.raises(sparing.InputError, match=refusal):
+            SAVES[suffix](model, f"model.{suffix}", (1, 3, 8, 8))
+    assert {path.name for path in Path().iterdir()} == (files if reason is None else set())
+
+
+def test_allowed_error_depends_on_the_precision(monkeypatch):
+    model = nn.Linear(3, 3)
+    run = lambda process, inputs: [1.005 * model(torch.from_numpy(inputs[0])).detach().numpy()]  # noqa: E731
+    monkeypatch.setattr(Process, "run", run)
+    with pytest.raises(sparing.InputError, match="output mismatch with PyTorch: maximum relative error 0.005, allowed"):
+        onnx.save(model, "model.onnx", (1, 3))
+    assert 0.003 < onnx.save(model.half(), "model.onnx", (1, 3)).error < 0.007
+
+
+def test_network_that_crashes_the_runtime_is_refused(monkeypatch):
+    # ONNX Runtime crashes on an LSTM in fp16, for example.
+    crash = Path("crash", "onnxruntime.py")
+    crash.parent.mkdir()
+    crash.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setenv("PYTHONPATH", str(crash.parent.resolve()) + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    with pytest.raises(sparing.InputError, match="ONNX Runtime cannot run the network: exit status -11"):
+        onnx.save(nn.Linear(3, 3), "model.onnx", (1, 3))
+    assert [path.name for path in Path().iterdir()] == ["crash"]
+
+
+def test_model_without_values_is_refused():
+    with torch.device("meta"):
+        meta = convolutional()
+    for model, reason in ((meta, "on the meta device"), (nn.Sequential(nn.LazyLinear(3)), "not initialized")):
+        for file, save in formats.FORMATS.values():
+            with pytest.raises(sparing.InputError, match=f"^'0.weight' is {reason} and has no values"):
+                save(model, Path(file), (1, 3, 8, 8))
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_model_is_refused_or_exported():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    eager = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for name in ("onnx", "openvino", "mnn", "torch"):
+        with pytest.raises(
+            sparing.InputError, match="cannot be traced for export: '0' is quantized; export before quan"
+        ):
+            formats.FORMATS[name][1](eager, Path(formats.FORMATS[name][0]), (1, 16))
+    for name in ("compressed", "safetensors"):
+        with pytest.raises(
+            sparing.InputError, match="entry '0._packed_params.dtype' of the state dict must be a tensor"
+        ):
+            formats.FORMATS[name][1](eager, Path(formats.FORMATS[name][0]), (1, 16))
+    assert not list(Path().iterdir())
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    for name in ("compressed", "safetensors"):
+        with pytest.raises(sparing.InputError, match="tensor '0.weight' is of type Int8Tensor, which is quantized"):
+            formats.FORMATS[name][1](model, Path(formats.FORMATS[name][0]), (1, 16))
+    for call in (shrink, csr.accelerate_, latency.measure):
+        with pytest.raises(sparing.InputError, match="'0.weight' is of type Int8Tensor, whose zeros are not known"):
+            call(model, (1, 16))
+    assert not list(Path().iterdir())
+    assert onnx.save(model, "model.onnx", (1, 16)).error < network.TOLERANCE
+
+
+def test_onnx_file_that_is_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(onnx, "LARGEST", 35)
+    with pytest.raises(
+        sparing.InputError, match="the model has 48 bytes of weights, more than the 35 of one .onnx file"
+    ):
+        onnx.save(nn.Linear(3, 3), "model.onnx", (1, 3))
+    assert not list(Path().iterdir())
 
 
 def test_max_relative_error_and_check():
@@ -496,7 +888,7 @@ def assert_smaller(model, example, expected):
     small = shrink(model, example)
     shapes = {name: tuple(layer.weight.shape) for name, layer in sparing.layers.find_layers(small).items()}
     assert {name: shapes[name] for name in expected} == expected
-    args, kwargs = network.random_inputs(example, 4)
+    args, kwargs = find_inputs(model, example).sample(4)
     error = network.max_relative_error(network.outputs(model, args, kwargs), network.outputs(small, args, kwargs))
     assert error < relative_error(model, *args)
     return small
@@ -642,6 +1034,6 @@ def test_shrink_after_str_with_a_threshold_per_filter():
     assert small.layer3[0].conv1.weight.shape[0] == 32
     weights = sum(layer.weight.numel() for layer in sparing.layers.find_layers(small).values())
     assert weights < 0.7 * 77_072
-    args, _ = network.random_inputs((1, 1, 28, 28))
+    args = (torch.randn(2, 1, 28, 28),)
     error = network.max_relative_error(network.outputs(model.eval(), args, {}), network.outputs(small, args, {}))
     assert error < relative_error(model, *args)

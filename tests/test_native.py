@@ -1,6 +1,7 @@
 """Sparse convolutions: outputs match PyTorch, and they replace dense convolutions only where they are faster."""
 
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import sparing
 from sparing.export import native, network
+from sparing.export.inputs import find_inputs
 from sparing.export.runtimes import HUGE_PAGES, Process
 from tolerance import near, relative_error, tolerance
 
@@ -128,7 +130,7 @@ def test_accelerated_network_outputs_match(sparse_is_faster):
     assert "batch_norm" not in loaded.code
     assert loaded.code.count("sparing.max_pool2d") == 2
     for batch in (1, 4):  # the batch size is dynamic
-        args, kwargs = network.random_inputs(example, batch)
+        args, kwargs = find_inputs(plain, example).sample(batch)
         expected = network.outputs(plain, args, kwargs)
         assert network.max_relative_error(expected, network.outputs(loaded, args, kwargs)) < allowed
     with Process("torch_sparse", "block.pt2", threads=1) as process:  # keyword inputs, in the order of the example
@@ -202,6 +204,65 @@ def test_missing_or_failing_compiler_raises(monkeypatch, compiler, message):
     assert not list(Path().iterdir())
     monkeypatch.undo()
     native.library.cache_clear()
+
+
+class Streaming(nn.Module):
+    """Convolution over a window of frames that the caller keeps, with a recurrent layer and its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.layer = nn.Conv2d(1, 4, 3), nn.GRU(4 * 6, 8)
+
+    def forward(self, frames, state):
+        y = self.convolution(frames).flatten(1)
+        return self.layer(y[None], state)
+
+
+def test_batch_of_a_state_is_dynamic(sparse_is_faster):
+    model = Streaming().eval()
+    with torch.no_grad():
+        model.convolution.weight[:3] = 0
+    native.save(model, "model.pt2", (torch.randn(1, 1, 4, 5), torch.randn(1, 1, 8)))
+    loaded, plain = native.load("model.pt2"), network.plain(model)
+    assert "sparse_conv2d" in loaded.code
+    for batch in (1, 5):
+        inputs = torch.randn(batch, 1, 4, 5), torch.randn(1, batch, 8)
+        torch.testing.assert_close(loaded(*inputs), plain(*inputs), **near(plain, *inputs))
+
+
+def test_batch_size_is_fixed_with_one_warning(sparse_is_faster):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            return self.convolution(x) if len(x) < 3 else x
+
+    model = Branch().eval()
+    with torch.no_grad():
+        model.convolution.weight[:3] = 0
+    with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed at that of the example") as found:
+        native.save(model, "model.pt2", (2, 1, 5, 5))
+    assert len(found) == 1
+    x = torch.randn(2, 1, 5, 5)
+    torch.testing.assert_close(native.load("model.pt2")(x), model(x), **near(model, x))
+
+
+def test_bf16_model_stays_in_bf16(sparse_is_faster):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).bfloat16()
+    native.save(model, "model.pt2", (1, 1, 5, 5))
+    assert native.load("model.pt2")(torch.ones(3, 1, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_program_that_cannot_be_written_raises():
+    class Named(nn.Module):
+        def forward(self, x):
+            return namedtuple("Pair", "one other")(x, x + 1)
+
+    with pytest.raises(sparing.InputError, match="torch.export cannot write the network: .*namedtuple"):
+        native.save(Named(), "no.pt2", (1, 3))
+    assert not list(Path().iterdir())
 
 
 def test_unwritable_path_raises():

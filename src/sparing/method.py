@@ -75,6 +75,26 @@ class Method(ABC):
     sets_weights: ClassVar[bool] = False
     ramps: ClassVar[bool] = False
 
+    @property
+    def edits_gradients(self) -> bool:
+        """Whether it acts before optimizer steps."""
+        return type(self).before_step is not Method.before_step
+
+    @property
+    def regularizes(self) -> bool:
+        """Whether it adds a term to the loss."""
+        return type(self).penalty is not Method.penalty
+
+    @property
+    def rescales(self) -> bool:
+        """Whether it sets learned thresholds."""
+        return False
+
+    @property
+    def acts(self) -> bool:
+        """Whether it acts around optimizer steps."""
+        return self.edits_gradients or type(self).after_step is not Method.after_step
+
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Resolve the method for this model and length of the run; the result is `Sparsifier.plan`.
 

@@ -1,21 +1,21 @@
 """The sparsifier: the clock of a sparse run, and the link between method, model and optimizer."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparing.attachment import check_optimizers, doubts
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.layers import Layer, sparse_layers
-from sparing.method import Method, Optimizers
+from sparing.method import Method
 from sparing.optimizers import (
     chain,
     check_state,
-    copying,
     gradient_scale,
     holders,
     in_backward,
@@ -133,18 +133,14 @@ class Sparsifier:
         """
         self.drop_lost_layers()
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
-        if not inner:
-            raise InputError("attach() needs the optimizer that trains the model")
-        self._check_held(inner)
-        self._check_sharded()
         resets = list(self.method.resets(self, inner))
-        self._check_kinds(inner, optimizers, bool(resets))
-        holding = tuple(each for optimizer in optimizers for each in holders(optimizer))
-        check_state(holding, resets)
-        self.optimizers, self._holders, self._checked = inner, holding, False
+        check_optimizers(self.method, self.layers, optimizers, inner, resets)
+        self.optimizers, self._checked = inner, False
+        self._holders = tuple(each for optimizer in optimizers for each in holders(optimizer))
+        check_state(self._holders, resets)
         self._hook()
-        self._warn_fixed(inner)
-        self._warn_frozen()
+        for text in doubts(self.method, self.plan, self.layers, inner):
+            warnings.warn(text, SparsityWarning, stacklevel=2)
 
     def penalty(self) -> Tensor:
         """Return the term to add to the loss: `loss = loss + sparsifier.penalty()`; zero for most methods.
@@ -152,7 +148,7 @@ class Sparsifier:
         With gradient accumulation, add it to one of the losses, or to each divided by their number.
         """
         self._penalized = True
-        if not self._regularizes or not self._active():
+        if not self.method.regularizes or not self._active():
             return torch.zeros((), device=next(self.model.parameters()).device)
         if any(hasattr(layer.weight, "grad_sample") for layer in self.layers.values()):
             raise InputError(
@@ -268,95 +264,11 @@ class Sparsifier:
                 stacklevel=2,
             )
 
-    def _check_held(self, optimizers: Optimizers) -> None:
-        """Check that the optimizers hold what is to be trained."""
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            weights = (("dense weight", p) for p in layer.originals)
-            for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
-                if p.requires_grad and id(p) not in held:
-                    raise InputError(
-                        f"the optimizer does not hold the {what} of layer {name!r}. Build it after calling "
-                        "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
-                    )
-
-    def _check_kinds(self, optimizers: Optimizers, wrappers: Iterable[Any], resets: bool) -> None:
-        """Check that the method can work with optimizers of these classes."""
-        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) and (self._edits_gradients or resets):
-            what = "works on the gradients of a step" if self._edits_gradients else "resets the state of single weights"
-            raise InputError(f"{self.method.name} {what} and does not support LBFGS")
-        if (copies := copying(wrappers)) and (self.method.sets_weights or self._rescales):
-            raise InputError(
-                f"{self.method.name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into "
-                "them later: use another optimizer, or a method that only masks weights, such as GMP"
-            )
-
-    def _check_sharded(self) -> None:
-        sharded = any(hasattr(p, "full_tensor") for layer in self.layers.values() for p in layer.originals)
-        if sharded and (self._rescales or any(layer.parametrization.state() for layer in self.layers.values())):  # type: ignore[union-attr]
-            raise InputError(
-                f"{self.method.name}: masks and targets are not supported under FSDP2, which shards neither. Use "
-                "DistributedDataParallel, or STR with a weight decay on s instead of a target"
-            )
-
-    def _warn_fixed(self, optimizers: Optimizers) -> None:
-        if self.clock.goal is not None or self._regularizes:
-            return
-        groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        fixed = [
-            name
-            for name, layer in self.layers.items()
-            for key, p in layer.parametrization.named_parameters()  # type: ignore[union-attr]
-            if layer.parametrization.decays.get(key) == "thresholds"  # type: ignore[union-attr]
-            and p.requires_grad
-            and not groups[id(p)].get("weight_decay")
-        ]
-        if fixed:
-            warnings.warn(
-                f"{self.method.name}: nothing raises the thresholds of {len(fixed)} of {len(self.layers)} layers "
-                f"({', '.join(fixed[:3])}{', ...' if len(fixed) > 3 else ''}), because the optimizer gives them no "
-                "weight decay. Build it with sparing.param_groups(model, weight_decay=1e-4), or set a target",
-                SparsityWarning,
-                stacklevel=3,
-            )
-
-    def _warn_frozen(self) -> None:
-        frozen = [name for name, layer in self.layers.items() if not layer.weight.requires_grad]
-        learns = any(True for layer in self.layers.values() for _ in layer.parametrization.parameters())  # type: ignore[union-attr]
-        pruned_once = getattr(getattr(self.plan, "updates", None), "end", 1) == 0
-        acts = self._edits_gradients or (type(self.method).after_step is not Method.after_step and not pruned_once)
-        if frozen and (learns or acts):
-            warnings.warn(
-                f"{self.method.name}: {len(frozen)} of {len(self.layers)} layers are frozen "
-                f"({', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}): their weights do not adapt to "
-                "pruning, and nothing is learned or regrown there. Finish pruning before you freeze them",
-                SparsityWarning,
-                stacklevel=3,
-            )
-
     def _describe(self, name: str) -> str:
         layer = self.layers[name]
         largest, threshold = float(layer.weight.detach().abs().max()), layer.threshold
         over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
         return f"{name!r} (largest |weight| {largest:.3g}{over})"
-
-    @property
-    def _regularizes(self) -> bool:
-        return type(self.method).penalty is not Method.penalty
-
-    @property
-    def _edits_gradients(self) -> bool:
-        return type(self.method).before_step is not Method.before_step
-
-    @property
-    def _rescales(self) -> bool | None:
-        """Whether the method rescales learned thresholds; None if it is none that could."""
-        return getattr(self.method, "targeted", None)
-
-    @property
-    def _acts(self) -> bool:
-        overridden = type(self.method).after_step is not Method.after_step
-        return self._edits_gradients or (overridden and self._rescales is not False)
 
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
@@ -413,7 +325,7 @@ class Sparsifier:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if is_nested(optimizer):
             return None
-        if in_backward() and self._acts:
+        if in_backward() and self.method.acts:
             raise InputError(
                 f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
                 "called by a gradient hook, within the backward pass: call it after backward()"
@@ -428,7 +340,7 @@ class Sparsifier:
         if not self._taken or self._acted:
             return None
         self._acted = True
-        if not self._edits_gradients:
+        if not self.method.edits_gradients:
             return None
         if closure is None:
             self.method.before_step(self, self._holders)
@@ -460,7 +372,7 @@ class Sparsifier:
             self.warn_collapsed()
         if clock.step == clock.steps:
             warn_missed_target(self.model, clock)
-        if self._regularizes and not self._penalized and not self._penalty_warned:
+        if self.method.regularizes and not self._penalized and not self._penalty_warned:
             self._penalty_warned = True
             warnings.warn(
                 f"{self.method.name} adds a term to the loss, and step {clock.step} was taken without it: train with "

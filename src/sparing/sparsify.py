@@ -86,7 +86,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
 
 def _check_computed(layer: Layer, method: Method) -> None:
     """Check that a method can train a weight that another parametrization computes, and that is no parameter."""
-    acts = type(method).before_step is not Method.before_step or type(method).resets is not Method.resets
+    acts = method.edits_gradients or type(method).resets is not Method.resets
     if acts and not isinstance(layer.weight, nn.Parameter):
         other = type(layer.places[0].parametrizations[0]).__name__  # type: ignore[index]
         raise InputError(

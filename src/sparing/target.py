@@ -109,9 +109,13 @@ class Rescaling(Method):
     pattern: Pattern = Unstructured()
 
     @property
-    def targeted(self) -> bool:
+    def rescales(self) -> bool:
         """Whether a target is given."""
         return self.sparsity is not None or self.macs is not None
+
+    @property
+    def acts(self) -> bool:
+        return self.rescales
 
     def __post_init__(self) -> None:
         who, macs = type(self).__name__, self.macs
@@ -139,7 +143,7 @@ class Rescaling(Method):
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> ResolvedTarget | None:
         units = {name: self.pattern.units(layer) for name, layer in layers.items()}
-        if not self.targeted:
+        if not self.rescales:
             return None
         updates = Updates.resolve(self, self.begin, self.end, self.every, steps, after_ramp=True)
         weights = {name: layer.weight.numel() for name, layer in layers.items()}

@@ -22,6 +22,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparing.errors import CheckpointError, InputError
 from sparing.files import atomic_write
@@ -86,7 +87,7 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
     first: dict[tuple[Any, ...], str] = {}
     # dict() keeps all tensors alive: a lazy mapping could free a tensor and reuse its address, which looks like a tie.
     for name, tensor in dict(state_dict).items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         tensor = tensor.detach()
         storage = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and storage in first:
@@ -259,13 +260,23 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tensor(name: str, tensor: Any) -> None:
+def check_tensor(name: str, tensor: Any) -> None:
+    """Check that an entry of a state dict can be saved.
+
+    Raises:
+        InputError: it is not a tensor, not dense, of a dtype that is not in `DTYPES`, or without values.
+    """
     if not isinstance(tensor, Tensor):
         raise InputError(f"entry {name!r} of the state dict must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or _name(tensor.dtype) not in DTYPES:
         raise InputError(
             f"tensor {name!r} has dtype {tensor.dtype} and layout {tensor.layout}; "
             f"supported are strided tensors of {', '.join(DTYPES)}"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        raise InputError(
+            f"tensor {name!r} is of type {type(tensor).__name__}, which is quantized or distributed; "
+            "save a plain model, before quantization and with all shards"
         )
     if tensor.is_meta:
         raise InputError(f"tensor {name!r} is on the meta device and has no values to save")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.export.network import max_relative_error, random_inputs
+from sparing.export.inputs import Example, find_inputs
+from sparing.export.network import check_weights, max_relative_error
 from sparing.layers import sparse_layers
-from sparing.macs import Example
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def accelerate_(
         A `Swap` for each Linear layer and 1×1 Conv2d that the model uses, whether it was replaced or not.
 
     Raises:
-        InputError: the model is sparsified, or not on the CPU.
+        InputError: the model is sparsified or quantized, or not on the CPU, or does not run on the example.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -157,6 +157,7 @@ def accelerate_(
     devices = {str(p.device) for p in model.parameters()} - {"cpu"}
     if devices:
         raise InputError(f"the model must be on the CPU, got parameters on {', '.join(sorted(devices))}")
+    check_weights(model)
     model.eval()
     swaps = []
     for name, (layer, x) in _record_inputs(model, example, batch).items():
@@ -193,8 +194,8 @@ def _record_inputs(model: nn.Module, example: Example, batch: int) -> dict[str, 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.setdefault(names[module], (module, args[0].detach().clone()))
 
+    args, kwargs = find_inputs(model, example).sample(batch)
     handles = [module.register_forward_pre_hook(record) for module in names]
-    args, kwargs = random_inputs(example, batch)
     try:
         with torch.no_grad():
             model(*args, **kwargs)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.export import compressed, mnn, native, onnx, openvino
-from sparing.export.network import Written
+from sparing.export.inputs import Example
+from sparing.export.network import Written, check_values
 from sparing.files import atomic_write
-from sparing.macs import Example
 from sparing.sparsify import dense_state_dict
 
 Save = Callable[[nn.Module, Path, Example], Written]
@@ -17,6 +17,7 @@ Save = Callable[[nn.Module, Path, Example], Written]
 
 def save_compressed(model: nn.Module, path: Path, example: Example) -> Written:
     """Write the effective weights to a compressed file. The example is not used."""
+    check_values(model)
     compressed.save(dense_state_dict(model), path)
     return Written(path, path.stat().st_size, 0.0)
 
@@ -25,10 +26,12 @@ def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
     """Write the dense effective weights to an ordinary safetensors file. The example is not used."""
     from safetensors.torch import save_file
 
+    check_values(model)
+    dense = dense_state_dict(model)
+    for name, tensor in dense.items():
+        compressed.check_tensor(name, tensor)
     # Clone because safetensors rejects tensors that share memory.
-    state: dict[str, Tensor] = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense_state_dict(model).items()
-    }
+    state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.items()}
     try:
         with atomic_write(path) as temporary:
             save_file(state, temporary)

@@ -28,10 +28,19 @@ from torch import nn
 
 from sparing.errors import InputError
 from sparing.export import mnn, native, onnx
-from sparing.export.network import PACKAGES, TOLERANCE, max_relative_error, outputs, plain, random_inputs, require
+from sparing.export.inputs import Example, Inputs, find_inputs
+from sparing.export.network import (
+    PACKAGES,
+    arrays,
+    check_weights,
+    max_relative_error,
+    outputs,
+    plain,
+    require,
+    tolerance,
+)
 from sparing.export.runtimes import Process, UnavailableError
 from sparing.layers import find_layers
-from sparing.macs import Example
 
 SPARSE = "MNN sparse"
 
@@ -202,7 +211,7 @@ def measure(
     Args:
         model: a sparsified or plain model; it is not modified.
         example: as for `sparing.export.onnx.save`.
-        batches: batch sizes.
+        batches: batch sizes; (1,) if the batch size of the model is fixed at that of the example.
         threads: numbers of threads; None measures 1 and the number of logical processors.
         backends: keys of `BACKENDS`. MNN sparse is always measured.
         sweep: sparsities, in [0, 1], at which to search for the break-even sparsity; () skips the search.
@@ -213,7 +222,8 @@ def measure(
         A `Latency`; `print` shows it as a table.
 
     Raises:
-        InputError: onnx, onnxscript or mnn is missing; a backend is unknown; the model cannot be exported.
+        InputError: onnx, onnxscript or mnn is missing; a backend is unknown; the model cannot be exported, is
+            quantized, has inputs in bf16, or has a fixed batch size that is not in `batches`.
 
     Examples:
         >>> print(measure(model, (1, 3, 224, 224), batches=[1], threads=[1]))  # doctest: +SKIP
@@ -225,9 +235,16 @@ def measure(
     names = [name for name in BACKENDS if name in {SPARSE, *backends}]
     threads = threads or sorted({1, os.cpu_count() or 1})
     network = plain(model)
+    check_weights(network)
+    program, inputs = onnx.export(network, find_inputs(network, example))
+    if inputs.fixed and set(batches) != {1}:
+        raise InputError(
+            f"batches must be (1,), got {tuple(batches)}: the batch size of the model is fixed at that of the example"
+        )
     rows: list[Timing] = []
     with tempfile.TemporaryDirectory(prefix="sparing-") as folder:
-        failed = _write_files(network, example, Path(folder), {BACKENDS[name][1] for name in names})
+        program.save(Path(folder, "network.onnx"))
+        failed = _write_files(network, inputs, Path(folder), {BACKENDS[name][1] for name in names})
         files = {name: (BACKENDS[name][0], Path(folder, BACKENDS[name][1])) for name in names}
         sizes = {
             path.name: path.stat().st_size
@@ -235,8 +252,8 @@ def measure(
             if path.suffix in (".onnx", ".mnn", ".pt2")
         }
         for count in threads:
-            rows += _measure_backends(files, failed, network, example, batches, count, rounds, turn)
-        speedups = _sweep(Path(folder), names, failed, network, example, sweep, rounds, turn) if sweep else {}
+            rows += _measure_backends(files, failed, network, inputs, batches, count, rounds, turn)
+        speedups = _sweep(Path(folder), names, failed, network, inputs, sweep, rounds, turn) if sweep else {}
     layers = find_layers(network).values()
     weights, nonzero = sum(layer.weight.numel() for layer in layers), sum(layer.nonzero() for layer in layers)
     return Latency(tuple(rows), speedups, 1 - nonzero / max(weights, 1), machine(), rounds, sizes)
@@ -269,11 +286,10 @@ def measure_briefly(model: nn.Module, example: Example) -> str:
     )
 
 
-def _write_files(network: nn.Module, example: Example, folder: Path, wanted: set[str]) -> dict[str, str]:
-    """Write the files that the backends load. Return file name → reason for each file that cannot be written."""
+def _write_files(network: nn.Module, inputs: Inputs, folder: Path, wanted: set[str]) -> dict[str, str]:
+    """Write the files that the backends load, from network.onnx. Return file name → reason for each that failed."""
     failed: dict[str, str] = {}
     source = folder / "network.onnx"
-    onnx.export(network, example).save(source)
     for name, flags in (("sparse.mnn", mnn.SPARSE), ("dense.mnn", ())):
         if name in wanted:
             try:
@@ -282,12 +298,12 @@ def _write_files(network: nn.Module, example: Example, folder: Path, wanted: set
                 failed[name] = str(error)
     if "sparse.pt2" in wanted:
         try:
-            native.save(network, folder / "sparse.pt2", example)
+            native.save(network, folder / "sparse.pt2", inputs)
         except InputError as error:
             failed["sparse.pt2"] = str(error)
     if "network.pt2" in wanted:
         try:
-            torch.export.save(onnx.trace(network, example), folder / "network.pt2")
+            native.write(onnx.trace(network, inputs)[0], folder / "network.pt2")
         except InputError as error:
             failed["network.pt2"] = str(error)
     return failed
@@ -297,7 +313,7 @@ def _measure_backends(
     files: Mapping[str, tuple[str, Path]],
     failed: Mapping[str, str],
     network: nn.Module,
-    example: Example,
+    inputs: Inputs,
     batches: Sequence[int],
     threads: int,
     rounds: int,
@@ -314,22 +330,22 @@ def _measure_backends(
                 except UnavailableError as error:
                     notes[name] = str(error)
         for batch in batches:
-            args, kwargs = random_inputs(example, batch)
+            args, kwargs = inputs.sample(batch)
             expected = outputs(network, args, kwargs)
-            inputs = [tensor.numpy() for tensor in (*args, *kwargs.values())]
+            given = arrays(network, (args, kwargs))
             errors: dict[str, float] = {}
             for name, process in list(processes.items()):
                 try:
-                    errors[name] = max_relative_error(expected, process.run(inputs))
+                    errors[name] = max_relative_error(expected, process.run(given))
                 except UnavailableError as error:
                     notes[name] = str(error)
                     processes.pop(name).close()
                     continue
                 # Do not check the files of a sweep (named by their sparsity): they have other weights.
-                if name in BACKENDS and not errors[name] <= _tolerance(name):
+                if name in BACKENDS and not errors[name] <= _tolerance(name, network):
                     notes[name] = f"output mismatch with PyTorch: maximum relative error {errors[name]:.2g}"
                     processes.pop(name).close()
-            seconds = _interleaved_times(processes, inputs, rounds, turn)
+            seconds = _interleaved_times(processes, given, rounds, turn)
             sparse = [seconds[name] for name in SPARSE_BACKENDS if name in seconds]
             reference = min(sparse, key=statistics.median, default=None)
             for name in files:
@@ -339,9 +355,9 @@ def _measure_backends(
                     yield Timing(name, batch, threads, note=notes[name])
 
 
-def _tolerance(name: str) -> float:
+def _tolerance(name: str, network: nn.Module) -> float:
     """Return the allowed maximum relative error; bf16 has 8 significant bits and rounds in every layer."""
-    return 0.1 if name == "OpenVINO bf16" else TOLERANCE
+    return max(0.1 if name == "OpenVINO bf16" else 0.0, tolerance(network))
 
 
 def _interleaved_times(
@@ -375,7 +391,7 @@ def _sweep(
     names: Sequence[str],
     failed: Mapping[str, str],
     network: nn.Module,
-    example: Example,
+    inputs: Inputs,
     sparsities: Sequence[float],
     rounds: int,
     turn: float,
@@ -391,7 +407,7 @@ def _sweep(
         except InputError:
             return {}
         files[str(sparsity)] = ("mnn", sparse.with_suffix(".mnn"))
-    rows = {row.name: row for row in _measure_backends(files, failed, network, example, [1], 1, rounds, turn)}
+    rows = {row.name: row for row in _measure_backends(files, failed, network, inputs, [1], 1, rounds, turn)}
     dense = [row.seconds for name, row in rows.items() if name in baselines and row.seconds is not None]
     timed = {sparsity: rows[str(sparsity)].seconds for sparsity in sparsities}
     return {sparsity: min(dense) / seconds for sparsity, seconds in timed.items() if dense and seconds is not None}

@@ -17,10 +17,9 @@ from torch import nn
 
 from sparing.errors import InputError
 from sparing.export import onnx
-from sparing.export.network import Written, check, outputs, plain, random_inputs, require
-from sparing.export.runtimes import Process, UnavailableError
+from sparing.export.inputs import Example, find_inputs
+from sparing.export.network import Written, check_file, plain, require
 from sparing.files import atomic_write
-from sparing.macs import Example
 
 SPARSE = ("--detectSparseSpeedUp",)
 
@@ -48,18 +47,12 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     """
     require("MNN", "onnx", "onnxscript", "onnxruntime")
     network = plain(model)
-    args, kwargs = random_inputs(example, batch=3)
+    program, inputs = onnx.export(network, find_inputs(network, example))
     with tempfile.TemporaryDirectory() as folder:
         source, converted = Path(folder, "network.onnx"), Path(folder, "network.mnn")
-        onnx.export(network, example).save(source)
+        program.save(source)
         convert(source, converted)
-        inputs = [tensor.numpy() for tensor in (*args, *kwargs.values())]
-        try:
-            with Process("mnn", converted, threads=1) as process:
-                got = process.run(inputs)
-        except UnavailableError as failure:
-            raise InputError(f"MNN cannot run the network: {failure}") from failure
-        error = check(f"{path} in MNN", outputs(network, args, kwargs), got)
+        error = check_file(path, converted, "mnn", network, inputs)
         size = converted.stat().st_size
         try:
             with atomic_write(path) as temporary:

@@ -34,10 +34,10 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparing.errors import InputError
-from sparing.export.network import Written, check, outputs, plain, random_inputs
+from sparing.export.inputs import Example, Inputs, find_inputs
+from sparing.export.network import Written, check, first_line, outputs, plain, tolerance
 from sparing.export.onnx import trace
 from sparing.files import atomic_write
-from sparing.macs import Example
 
 aten = torch.ops.aten
 
@@ -79,11 +79,11 @@ def accelerate(
 
     Time every Conv2d without groups and with numeric padding, dense and sparse, in alternating order. The inputs have
     the shape that the convolution gets in the model, and the number of threads is `torch.get_num_threads()`. The batch
-    size of the returned network is dynamic, the image size is fixed.
+    size of the returned network is dynamic, if possible, and the image size is fixed.
 
     Args:
         model: a sparsified or plain model; it is not modified.
-        example: as for `sparing.export.onnx.save`.
+        example: as for `sparing.export.onnx.save`, or the result of `find_inputs`.
         batch: batch size to optimize for.
         least_sparsity: minimum sparsity, in [0, 1]; convolutions below it are not timed.
         rounds: number of measurements of each variant.
@@ -101,7 +101,14 @@ def accelerate(
     """
     library()
     network = plain(model)
-    graph_module: Any = trace(network, example).module()
+    return _accelerate(network, find_inputs(network, example), batch, least_sparsity, rounds)[:2]
+
+
+def _accelerate(
+    network: nn.Module, inputs: Inputs, batch: int = 1, least_sparsity: float = 0.5, rounds: int = 20
+) -> tuple[fx.GraphModule, list[Choice], Inputs]:
+    program, inputs = trace(network, inputs)
+    graph_module: Any = program.module()
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph_module.graph.erase_node(node)
@@ -116,18 +123,19 @@ def accelerate(
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    args, kwargs = random_inputs(example, batch=3)
-    check("the accelerated network", outputs(network, args, kwargs), outputs(graph_module, args, kwargs))
-    return graph_module, choices
+    args, kwargs = inputs.sample(3)
+    expected = outputs(network, args, kwargs)
+    check("the accelerated network", expected, outputs(graph_module, args, kwargs), tolerance(network))
+    return graph_module, choices, inputs
 
 
-def save(model: nn.Module, path: str | Path, example: Example) -> Written:
+def save(model: nn.Module, path: str | Path, example: Example | Inputs) -> Written:
     """Accelerate a model, check its outputs, and write it as a torch.export program.
 
     Args:
         model: a sparsified or plain model; it is not modified.
         path: output file, `.pt2`.
-        example: as for `sparing.export.onnx.save`.
+        example: as for `sparing.export.onnx.save`, or the result of `find_inputs`.
 
     Returns:
         Path and size of the file, and the maximum relative error against the model on random inputs.
@@ -140,16 +148,32 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         >>> load("model.pt2")(torch.randn(1, 3, 16, 16)).shape  # doctest: +SKIP
         torch.Size([1, 8, 14, 14])
     """
-    program = trace(accelerate(model, example)[0], example)
-    args, kwargs = random_inputs(example, batch=3)
+    library()
+    network = plain(model)
+    accelerated, _, inputs = _accelerate(network, find_inputs(network, example))
+    program, inputs = trace(accelerated, inputs)
+    args, kwargs = inputs.sample(3)
+    expected = outputs(network, args, kwargs)
     try:
         with atomic_write(path) as temporary:
-            with open(temporary, "wb") as file:
-                torch.export.save(program, file)
-            error = check(str(path), outputs(plain(model), args, kwargs), outputs(load(temporary), args, kwargs))
+            write(program, temporary)
+            error = check(str(path), expected, outputs(load(temporary), args, kwargs), tolerance(network))
     except OSError as failure:
         raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
     return Written(Path(path), Path(path).stat().st_size, error)
+
+
+def write(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program of torch.export.
+
+    Raises:
+        InputError: torch.export cannot write it.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.export.save(program, file)
+        except Exception as error:  # torch raises exceptions of many types
+            raise InputError(f"torch.export cannot write the network: {first_line(error)}") from error
 
 
 def load(path: str | Path) -> nn.Module:
@@ -321,10 +345,12 @@ def _replace_max_pool(node: fx.Node) -> None:
 
 
 def _is_supported(node: fx.Node) -> bool:
-    """Return whether a conv2d has constant fp32 weights, one group, and a batch of images as its input."""
+    """Return whether a conv2d has constant fp32 weights, one group, and a batch of images of fixed size."""
     x, weight, _, _, _, _, groups = _arguments(node, CONV2D)
     value = weight.meta["val"]
-    return bool(weight.op == "get_attr" and groups == 1 and value.dtype == torch.float32 and x.meta["val"].dim() == 4)
+    image = x.meta["val"].shape
+    constant = weight.op == "get_attr" and all(type(size) is int for size in image[1:])
+    return bool(constant and groups == 1 and value.dtype == torch.float32 and len(image) == 4)
 
 
 def _arguments(node: fx.Node, defaults: Sequence[Any]) -> list[Any]:

@@ -1,20 +1,25 @@
-"""Shared steps of all exporters: prepare the model, make random inputs, check the outputs."""
+"""Shared steps of all exporters: prepare the model and check the outputs."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparing.errors import InputError
-from sparing.macs import Example
+from sparing.export.runtimes import Process, UnavailableError
 from sparing.rnn import compact_, ranks
 from sparing.sparsify import densify_
+
+if TYPE_CHECKING:
+    from sparing.export.inputs import Inputs
 
 # Import name → package name, for the packages of the extra `sparing[export]`.
 PACKAGES = {
@@ -25,6 +30,9 @@ PACKAGES = {
     "MNN": "mnn",
     "torch_pruning": "torch-pruning",
 }
+
+NAMES = {"onnxruntime": "ONNX Runtime", "openvino_fp32": "OpenVINO", "mnn": "MNN"}
+"""Key of `RUNTIMES` → name in error messages."""
 
 TOLERANCE = 1e-3
 """Maximum relative error against PyTorch that is allowed for an fp32 export."""
@@ -60,50 +68,61 @@ def require(*names: str) -> None:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return a densified copy of the model on the CPU in evaluation mode, with learned ranks compacted."""
+    """Return a densified copy of the model on the CPU in evaluation mode, with learned ranks compacted.
+
+    Raises:
+        InputError: a parameter or buffer has no values.
+    """
+    check_values(model)
     network = copy.deepcopy(model)
     # Do not compact a rank of zero: it would give matrices without elements, which runtimes reject.
     network = compact_(network) if all(row.rank for row in ranks(network).rows) else densify_(network)
     return network.cpu().eval()
 
 
-def random_inputs(example: Example, batch: int = 2) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return random positional and keyword inputs with a given batch size.
-
-    The first dimension of every input is the batch. A shape or a floating point tensor gives values from a standard
-    normal distribution. An integer tensor, such as tokens, is repeated along the batch.
-
-    Args:
-        example: the shape of one input, batch first; or tensors: one, a tuple, or a mapping of keyword arguments.
-        batch: batch size.
+def check_values(model: nn.Module) -> None:
+    """Check that every parameter and buffer has values.
 
     Raises:
-        InputError: the example is neither a shape nor tensors, or a tensor has no dimensions.
+        InputError: one is on the meta device or not initialized.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(f"{name!r} is not initialized and has no values to export; run the model once first")
+        if tensor.is_meta:
+            raise InputError(f"{name!r} is on the meta device and has no values to export; load its values first")
 
-    def random_like(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0:
-            raise InputError("an input tensor has no dimensions; the first dimension must be the batch")
-        if tensor.is_floating_point():
-            return torch.randn(batch, *tensor.shape[1:], dtype=tensor.dtype)
-        repeated = tensor.detach().cpu().repeat(-(-batch // len(tensor)), *[1] * (tensor.dim() - 1))
-        return repeated[:batch].contiguous()
 
-    if isinstance(example, Tensor):
-        return (random_like(example),), {}
-    if isinstance(example, Mapping) and all(isinstance(item, Tensor) for item in example.values()):
-        return (), {name: random_like(item) for name, item in example.items()}
-    if isinstance(example, Sequence) and all(isinstance(item, Tensor) for item in example):
-        return tuple(random_like(item) for item in example if isinstance(item, Tensor)), {}
-    if isinstance(example, Sequence) and example and all(isinstance(item, int) and item > 0 for item in example):
-        return (torch.randn(batch, *example[1:]),), {}  # type: ignore[arg-type]
-    raise InputError(f"example must be a shape such as (1, 3, 224, 224) or tensors, got {example!r}")
+def check_weights(network: nn.Module) -> None:
+    """Check that the zeros of every parameter can be found.
+
+    Raises:
+        InputError: a parameter is a tensor subclass, such as the quantized tensors of torchao.
+    """
+    for name, parameter in network.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):
+            kind = type(parameter).__name__
+            raise InputError(f"{name!r} is of type {kind}, whose zeros are not known; call this before quantization")
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
-    """Run a model. Return its output tensors as a flat list."""
+def outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Run a model on copies of its inputs. Return its output tensors as a flat list."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a model may change its inputs in place
     return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def arrays(network: nn.Module, inputs: Any) -> list[Any]:
+    """Return the inputs of a network, nested tensors, as a flat list of NumPy arrays.
+
+    Raises:
+        InputError: NumPy has no such dtype.
+    """
+    try:
+        return [tensor.numpy() for tensor in tree_leaves(inputs)]
+    except TypeError as error:
+        reason = "NumPy, which passes the inputs to them, has no such dtype"
+        raise refusal("runtimes other than PyTorch cannot run the network", network, reason) from error
 
 
 def max_relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
@@ -136,21 +155,80 @@ def max_relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
     return worst
 
 
-def check(what: str, expected: Sequence[Any], got: Sequence[Any]) -> float:
+def tolerance(network: nn.Module) -> float:
+    """Return the allowed maximum relative error: `TOLERANCE`, or 13 ε of the lowest precision of the parameters.
+
+    It is about 0.1 in bf16 and 0.013 in fp16.
+    """
+    return max([TOLERANCE, *(13 * torch.finfo(dtype).eps for dtype in _dtypes(network))])
+
+
+def check(what: str, expected: Sequence[Any], got: Sequence[Any], allowed: float = TOLERANCE) -> float:
     """Check outputs against reference outputs. Return the maximum relative error.
 
     Args:
         what: what computed the outputs, for the error message.
         expected: reference outputs, tensors or arrays.
         got: outputs to check.
+        allowed: maximum relative error that is allowed.
 
     Raises:
-        InputError: the error is larger than `TOLERANCE`.
+        InputError: the error is larger.
     """
     error = max_relative_error(expected, got)
-    if not error <= TOLERANCE:
+    if not error <= allowed:
         raise InputError(
-            f"{what}: output mismatch with PyTorch: maximum relative error {error:.2g}, allowed {TOLERANCE:g}; "
+            f"{what}: output mismatch with PyTorch: maximum relative error {error:.2g}, allowed {allowed:g}; "
             "no file was written"
         )
     return error
+
+
+def check_file(path: str | Path, file: Path, runtime: str, network: nn.Module, inputs: "Inputs") -> float:
+    """Check the outputs of an exported file on random inputs. Return the maximum relative error.
+
+    The runtime loads the file in another process, because a runtime may crash on a network that it does not support.
+
+    Args:
+        path: name of the file in error messages.
+        file: the file to load.
+        runtime: a key of `RUNTIMES`.
+        network: the exported network.
+        inputs: its inputs.
+
+    Raises:
+        InputError: the runtime cannot run the file; the outputs differ.
+    """
+    name = NAMES[runtime]
+    args, kwargs = inputs.sample(3)
+    given = arrays(network, (args, kwargs))
+    try:
+        with Process(runtime, file, threads=1) as process:
+            got = process.run(given)
+    except UnavailableError as error:
+        raise refusal(f"{name} cannot run the network", network, error) from error
+    what = f"{path} in {name}{_other_dtypes(network)}"
+    return check(what, outputs(network, args, kwargs), got, tolerance(network))
+
+
+def refusal(what: str, network: nn.Module, reason: object) -> InputError:
+    """Return an error about a network that a runtime does not support."""
+    return InputError(f"{what}{_other_dtypes(network)}: {' '.join(str(reason).split())}")
+
+
+def _other_dtypes(network: nn.Module) -> str:
+    """Return the dtypes other than float32 and what to do, for an error message."""
+    others = sorted(str(dtype) for dtype in _dtypes(network) - {torch.float32})
+    return f" in {' and '.join(others)} (call model.float() before the export)" if others else ""
+
+
+def _dtypes(network: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()}
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of the root cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

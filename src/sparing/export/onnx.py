@@ -5,6 +5,7 @@ the dense network, and ONNX Runtime is not faster. `sparing.export.mnn` converts
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,32 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from sparing.errors import InputError
-from sparing.export.network import Written, check, outputs, plain, random_inputs, require
+from sparing.errors import InputError, SparsityWarning
+from sparing.export.inputs import Example, Inputs, find_inputs, output_names
+from sparing.export.network import Written, check_file, first_line, plain, require
 from sparing.files import atomic_write
-from sparing.macs import Example
+
+LARGEST = 1536 * 1024**2
+"""Maximum bytes of weights. torch.onnx writes the weights of a larger network to a second file."""
 
 
 def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     """Export a model to ONNX, check its outputs in ONNX Runtime, and write the file.
 
-    Batch normalization is folded into the preceding convolution, which keeps the sparsity. The batch size, the first
-    dimension of every input, is dynamic. The check uses random inputs with another batch size.
+    Batch normalization is folded into the preceding convolution, which keeps the sparsity.
+
+    The batch size is dynamic if a dimension of the inputs is a batch: usually the first one, but for example the second
+    one of the state of an LSTM. The check uses random inputs with another batch size. If the batch size is not dynamic,
+    it is that of the example.
+
+    The inputs are named as the keywords of a mapping, or as the parameters of the model's `forward`. The outputs are
+    named output0, output1, .... A model that returns a mapping, a named tuple or a data class gives them other names.
 
     Args:
         model: a sparsified or plain model; it is not modified.
         path: output file, `.onnx`.
         example: the shape of one input, batch first, such as `(1, 3, 224, 224)`; or tensors: one, a tuple, or a
-            mapping of keyword arguments.
+            mapping of keyword arguments, whose values may be nested tuples, lists and mappings.
 
     Returns:
         Path and size of the file, and the maximum relative error against PyTorch on random inputs.
 
     Raises:
-        InputError: a package is missing; the model cannot be exported; the outputs differ from PyTorch; the file
-            cannot be written.
+        InputError: a package is missing; the model cannot be exported; the weights have more than 2 GB; ONNX Runtime
+            cannot run the model, for example in bf16; the outputs differ from PyTorch; the file cannot be written.
+
+    Warns:
+        SparsityWarning: the batch size is fixed.
 
     Examples:
         >>> written = save(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), "small.onnx", (1, 8))  # doctest: +SKIP
@@ -46,91 +60,120 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     """
     require("onnx", "onnxscript", "onnxruntime")
     network = plain(model)
-    exported = export(network, example)
-    args, kwargs = random_inputs(example, batch=3)
-    with _output_file(path) as temporary:
-        exported.save(temporary)
-        error = check(
-            f"{path} in ONNX Runtime", outputs(network, args, kwargs), _run(temporary, [*args, *kwargs.values()])
+    program, inputs = export(network, find_inputs(network, example))
+    constants = [value.const_value for value in program.model.graph.initializers.values()]
+    weights = sum(constant.nbytes for constant in constants if constant is not None)
+    if weights > LARGEST:
+        raise InputError(
+            f"the model has {weights:,} bytes of weights, more than the {LARGEST:,} of one .onnx file; "
+            "export it with sparing.export.openvino.save"
         )
-        size = temporary.stat().st_size
+    try:
+        with atomic_write(path) as temporary:
+            program.save(temporary)
+            error = check_file(path, temporary, "onnxruntime", network, inputs)
+            size = temporary.stat().st_size
+    except OSError as failure:
+        raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
     return Written(Path(path), size, error)
 
 
-def export(network: nn.Module, example: Example) -> "torch.onnx.ONNXProgram":
-    """Return the ONNX program of a densified model in evaluation mode.
-
-    The inputs are named input0, input1, ..., the outputs output0, output1, ....
+def export(network: nn.Module, inputs: Inputs) -> "tuple[torch.onnx.ONNXProgram, Inputs]":
+    """Return the ONNX program of a network, and its inputs as `trace` does.
 
     Args:
         network: a densified model in evaluation mode.
-        example: as for `save`.
+        inputs: its inputs, from `find_inputs`.
 
     Raises:
         InputError: torch.export cannot trace the model, or an operator has no ONNX equivalent.
     """
     import onnx_ir  # a dependency of onnxscript
+    from onnx_ir.passes.common import NameFixPass
 
-    traced = trace(network, example)
+    traced, inputs = trace(network, inputs)
+    args, kwargs = inputs.sample(2)
+    with torch.no_grad():
+        result = network(*args, **kwargs)
+    input_names = inputs.names(network)
+    names = [*input_names, *output_names(result, input_names)]
     with _quiet():
         try:
             program = torch.onnx.export(traced, dynamo=True, optimize=True, verbose=False)
         except Exception as error:  # torch and onnxscript raise exceptions of many types
-            raise InputError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
+            raise InputError(f"the model cannot be exported to ONNX: {first_line(error)}") from error
     assert program is not None
     graph = program.model.graph
     for node in graph.all_nodes():
         # The default value in ONNX is 0, but MNN's converter reads uninitialized memory if no value is given.
         if node.op_type == "ConstantOfShape" and "value" not in node.attributes:
             node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor([0.0]))
-    for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
-        for index, value in enumerate(values):
-            value.name = f"{kind}{index}"
-    return program
+    for value, name in zip([*graph.inputs, *graph.outputs], names, strict=True):
+        value.name = name
+    _name_batch(graph)
+    NameFixPass()(program.model)  # renames weights and intermediate values that have the name of an input or output
+    return program, inputs
 
 
-def trace(network: nn.Module, example: Example) -> "torch.export.ExportedProgram":
-    """Trace a densified model in evaluation mode with torch.export, with a dynamic batch size.
+def _name_batch(graph: Any) -> None:
+    """Name the dynamic dimension of the inputs batch. torch names it s0, s77 or the like."""
+    import onnx_ir
+
+    symbols = {dim.value for value in graph.inputs for dim in value.shape if isinstance(dim, onnx_ir.SymbolicDim)}
+    for symbol in symbols:
+        for value in [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]:
+            sizes = [getattr(dim, "value", dim) for dim in value.shape or ()]  # a number, an expression, or None
+            if any(isinstance(size, str) for size in sizes):
+                named = [re.sub(rf"\b{symbol}\b", "batch", size) if isinstance(size, str) else size for size in sizes]
+                value.shape = onnx_ir.Shape(named)
+
+
+def trace(network: nn.Module, inputs: Inputs) -> "tuple[torch.export.ExportedProgram, Inputs]":
+    """Trace a network with torch.export, with a dynamic batch size where possible.
 
     Args:
         network: a densified model in evaluation mode.
-        example: as for `save`.
+        inputs: its inputs, from `find_inputs`.
+
+    Returns:
+        The program, and its inputs, whose batch size is fixed if the network cannot be traced with a dynamic one.
 
     Raises:
         InputError: torch.export cannot trace the model.
+
+    Warns:
+        SparsityWarning: the batch size is fixed.
     """
-    args, kwargs = random_inputs(example, batch=2)  # torch.export specializes a batch size of 1 to a constant
-    batch = torch.export.Dim("batch")
-    dynamic_shapes: Any = {name: {0: batch} for name in kwargs} or tuple({0: batch} for _ in args)
+    try:
+        return _trace(network, inputs), inputs
+    except InputError as error:
+        if inputs.fixed:
+            raise
+        fixed = inputs.with_fixed_batch()
+        program = _trace(network, fixed)
+        reason = f"torch.export cannot trace the model with a dynamic batch size ({first_line(error)})"
+        warnings.warn(f"the batch size is fixed at that of the example: {reason}", SparsityWarning, stacklevel=4)
+        return program, fixed
+
+
+def _trace(network: nn.Module, inputs: Inputs) -> "torch.export.ExportedProgram":
+    args, kwargs = inputs.sample(2)  # torch.export specializes a batch size of 1 to a constant
+    batch, shapes = torch.export.Dim("batch"), torch.export.ShapesCollection()
+    for tensor, dim in zip(tree_leaves((args, kwargs)), inputs.batch_dims, strict=True):
+        if dim is not None:
+            shapes[tensor] = {dim: batch}
     # Other runtimes have no equivalent of fused inference kernels such as that of the transformer encoder.
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with _quiet():
-            return torch.export.export(network, args, kwargs, dynamic_shapes=dynamic_shapes)
+            return torch.export.export(network, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
     except Exception as error:  # torch raises exceptions of many types
-        raise InputError(f"the model cannot be traced for export: {_reason(error)}") from error
+        quantized = [name for name, module in network.named_modules() if "ao.nn.quantized" in type(module).__module__]
+        reason = f"{quantized[0]!r} is quantized; export before quantization" if quantized else first_line(error)
+        raise InputError(f"the model cannot be traced for export: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-@contextmanager
-def _output_file(path: str | Path) -> Iterator[Path]:
-    try:
-        with atomic_write(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _run(path: Path, inputs: list[Tensor]) -> list[Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-    return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -147,11 +190,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first non-empty line of the root cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

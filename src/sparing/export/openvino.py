@@ -12,10 +12,9 @@ from torch import nn
 
 from sparing.errors import InputError
 from sparing.export import onnx
-from sparing.export.network import Written, check, outputs, plain, random_inputs, require
-from sparing.export.runtimes import Process, UnavailableError
+from sparing.export.inputs import Example, find_inputs
+from sparing.export.network import Written, check_file, plain, refusal, require
 from sparing.files import atomic_write
-from sparing.macs import Example
 
 
 def save(model: nn.Module, path: str | Path, example: Example) -> Written:
@@ -43,23 +42,16 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     import openvino
 
     network = plain(model)
-    args, kwargs = random_inputs(example, batch=3)
+    program, inputs = onnx.export(network, find_inputs(network, example))
     with tempfile.TemporaryDirectory() as folder:
         source, converted = Path(folder, "network.onnx"), Path(folder, "network.xml")
-        onnx.export(network, example).save(source)
+        program.save(source)
         # Do not use openvino.convert_model: it sends usage statistics.
         try:
             openvino.save_model(openvino.Core().read_model(source), converted, compress_to_fp16=False)
         except RuntimeError as failure:
-            reason = " ".join(str(failure).split())
-            raise InputError(f"OpenVINO cannot read the network: {reason}") from failure
-        inputs = [tensor.numpy() for tensor in (*args, *kwargs.values())]
-        try:
-            with Process("openvino_fp32", converted, threads=1) as process:
-                got = process.run(inputs)
-        except UnavailableError as failure:
-            raise InputError(f"OpenVINO cannot run the network: {failure}") from failure
-        error = check(f"{path} in OpenVINO", outputs(network, args, kwargs), got)
+            raise refusal("OpenVINO cannot read the network", network, failure) from failure
+        error = check_file(path, converted, "openvino_fp32", network, inputs)
         size = converted.stat().st_size + converted.with_suffix(".bin").stat().st_size
         try:
             # Write the weights first: a reader that finds the new graph also finds the new weights.

@@ -66,9 +66,12 @@ def mnn(path: str, threads: int) -> Callable[[list[Any]], Run]:
     module = MNN.nn.load_module_from_file(path, [], [], runtime_manager=runtime)
 
     def prepare(inputs: list[Any]) -> Run:
-        kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int, "int64": MNN.expr.int}
-        # MNN has no 64-bit integers.
-        arrays = [array.astype("int32") if array.dtype == "int64" else array for array in inputs]
+        kinds = {"float32": MNN.expr.float, "int32": MNN.expr.int}
+        # MNN has no 64-bit integers and no booleans.
+        arrays = [array.astype("int32") if array.dtype in ("int64", "bool") else array for array in inputs]
+        for array in arrays:
+            if str(array.dtype) not in kinds:
+                raise UnavailableError(f"an input cannot be {array.dtype}; use float32, int32, int64 or bool")
         variables = [MNN.expr.const(a, list(a.shape), MNN.expr.NCHW, kinds[str(a.dtype)]) for a in arrays]
 
         def run() -> Sequence[Any]:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.export.network import check, outputs, plain, random_inputs, require
-from sparing.macs import Example
+from sparing.export.inputs import Example, find_inputs
+from sparing.export.network import check, check_weights, outputs, plain, require, tolerance
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -43,8 +43,8 @@ def shrink(model: nn.Module, example: Example) -> nn.Module:
         A densified copy in evaluation mode, with the same outputs up to rounding.
 
     Raises:
-        InputError: torch-pruning is missing or cannot trace the model; the outputs of the copy differ, for example
-            because the model indexes channels by number.
+        InputError: torch-pruning is missing or cannot trace the model; a weight is quantized; the outputs of the copy
+            differ, for example because the model indexes channels by number.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
@@ -59,11 +59,12 @@ def shrink(model: nn.Module, example: Example) -> nn.Module:
     """
     require("torch_pruning")
     network = plain(model)
-    args, kwargs = random_inputs(example, batch=3)
+    check_weights(network)
+    args, kwargs = find_inputs(network, example).sample(3)
     expected = outputs(network, args, kwargs)
     while _remove_channels(network, args, kwargs):
         pass
-    check("the model without all-zero filters", expected, outputs(network, args, kwargs))
+    check("the model without all-zero filters", expected, outputs(network, args, kwargs), tolerance(network))
     return network
 
 
@@ -87,7 +88,7 @@ class _Group:
 
 
 @torch.no_grad()
-def _remove_channels(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> bool:
+def _remove_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Remove channels from every group once. Return whether any channel was removed."""
     import torch_pruning
 
@@ -119,7 +120,7 @@ def _remove_channels(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[st
     return found
 
 
-def _record_inputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[nn.Module, Tensor]:
+def _record_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[nn.Module, Tensor]:
     """Run the model. Return the input of each convolution and Linear layer that runs exactly once, channels last."""
     inputs: dict[nn.Module, Tensor] = {}
     repeated: set[nn.Module] = set()

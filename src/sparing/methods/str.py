@@ -86,7 +86,7 @@ class STR(Rescaling):
             raise InputError(f"STR: g(init) must be a finite threshold ≥ 0; g({self.init}) is {float(at_start)}")
         if self.pattern != Unstructured() and self.granularity != "layer":
             raise InputError(f"STR: pattern={self.pattern} needs granularity 'layer', got {self.granularity!r}")
-        if self.targeted and (self.granularity == "global" or callable(self.g)):
+        if self.rescales and (self.granularity == "global" or callable(self.g)):
             raise InputError("STR: a target needs a granularity other than 'global', and a g known by name")
         super().__post_init__()
 

@@ -59,7 +59,7 @@ class STRFeather(Rescaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.targeted:
+        if not self.rescales:
             raise InputError("STRFeather: give sparsity=, a fraction in [0, 1), or macs=")
         check_number(self, "theta", "[0, 1]")
         check_number(self, "init", "[-100, 0]")

@@ -1,0 +1,93 @@
+"""Whether a method can work with the optimizers that it is attached to."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparing.errors import InputError
+from sparing.layers import Layer
+from sparing.method import Method
+from sparing.optimizers import copying
+
+
+def check_optimizers(
+    method: Method,
+    layers: Mapping[str, Layer],
+    given: Iterable[Any],
+    optimizers: Iterable[Optimizer],
+    resets: Iterable[Tensor],
+) -> None:
+    """Check that optimizers hold what a method trains, and that the method can act on them.
+
+    Args:
+        method: of the layers.
+        layers: the sparsified layers by name.
+        given: the optimizers and wrappers that the user named.
+        optimizers: those within the wrappers.
+        resets: the parameters whose state the method sets to zero.
+
+    Raises:
+        InputError: see `Sparsifier.attach`.
+    """
+    optimizers, name = list(optimizers), method.name
+    if not optimizers:
+        raise InputError("attach() needs the optimizer that trains the model")
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers.values():
+        weights = (("dense weight", p) for p in layer.originals)
+        for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+            if p.requires_grad and id(p) not in held:
+                raise InputError(
+                    f"the optimizer does not hold the {what} of layer {layer.name!r}. Build it after calling "
+                    "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
+                )
+    sharded = any(hasattr(p, "full_tensor") for layer in layers.values() for p in layer.originals)
+    if sharded and (method.rescales or any(layer.parametrization.state() for layer in layers.values())):  # type: ignore[union-attr]
+        raise InputError(
+            f"{name}: masks and targets are not supported under FSDP2, which shards neither. Use "
+            "DistributedDataParallel, or STR with a weight decay on s instead of a target"
+        )
+    if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) and (
+        method.edits_gradients or any(True for _ in resets)
+    ):
+        what = "works on the gradients of a step" if method.edits_gradients else "resets the state of single weights"
+        raise InputError(f"{name} {what} and does not support LBFGS")
+    if (copies := copying(given)) and (method.sets_weights or method.rescales):
+        raise InputError(
+            f"{name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into them later: use "
+            "another optimizer, or a method that only masks weights, such as GMP"
+        )
+
+
+def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> list[str]:
+    """Return a sentence for whatever keeps a method from reaching its aim: thresholds without decay, frozen layers."""
+    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parts = {name: layer.parametrization for name, layer in layers.items()}
+    fixed = [
+        name
+        for name, part in parts.items()
+        for key, p in part.named_parameters()  # type: ignore[union-attr]
+        if part.decays.get(key) == "thresholds" and p.requires_grad and not groups[id(p)].get("weight_decay")  # type: ignore[union-attr]
+    ]
+    frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad]
+    learns = any(True for part in parts.values() for _ in part.parameters())  # type: ignore[union-attr]
+    pruned_once = getattr(getattr(plan, "updates", None), "end", 1) == 0
+    texts = []
+    if fixed and method.goal(plan) is None and not method.regularizes:
+        texts.append(
+            f"{method.name}: nothing raises the thresholds of {_some(fixed, layers)}, because the optimizer gives them "
+            "no weight decay. Build it with sparing.param_groups(model, weight_decay=1e-4), or set a target"
+        )
+    if frozen and (learns or (method.acts and not pruned_once)):
+        texts.append(
+            f"{method.name}: {_some(frozen, layers)} are frozen: their weights do not adapt to pruning, and nothing is "
+            "learned or regrown there. Finish pruning before you freeze them"
+        )
+    return texts
+
+
+def _some(names: list[str], layers: Mapping[str, Layer]) -> str:
+    return f"{len(names)} of {len(layers)} layers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
