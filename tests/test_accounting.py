@@ -363,6 +363,12 @@ FUNCTIONAL = {
     ),
     "a copy": (lambda m, x: F.linear(x, m.linear.weight.t().contiguous().t()), (), {"linear": 4 * 48}),
     "scaled": (lambda m, x: F.linear(x, m.linear.weight * 0.1), (), {"linear": 4 * 48}),
+    "tanh": (lambda m, x: F.linear(x, m.linear.weight.tanh()), (), {"linear": 4 * 48}),
+    "fake quantization": (
+        lambda m, x: F.linear(x, torch.fake_quantize_per_tensor_affine(m.linear.weight, 0.01, 0, -128, 127)),
+        (),
+        {"linear": 4 * 48},
+    ),
     "a diagonal": (lambda m, x: (x[:, None] * m.p0).sum(1), ((6, 6),), {"p0": 4 * 36}),
     "functional convolution": (
         lambda m, x: F.conv1d(x.reshape(1, 2, 12), m.p0, padding=1), ((4, 2, 3),), {"p0": 12 * 24},
@@ -448,6 +454,7 @@ def test_macs_of_recurrent_layers_are_the_same_in_a_real_run(kind):
         (lambda w: (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-6), "sub"),
         (lambda w: F.layer_norm(w, w.shape[1:]), "native_layer_norm"),
         (lambda w: w + 1, "add"),
+        (lambda w: w.cos(), "cos"),
     ],
 )
 def test_a_weight_that_is_changed_before_the_product_counts_as_dense_and_warns(change, operation):
@@ -495,6 +502,15 @@ def test_macs_of_lookups_are_none():
     found = sparing.report(model, torch.zeros(2, 5, dtype=torch.long))
     assert [row.dense_macs for row in found.layers] == [0, 0, 2 * 16]
     assert found.total.weights == 1616
+
+
+def test_a_compiled_or_wrapped_model_is_counted_as_it_is():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0))
+    wrappers = (torch.compile(model, backend="eager", fullgraph=True), nn.DataParallel(model))
+    for wrapper in wrappers:
+        assert sparing.report(wrapper, (2, 16)).total.dense_macs == 2 * 640
+        assert sparing.report(wrapper, (2, 16)).total.macs == 640
 
 
 def test_a_shape_stands_for_an_input_of_the_models_dtype():

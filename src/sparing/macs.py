@@ -152,7 +152,7 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
     torch.backends.mha.set_fastpath_enabled(False)  # it uses the weights of a whole layer in one operation
     model.eval()  # batch normalization in training mode refuses a batch of one
     try:
-        with torch.no_grad(), counter:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), counter:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -128,7 +128,6 @@ _RECURRENT = {aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn}  # a whol
 _ADDED = {aten.addmm, aten.baddbmm, aten.addmv}  # the first argument is added
 _COPIES = {aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh}
 _MOVES = {aten._unsafe_view, aten.cat, aten.stack, aten.repeat, aten.flip, aten.unsafe_split}
-_KEEP_ZEROS = {aten.mul, aten.div, aten.neg}
 # They read or add weights, and multiply nothing by them.
 _FREE = {
     aten.embedding, aten._embedding_bag, aten._embedding_bag_forward_only, aten.index, aten.index_select, aten.gather,
@@ -276,8 +275,7 @@ class ProductCounter(TorchDispatchMode):
                 whole = source.whole if len(known) == 1 and first.numel() == made.numel() else None
                 self.mark(made, replace(origin, places=partial(_moved, func, args, kwargs, known, index), whole=whole))
             elif first.numel() == made.numel():
-                keeps_zeros = operation in _COPIES | _KEEP_ZEROS
-                changed = origin.changed or (None if keeps_zeros else operation.__name__)
+                changed = origin.changed or (None if _keeps_zeros(func, args, kwargs, known) else operation.__name__)
                 self.mark(made, replace(origin, places=source.places, whole=source.whole, changed=changed))
             else:
                 self.mark(made, origin)
@@ -298,6 +296,18 @@ def _moved(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin], in
 
     args, kwargs = tree_map_only(Tensor, places, (args, kwargs))
     return tree_leaves(func(*args, **kwargs))[index]  # type: ignore[no-any-return]
+
+
+def _keeps_zeros(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin]) -> bool:
+    """Return whether an elementwise operation makes zeros of zeros."""
+    operation = func.overloadpacket
+    if operation in _COPIES or operation in (aten.mul, aten.div) or "fake_quantize" in operation.__name__:
+        return True
+    given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+    if torch.Tag.pointwise not in func.tags or any(part not in known for part in given):
+        return False
+    args, kwargs = tree_map_only(Tensor, lambda part: torch.zeros(1, dtype=part.dtype, device="cpu"), (args, kwargs))
+    return not bool(func(*args, **kwargs).any())
 
 
 def _is_free(func: Any) -> bool:
