@@ -600,6 +600,20 @@ def test_a_run_whose_layers_are_all_gone_says_so_and_does_nothing():
     assert sparing.report(model).total.sparsity == 0
 
 
+@pytest.mark.parametrize(
+    "method", [STR(sparsity=0.9, every=1), GMP(sparsity=0.9, every=1), RigL(sparsity=0.9, every=2)]
+)
+def test_a_layer_whose_parametrization_is_removed_is_named_and_the_others_reach_their_target(method):
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, method, steps=20)
+    train(model, 10, sparsifier)
+    parametrize.remove_parametrizations(model[4], "weight")
+    with pytest.warns(SparsityWarning, match="parametrizations removed: 4"):
+        train(model, 10, sparsifier)
+    assert list(sparsifier.layers) == ["0", "2"]
+    assert sparing.report(model).missed == ()
+
+
 def test_a_layer_wrapped_in_another_module_is_still_in_the_model():
     model = mlp()
     sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)

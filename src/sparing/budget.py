@@ -297,6 +297,13 @@ class Allocation:
             return self.kept
         return sum(kept * self.units[name].weights for name, kept in self.kept.items())
 
+    def limited_to(self, layers: Mapping[str, Layer]) -> "Allocation":
+        """Return the allocation of some of its layers, where each has a number of its own."""
+        assert not isinstance(self.kept, int)
+        return Allocation(
+            layers, {name: self.units[name] for name in layers}, {name: self.kept[name] for name in layers}
+        )
+
     def at(self, progress: float) -> Mapping[str, int] | int:
         """Return `kept` after a share of the way from dense to the target; exactly `kept` at 1."""
         if progress == 1.0:
@@ -384,19 +391,13 @@ def random_score(layers: Iterable[str], seed: int, *position: int) -> Score:
     return lambda layer, units: random_scores(units.unit_shape, layer.weight.device, seed, index[layer.name], *position)
 
 
-def read_budget(budget: Budget | str) -> Budget:
-    """Return a budget: the one given, that of a .json or .csv file, or the published one of this name."""
-    if isinstance(budget, Budget):
-        return budget
-    return Budget.load(budget) if Path(budget).suffix in (".json", ".csv") else Budget.published(budget)
-
-
 def _resolve_budget(layers: Mapping[str, Layer], sparsity: float | None, budget: Budget | str) -> Budget:
     if isinstance(budget, str) and budget in RULES:
         assert sparsity is not None  # check_target has seen to it
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         return Budget.from_sizes(shapes, budget, sparsity)
-    budget = read_budget(budget)
+    if isinstance(budget, str):
+        budget = Budget.load(budget) if Path(budget).suffix in (".json", ".csv") else Budget.published(budget)
     unknown = [name for name in budget if name not in layers]
     if unknown:
         raise InputError(

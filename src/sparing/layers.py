@@ -120,10 +120,18 @@ class Layer:
     @property
     def parametrization(self) -> Sparse | None:
         """The module that makes the effective weight; None for a layer that is not sparsified."""
-        found = next((each for each in self.places[0].parametrizations or () if isinstance(each, Sparse)), None)
+        found = self._sparse()
         if found is not None:
             found.refresh()
         return found
+
+    @property
+    def is_sparsified(self) -> bool:
+        """Whether the layer is sparsified."""
+        return self._sparse() is not None
+
+    def _sparse(self) -> Sparse | None:
+        return next((each for each in self.places[0].parametrizations or () if isinstance(each, Sparse)), None)
 
     @property
     def threshold(self) -> Tensor | None:
@@ -240,7 +248,7 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
     select = default if predicate is None else predicate
 
     def is_taken(layer: Layer) -> bool:
-        if predicate is None and layer.parametrization is not None:
+        if predicate is None and layer.is_sparsified:
             return True
         return any("weight" in place.tensor_name and select(place.module_name, place.module) for place in layer.places)
 
@@ -254,7 +262,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Layer]:
         >>> sparse_layers(nn.Linear(4, 2))
         {}
     """
-    return {name: layer for name, layer in all_layers(model).items() if layer.parametrization is not None}
+    return {name: layer for name, layer in all_layers(model).items() if layer.is_sparsified}
 
 
 def filter_shape(layer: Layer) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.budget import RULES, Allocation, Budget, check_target, read_budget
+from sparing.budget import Allocation, Budget, check_target
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.parametrizations import Sparse
@@ -127,9 +127,9 @@ class Method(ABC):
         """
         return None
 
-    def limited_to(self, layers: Layers) -> Method:
-        """Return the method for the layers that are left of those it was made for."""
-        return self
+    def limited_to(self, layers: Layers, plan: Any, model: nn.Module, steps: int | None) -> Any:
+        """Return the plan for the layers that are left of those it was made for."""
+        return self.prepare(model, layers, steps)
 
     def describe(self) -> dict[str, Any]:
         """Return name and arguments in plain values, for checkpoints. Equal methods have equal descriptions."""
@@ -213,11 +213,10 @@ class Ranking(Method):
             )
         return Plan(allocation, self.updates(steps))
 
-    def limited_to(self, layers: Layers) -> Ranking:
-        if self.budget in RULES:
-            return self
-        budget = read_budget(self.budget)
-        return dataclasses.replace(self, budget=Budget({name: budget[name] for name in layers}))
+    def limited_to(self, layers: Layers, plan: Any, model: nn.Module, steps: int | None) -> Any:
+        if isinstance(plan.allocation.kept, int):  # of all layers together
+            return self.prepare(model, layers, steps)
+        return dataclasses.replace(plan, allocation=plan.allocation.limited_to(layers))
 
     def updates(self, steps: int | None) -> Updates | None:
         """Return when masks or thresholds are updated; None for a method without the field `end`."""

@@ -25,7 +25,7 @@ def check_weight(layer: Layer) -> None:
             an embedding changes it in place, or has sparse gradients.
     """
     made_by = layer.places[0].parametrizations
-    if layer.parametrization is not None:
+    if layer.is_sparsified:
         raise InputError(
             f"layer {layer.name!r} is sparsified already: choose other layers with select=, change its target with "
             "sparsifier.retarget(), or call sparing.densify_(model) first"

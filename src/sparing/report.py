@@ -159,7 +159,7 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
     notes = tuple(found.notes()) if found else ()
     for note in notes:
         warnings.warn(note, SparsityWarning, stacklevel=2)
-    sparse = [rows[name] for name, layer in layers.items() if layer.parametrization is not None]
+    sparse = [rows[name] for name, layer in layers.items() if layer.is_sparsified]
     classifier = _classifier(model, layers)
     return Report(
         layers=tuple(rows.values()),

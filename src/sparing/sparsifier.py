@@ -273,29 +273,35 @@ class Sparsifier:
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
             self.clock.stale = False
-            self.layers = {name: layer for name, layer in self.layers.items() if layer.parametrization is not None}
+            self.layers = {name: layer for name, layer in self.layers.items() if layer.is_sparsified}
             if self.layers:
-                self.plan = self.method.limited_to(self.layers).prepare(self.model, self.layers, self.steps)
+                self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
                 rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
                 self.clock.goal, self.clock.layers = rest.goal, rest.layers
                 set_costs(self.layers, self.method, self.plan)
         return bool(self.layers)
 
     def drop_lost_layers(self) -> None:
-        """Drop the layers whose module is no longer in the model, with a warning; the target is that of the others."""
+        """Drop the layers that are no longer in the model, with a warning; the target is that of the others."""
         self._active()
         modules = {id(module) for module in self.model.modules()}
-        lost = {name for name, layer in self.layers.items() if not any(id(p.module) in modules for p in layer.places)}
+        left = {
+            name: layer
+            for name, layer in self.layers.items()
+            if layer.is_sparsified and any(id(place.module) in modules for place in layer.places)
+        }
+        lost = self.layers.keys() - left.keys()
         if not lost:
             return
-        self.layers = {name: layer for name, layer in self.layers.items() if name not in lost}
+        self.layers = left
         self.clock.stale = True
         self._active()
         names = sorted(lost)
         warnings.warn(
             f"{self.method.name}: sparsified layers are no longer in the model, as their modules were replaced or "
-            f"removed: {', '.join(names)}. The target is now that of the other {len(self.layers)} layers. To sparsify "
-            f"what replaced them, call sparsify_(model, method, select={names})",
+            f"their parametrizations removed: {', '.join(names)}. The target is now that of the other "
+            f"{len(self.layers)} layers. To sparsify what is in their place, call sparsify_(model, method, "
+            f"select={names})",
             SparsityWarning,
             stacklevel=3,
         )
