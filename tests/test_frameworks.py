@@ -555,7 +555,7 @@ def test_attach_warns_of_frozen_layers_that_are_still_pruned(name, lora):
     model = network()
     sparsifier = sparing.sparsify_(model, METHODS[name], steps=STEPS)
     adapted = lora(model)
-    with pytest.warns(sparing.SparsityWarning, match=f"^{name}: 2 of 2 layers are frozen"):
+    with pytest.warns(sparing.SparsityWarning, match=rf"^{name}: 2 of 2 layers \(0, 3\) are frozen"):
         sparsifier.attach(torch.optim.AdamW(p for p in adapted.parameters() if p.requires_grad))
 
 

@@ -29,9 +29,8 @@ class EffectiveWeight(Tensor):
     Examples:
         >>> layer = nn.Linear(4, 2)
         >>> _ = sparsify_(layer, STR(init=-5.0))
-        >>> nn.init.zeros_(layer.weight)
-        Traceback (most recent call last):
-        sparing.errors.InputError: fill_() would write into the effective weight of a sparsified layer, ...
+        >>> type(layer.weight).__name__, type(2 * layer.weight).__name__
+        ('EffectiveWeight', 'Tensor')
     """
 
     # The operations of torch are those of a plain tensor, at their speed.

@@ -161,8 +161,8 @@ class SoftThreshold(LearnedThreshold):
 
     Examples:
         >>> soft = SoftThreshold(nn.Parameter(torch.tensor([-2.0])), torch.sigmoid)
-        >>> soft(torch.tensor([-0.5, 0.1, 0.3]))
-        tensor([-0.3808,  0.0000,  0.1808], grad_fn=<_SoftThresholdBackward>)
+        >>> soft(torch.tensor([-0.5, 0.1, 0.3])).detach()
+        tensor([-0.3808,  0.0000,  0.1808])
     """
 
     def forward(self, weight: Tensor) -> Tensor:
