@@ -513,6 +513,55 @@ def test_a_compiled_or_wrapped_model_is_counted_as_it_is():
         assert sparing.report(wrapper, (2, 16)).total.macs == 640
 
 
+class Stateful(nn.Module):
+    """A module whose forward pass changes its buffers and lists."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.fc, self.looks, self.seen, self.cache = nn.Linear(4, 4), looks, [], {"first": None}
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x, scale=1.0):
+        self.count += 1
+        self.mean = self.mean + x.mean(0)
+        self.seen.append(x)
+        self.cache["first"] = self.cache["other"] = x
+        return self.fc(x * scale) if not self.looks or x.sum().item() > -math.inf else x
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_counting_leaves_the_model_as_it_was(looks):
+    model = Stateful(looks)
+    seen, mean = model.seen, model.mean
+    assert sparing.report(model, (torch.randn(3, 4), 2.0)).total.dense_macs == 3 * 16
+    assert (model.seen, model.cache, float(model.count)) == ([], {"first": None}, 0.0)
+    assert model.seen is seen
+    assert model.mean is mean
+    assert not mean.any()
+    assert model.training
+
+
+def test_counting_in_inference_mode_and_with_cached_weights():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0), nn.Unflatten(0, (1, -1)), nn.Conv1d(1, 2, 3, bias=False))
+    sparing.sparsify_(model, STR(init=-5.0), select=["0"])
+    with torch.inference_mode():
+        assert sparing.report(model, (2, 4)).total.dense_macs == 2 * 16 + 6 * 6
+    with nn.utils.parametrize.cached(), pytest.raises(InputError, match=r"not counted within parametrize.cached\(\)"):
+        sparing.report(model, (2, 4))
+
+    class Inferring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        @torch.inference_mode()
+        def forward(self, x):
+            return self.fc(x)
+
+    assert sparing.report(Inferring(), (2, 4)).total.dense_macs == 2 * 16
+
+
 def test_a_shape_stands_for_an_input_of_the_models_dtype():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).bfloat16()
     assert sparing.report(model, (1, 3, 8, 8)).total.dense_macs == 36 * 216

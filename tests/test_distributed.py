@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sparing
 from sparing.train.build import build_data, build_model, build_optimizer, build_sparsifier
@@ -201,6 +201,18 @@ def _check_sharded_masks_and_targets_are_refused(count):
             sparsifier.attach(optimizer)
         with pytest.raises(sparing.InputError, match="a weight with .* is sharded, and these are not"):
             sparing.report(model)
+    for keeps_names in (True, False):
+        model = two_layers()
+        sparsifier = sparing.sparsify_(model, sparing.STR(init=-3.0))
+        wrapped = FullyShardedDataParallel(model, use_orig_params=keeps_names, device_id=torch.device("cpu"))
+        for run in (
+            lambda model=model: sparing.report(model),
+            lambda wrapped=wrapped: sparing.report(wrapped, (1, 12)),
+        ):
+            with pytest.raises(sparing.InputError, match=r"sharded by FullyShardedDataParallel \(FSDP1\)"):
+                run()
+        with pytest.raises(sparing.InputError, match=r"sharded by FullyShardedDataParallel \(FSDP1\)"):
+            sparsifier.attach(torch.optim.SGD(wrapped.parameters(), lr=0.1))
     model = two_layers()
     sparsifier = sparing.sparsify_(model, sparing.STR(sparsity=0.5), steps=10)
     optimizer = torch.optim.SGD(_shard(model, count).parameters(), lr=0.1)

@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "sparsify": {"errors", "goal", "integrations", "layers", "method", "register", "schedules", "select", "sparsifier"},
     "dense": {"errors", "goal", "parametrizations"},
     "growing": {
-        "budget", "layers", "masks", "method", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier",
+        "budget", "goal", "layers", "masks", "method", "optimizers", "parametrizations", "patterns", "schedules",
+        "sparsifier",
     },
     "thresholding": {"budget", "layers", "method", "parametrizations", "patterns", "sparsifier"},
     "target": {

@@ -453,6 +453,27 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(9, 6))
 
 
+def test_a_normalized_weight_starts_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))
+    sparing.sparsify_(model, HALF)
+    model.to_empty(device="cpu")
+    made_by = model[0].parametrizations.weight
+    for parameter in (made_by.original0, made_by.original1):
+        nn.init.ones_(parameter)
+    assert model(torch.ones(1, 8)).shape == (1, 4)
+    assert made_by[1].s.item() == HALF.init
+
+
+def test_weights_that_torch_prunes_are_reported_and_not_sparsified():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.75)
+    found = sparing.report(model, (1, 16))
+    assert [(row.name, row.nonzero, row.macs) for row in found.layers] == [("0", 32, 32), ("1", 32, 32)]
+    with pytest.raises(InputError, match="layer '0' is no parameter"):
+        sparing.sparsify_(model, HALF, select=["0"])
+
+
 def test_modules_like_a_linear_are_selected_and_grouped_by_their_outputs():
     model = nn.Sequential(Conv1D(8, 6), PatchEmbedding(), nn.Embedding(9, 6), nn.LayerNorm((4, 8)))
     assert list(sparing.layers.find_layers(model)) == ["0"]
@@ -507,6 +528,11 @@ def test_weights_that_the_default_selection_leaves_out_are_named():
 
 WRITES = {
     "nn.init": lambda weight: nn.init.kaiming_uniform_(weight),
+    "nn.init of chunks": lambda weight: [nn.init.orthogonal_(gate) for gate in weight.chunk(3)],
+    "nn.init of rows": lambda weight: [nn.init.zeros_(row) for row in weight],
+    "the transpose": lambda weight: weight.T.zero_(),
+    "parts of .data": lambda weight: weight.data.split(1)[0].fill_(1.0),
+    "requires_grad": lambda weight: setattr(weight, "requires_grad", True),
     "nn.init through a view": lambda weight: nn.init.orthogonal_(weight),
     "+= of .data": lambda weight: exec("weight.data += 1"),
     "assignment of .data": lambda weight: setattr(weight, "data", torch.zeros(3, 8)),

@@ -4,7 +4,7 @@ It is computed anew at every use, so whatever is written into it is lost: by `nn
 `layer.weight.data`, or by an assignment to some of its elements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 
 _VIEWS = (
-    "__getitem__", "flatten", "narrow", "permute", "reshape", "select", "squeeze", "t", "transpose", "unflatten",
-    "unsqueeze", "view", "view_as",
+    "__getitem__", "as_strided", "chunk", "diagonal", "dsplit", "expand", "expand_as", "flatten", "hsplit", "movedim",
+    "moveaxis", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split", "split_with_sizes", "squeeze",
+    "swapaxes", "swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
+    "unsafe_chunk", "unsafe_split", "view", "view_as", "vsplit",
 )  # fmt: skip
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _NO_WRITES = ("requires_grad_",)
@@ -44,6 +46,21 @@ class EffectiveWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         _refuse(self, "assigning .data")
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients are recorded; set it on the parameter that the weight is computed from."""
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        _refuse(self, "assigning .requires_grad")
+
+    T = property(lambda self: guarded(Tensor.T.__get__(self)))  # type: ignore[attr-defined]
+    mT = property(lambda self: guarded(Tensor.mT.__get__(self)))  # type: ignore[attr-defined]  # noqa: N815
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.unbind(0))
 
     def detach(self) -> Tensor:
         return guarded(super().detach())
@@ -89,8 +106,9 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 def _guarding(name: str) -> Callable[..., Any]:
-    def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return guarded(getattr(super(EffectiveWeight, self), name)(*args, **kwargs))
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(super(EffectiveWeight, self), name)(*args, **kwargs)
+        return guarded(result) if isinstance(result, Tensor) else tuple(map(guarded, result))
 
     return method
 

@@ -14,7 +14,7 @@ from sparing.parametrizations import Clock, Mask, Masked, Sparse
 from sparing.patterns import NM
 
 CHANCE = 0.02
-"""A smaller share of zeros does not make a model sparse: a uniform initialization in bfloat16 has 0.4 %."""
+"""A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
 
 SLACK = 0.95
 """Budgets round the counts of layers, so a model counts as being at its target down to this share of the weights."""
@@ -103,10 +103,11 @@ def nonzero_masks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         {'sparse': tensor([False,  True,  True])}
     """
     zeros = {name: weight.numel() - _sum(weight != 0) for name, weight in weights.items()}
-    pruned = [name for name, weight in weights.items() if zeros[name] and not _is_initialization(weight, zeros[name])]
-    if sum(zeros[name] for name in pruned) < CHANCE * sum(weight.numel() for weight in weights.values()):
-        return {}
-    return {name: weights[name] != 0 for name in pruned}
+    return {
+        name: weight != 0
+        for name, weight in weights.items()
+        if zeros[name] > CHANCE * weight.numel() and not _is_initialization(weight, zeros[name])
+    }
 
 
 def _is_initialization(weight: Tensor, zeros: int) -> bool:

@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sparing.budget import Budget, random_score
+from sparing.budget import Budget, Score, random_score
+from sparing.goal import nonzero_masks
 from sparing.layers import Layer
 from sparing.masks import keep_top, prune_and_regrow
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
@@ -48,7 +49,7 @@ class Growing(Ranking):
         check_seed(self)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        masks = plan.allocation.masks(random_score(layers, self.seed))
+        masks = plan.allocation.masks(first_score(layers, self.seed))
         return {name: self.masked(mask) for name, mask in masks.items()}
 
     def masked(self, mask: Tensor) -> Masked:
@@ -62,6 +63,18 @@ class Growing(Ranking):
         """Return whether the masks are updated after that many steps."""
         updates = sparsifier.plan.updates
         return bool(updates.due(step) and step < updates.end)
+
+
+def first_score(layers: Layers, seed: int) -> Score:
+    """Return a random score of each unit, higher for the nonzero units of layers that are sparse already."""
+    weights = {name: layer.weight for name, layer in layers.items() if not layer.weight.is_meta}
+    sparse, random = nonzero_masks(weights), random_score(layers, seed)
+
+    def score(layer: Layer, units: Units) -> Tensor:
+        drawn = random(layer, units)
+        return drawn + units.active(sparse[layer.name]) if layer.name in sparse else drawn
+
+    return score
 
 
 @dataclass(frozen=True)

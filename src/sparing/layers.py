@@ -6,7 +6,7 @@ used in several places (tied weights, a module used twice) is one layer, named a
 normalizations and other vectors are no layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
@@ -102,8 +102,10 @@ class Layer:
         """The parameters that the weight is made from: itself, or those of weight normalization and its like."""
         made_by = self.places[0].parametrizations
         owner = self.module if made_by is None else made_by
-        names = [self.places[0].tensor_name] if made_by is None else [n for n in made_by._parameters if n is not None]
-        return tuple(getattr(owner, name) for name in names)
+        names = [self.places[0].tensor_name] if made_by is None else list(made_by._parameters)
+        found = tuple(getattr(owner, name) for name in names)
+        _check_whole(found)
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,7 +122,7 @@ class Layer:
     @property
     def parametrization(self) -> Sparse | None:
         """The module that makes the effective weight; None for a layer that is not sparsified."""
-        found = self._sparse()
+        found = self.find_parametrization()
         if found is not None:
             found.refresh()
         return found
@@ -128,9 +130,10 @@ class Layer:
     @property
     def is_sparsified(self) -> bool:
         """Whether the layer is sparsified."""
-        return self._sparse() is not None
+        return self.find_parametrization() is not None
 
-    def _sparse(self) -> Sparse | None:
+    def find_parametrization(self) -> Sparse | None:
+        """Return the parametrization as it is: without first values after the meta device, or the state of a model."""
         return next((each for each in self.places[0].parametrizations or () if isinstance(each, Sparse)), None)
 
     @property
@@ -161,7 +164,7 @@ def default(name: str, module: nn.Module) -> bool:
     """Select every convolution, transposed convolution, Linear, recurrent layer or cell, attention, and the like.
 
     Also selected is a module of another library with a matrix or kernel called `weight`, such as the Conv1D of
-    transformers, unless its name says that it is an embedding.
+    transformers, unless its name says that it is an embedding, holds positions, or is the router of experts.
 
     Examples:
         >>> default("fc", nn.Linear(2, 2)), default("norm", nn.BatchNorm2d(2))
@@ -171,7 +174,8 @@ def default(name: str, module: nn.Module) -> bool:
         return True
     kind = parametrize.type_before_parametrizations(module)
     from_torch = any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in kind.__mro__)
-    if from_torch or "embed" in kind.__name__.lower() or "weight" not in weight_names(module):
+    other = any(word in kind.__name__.lower() for word in ("embed", "position", "router"))
+    if from_torch or other or "weight" not in weight_names(module):
         return False
     return sum(size > 1 for size in Layer((Place(name, module, "weight"),)).shape) > 1
 
@@ -194,9 +198,11 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     kernel = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
     found = []
     made = {name: _original(each) for name, each in getattr(module, "parametrizations", {}).items()}
-    for name, parameter in (module._parameters | made).items():
+    for name, parameter in {**dict(module._parameters.items()), **made}.items():
         if parameter is None or "bias" in name or isinstance(module, (Sparse, parametrize.ParametrizationList)):
             continue
+        if name.endswith("_orig") and name.removesuffix("_orig") in vars(module):
+            name = name.removesuffix("_orig")  # of torch.nn.utils.prune, which computes the weight before each forward
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             found += [name] if name == "weight" else []
         # A vector that broadcasts, such as a token of shape (1, 1, C), is no kernel; a convolution of one channel is.
@@ -205,8 +211,19 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _check_whole(parameters: Iterable[Tensor | None]) -> None:
+    """Check that FSDP1 has not replaced parameters by a part of a flat one, or removed them."""
+    parameters = list(parameters)
+    if not parameters or any(getattr(each, "_fsdp_flattened", False) for each in parameters):
+        raise InputError(
+            "the model is sharded by FullyShardedDataParallel (FSDP1), which leaves flat parts of its weights: use "
+            "fully_shard() (FSDP2) or DistributedDataParallel"
+        )
+
+
 def _original(made_by: parametrize.ParametrizationList) -> Tensor:
     """Return the parameter that has the shape of the weight, or the one with most dimensions."""
+    _check_whole(made_by.parameters(recurse=False))
     return max(made_by.parameters(recurse=False), key=lambda each: (each.dim(), each.numel()))
 
 
@@ -217,15 +234,20 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 def all_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all layers of a model by name, in module order: every parameter that is a matrix or a kernel.
 
+    Raises:
+        InputError: the model is sharded by FSDP1.
+
     Examples:
         >>> list(all_layers(nn.Sequential(nn.Embedding(9, 2), nn.ReLU(), nn.LSTM(2, 2))))
         ['0', '2.weight_ih_l0', '2.weight_hh_l0']
     """
     places: dict[int, list[Place]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if module._parameters:
+            _check_whole(module._parameters.values())
         for tensor_name in weight_names(module):
             place = Place(module_name, module, tensor_name)
-            identity = id(place.parametrizations or module._parameters[tensor_name])
+            identity = id(place.parametrizations or module._parameters.get(tensor_name, module))
             places.setdefault(identity, []).append(place)
     layers = (Layer(tuple(where)) for where in places.values())
     return {layer.name: layer for layer in layers}

@@ -13,6 +13,7 @@ seen as it happens, whichever module asks for it. A model that looks at the valu
 mask, runs once for real instead.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparing.errors import InputError
 from sparing.layers import Layer, all_layers
 from sparing.products import Applications, ProductCounter
 
-Example = Sequence[int] | Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+Example = Sequence[int] | Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def count_applications(model: nn.Module, example: Example) -> dict[str, int]:
@@ -61,6 +63,8 @@ def find_applications(model: nn.Module, example: Example) -> Applications:
     """
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise InputError("the model is sharded: count its MACs before fully_shard(), or report without input_size")
+    if parametrize._cache_enabled:
+        raise InputError("MACs are not counted within parametrize.cached(), where weights are not computed anew")
     layers = all_layers(model)
     args, kwargs = _arguments(model, example)
     try:
@@ -79,7 +83,7 @@ def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dic
         return (example,), {}
     if isinstance(example, Mapping):
         return (), dict(example)
-    if isinstance(example, Sequence) and all(isinstance(part, Tensor) for part in example):
+    if isinstance(example, Sequence) and any(isinstance(part, Tensor) for part in tree_leaves(example)):
         return tuple(example), {}
     if not isinstance(example, Sequence) or not all(type(part) is int and part > 0 for part in example):
         raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
@@ -101,8 +105,9 @@ def _run_on_meta(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwarg
     counter = ProductCounter(layers)
     for name, layer in layers.items():
         for place in layer.places:
-            if place.key in state:
-                counter.mark_weight(state[place.key], name)
+            for key in (place.key, f"{place.key}_orig"):  # the latter of torch.nn.utils.prune
+                if key in state:
+                    counter.mark_weight(state[key], name)
     args, kwargs = tree_map_only(Tensor, meta, (args, kwargs))
     counter.mark((args, kwargs))
     with _counting(model, layers, counter), torch.device("meta"):
@@ -119,8 +124,13 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) 
     # Tensors of its own: the model may write into its inputs.
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(device), (args, kwargs))
     counter.mark((args, kwargs))
-    with _counting(model, layers, counter), torch.random.fork_rng(devices=[]):
-        model(*args, **kwargs)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with _counting(model, layers, counter), torch.random.fork_rng(devices=[]):
+            model(*args, **kwargs)
+    finally:
+        for buffer, before in buffers:
+            buffer.detach().copy_(before)
     return counter.applications()
 
 
@@ -148,16 +158,26 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
     handles += [module.register_forward_hook(tell, with_kwargs=True) for module in tellers]
     # A forward may cache tensors on its module, such as a table of positions; they would stay on meta.
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    containers = [
+        (value, copy.copy(value))
+        for before in attributes.values()
+        for value in before.values()
+        if isinstance(value, (list, dict, set))
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it uses the weights of a whole layer in one operation
     model.eval()  # batch normalization in training mode refuses a batch of one
     try:
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), counter:
+        # In inference mode, operations come as a whole, which otherwise come as the products they consist of.
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad(), counter:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, before in attributes.items():
             vars(module).clear()
             vars(module).update(before)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
         for handle in handles:
             handle.remove()

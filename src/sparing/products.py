@@ -134,6 +134,7 @@ _FREE = {
     aten.native_layer_norm, aten.native_group_norm, aten.native_batch_norm, aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
 }  # fmt: skip
+_KNOWN = _PRODUCTS | _RECURRENT | _COPIES | _MOVES | _FREE
 
 
 class ProductCounter(TorchDispatchMode):
@@ -194,6 +195,11 @@ class ProductCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.overloadpacket not in _KNOWN:
+            with self:  # a composite operation, in inference mode
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         origins = [self._origins.get(tensor, CONSTANT) for tensor in given]

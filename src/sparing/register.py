@@ -48,6 +48,11 @@ def check_weight(layer: Layer) -> None:
                 "weight; set sparse to False, or leave it out with select="
             )
     weight = layer.weight
+    if made_by is None and not isinstance(weight, nn.Parameter):
+        raise InputError(
+            f"the weight of layer {layer.name!r} is no parameter: something recomputes it, such as "
+            "torch.nn.utils.prune; remove that first, or leave the layer out with select="
+        )
     if not weight.is_floating_point():
         raise InputError(f"layer {layer.name!r} has {weight.dtype} weights; only floating point can be sparsified")
     if weight.numel() == 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparing.effective_weight import guarded
 from sparing.errors import InputError
@@ -122,10 +123,19 @@ class RunState(nn.Module):
         effective = super().__call__(weight)
         if self._source is not None and effective.requires_grad and not torch.compiler.is_compiling():
             effective.register_hook(lambda gradient: self.keep_state())
-        return effective if effective is weight else guarded(effective)
+        return effective if effective is weight or parametrize._cache_enabled else guarded(effective)
 
     def _call_with_state_of(self, source: "_Source", weight: Tensor) -> Any:
-        """Call a copy on the meta device with a weight that has values: so Opacus computes gradients per sample."""
+        """Call a copy on the meta device with a weight that has values: so Opacus computes gradients per sample.
+
+        Raises:
+            InputError: vmap maps over the weights of several models.
+        """
+        if torch._C._functorch.is_batchedtensor(weight):
+            raise InputError(
+                f"vmap maps over weights, and a copy on the meta device has no {', '.join(self._names)}: pass them to "
+                "functional_call() with the parameters; stack_module_state() omits them"
+            )
         own = self.state()
         vars(self).update(source.state())
         try:

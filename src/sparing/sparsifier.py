@@ -218,7 +218,7 @@ class Sparsifier:
         """Give the values of the start to parametrizations that left the meta device without a checkpoint."""
         made = self.method.parametrizations(self.layers, self.plan)
         for name, layer in self.layers.items():
-            layer.places[0].parametrizations[0].take_values(made[name])  # type: ignore[index, operator, union-attr]
+            layer.find_parametrization().take_values(made[name])  # type: ignore[union-attr]
 
     def restart(self) -> None:
         """Make masks and the start of the ramp anew, from weights that were loaded before the first step."""

@@ -1,5 +1,7 @@
 """Every method under the transforms of torch.func: forward mode, second derivatives, vmap over samples and models."""
 
+import copy
+
 import pytest
 import torch
 from harness import SETTINGS, Run, batch, build, make
@@ -216,3 +218,14 @@ def test_torch_compile_does_not_drop_the_gradients_of_a_method_in_silence(transf
         torch.testing.assert_close(
             torch.compile(loss, fullgraph=True, backend="aot_eager")(parameters), loss(parameters)
         )
+
+
+def test_an_ensemble_that_is_mapped_without_its_masks_is_refused():
+    models = [nn.Sequential(nn.Linear(6, 4)) for _ in range(3)]
+    for model in models:
+        sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0))
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    call = torch.func.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,)), in_dims=(0, 0, None))
+    with pytest.raises(sparing.InputError, match=r"stack_module_state\(\) omits them"):
+        call(parameters, buffers, torch.randn(2, 6))

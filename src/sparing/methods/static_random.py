@@ -12,7 +12,8 @@ of the dense network, and are not scaled up for the smaller fan-in.
 
 from dataclasses import dataclass
 
-from sparing.budget import Budget, random_score
+from sparing.budget import Budget
+from sparing.growing import first_score
 from sparing.method import Layers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Mask
 from sparing.schedules import check_seed
@@ -20,7 +21,7 @@ from sparing.schedules import check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class StaticRandom(Ranking):
-    """Train a random choice of weights, the same from start to end.
+    """Train a random choice of weights, the same from start to end; nonzero ones first, if layers are sparse already.
 
     `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`.
 
@@ -45,4 +46,4 @@ class StaticRandom(Ranking):
         check_seed(self)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        return {name: Mask(mask) for name, mask in plan.allocation.masks(random_score(layers, self.seed)).items()}
+        return {name: Mask(mask) for name, mask in plan.allocation.masks(first_score(layers, self.seed)).items()}
