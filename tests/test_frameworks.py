@@ -379,6 +379,20 @@ def test_accelerate_resumes_on_two_processes(tmp_path):
     subprocess.run([sys.executable, "-W", "ignore", "-c", TWO_PROCESSES, tmp_path], check=True, env=environment)
 
 
+def test_accelerate_offloads_a_densified_model_and_refuses_masks():
+    accelerate = package("accelerate")
+    model = network().eval()
+    sparing.sparsify_(model, ONE_SHOT)
+    with pytest.raises(ValueError, match="does not have a parameter or a buffer named mask"):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    model = network().eval()
+    sparing.sparsify_(model, ONE_SHOT)
+    x = torch.randn(4, 10)
+    expected = model(x)
+    accelerate.cpu_offload(sparing.densify_(model), execution_device=torch.device("cpu"))
+    assert torch.equal(model(x), expected)
+
+
 # Lightning
 
 
