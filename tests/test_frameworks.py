@@ -143,7 +143,7 @@ class Tied(nn.Module):
 def test_safetensors_take_the_state_of_a_tied_model(method, tmp_path):
     first, second = Tied(), Tied()
     for model in (first, second):
-        sparing.sparsify_(model, method, steps=STEPS)
+        sparing.sparsify_(model, method, select=["embed", "hidden"], steps=STEPS)
     save_file(first.state_dict(), tmp_path / "model.safetensors")
     second.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert same(first.state_dict(), second.state_dict())
@@ -578,6 +578,23 @@ def test_adapters_are_not_merged_into_a_sparsified_weight(lora):
     sparing.sparsify_(model, ONE_SHOT)
     with pytest.raises(InputError, match="would write into the effective weight"):
         lora(model).merge_and_unload()
+
+
+@pytest.mark.parametrize("densify", [False, True])
+def test_adapters_are_merged_where_the_weights_are_not_zero(lora, densify):
+    model = network()
+    sparing.sparsify_(model, ONE_SHOT)
+    zeros = [model[index].weight == 0 for index in (0, 3)]
+    adapted = lora(model)
+    if densify:
+        sparing.densify_(adapted)
+    layers = [module for module in adapted.modules() if hasattr(module, "get_delta_weight")]
+    before = [layer.base_layer.weight.clone() for layer in layers]
+    for layer in layers:
+        assert 0 < sparing.merge_(layer.base_layer, layer.get_delta_weight("default")) < 1
+    merged = adapted.unload()
+    assert all(bool((merged[index].weight == 0)[zero].all()) for index, zero in zip((0, 3), zeros, strict=True))
+    assert all(not torch.equal(layer.base_layer.weight, old) for layer, old in zip(layers, before, strict=True))
 
 
 def test_adapters_are_merged_into_a_densified_weight(lora):

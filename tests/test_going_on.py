@@ -651,6 +651,32 @@ def test_a_layer_whose_parametrization_is_removed_is_named_and_the_others_reach_
     assert sparing.report(model).missed == ()
 
 
+def test_finishing_a_run_that_never_began_prunes_nothing_and_says_why():
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)
+    with pytest.warns(SparsityWarning, match="finish.. does nothing, because no optimizer step was counted; call"):
+        sparsifier.finish()
+    assert sparing.report(model).total.sparsity == 0
+    assert "no optimizer step was counted" in sparing.report(model).missed[0]
+
+
+def test_layers_that_are_frozen_during_the_run_are_named_at_its_end():
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)
+    optimizer = train(model, 5, sparsifier)
+    sparsifier.layers["0"].weight.requires_grad_(False)
+    with pytest.warns(SparsityWarning, match=r"1 of 3 layers \(0\) are frozen"):
+        train(model, 5, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_dense_checkpoint_is_refused_by_load_state_dict_with_the_name_of_the_right_call(strict):
+    pretrained, model = mlp().state_dict(), mlp()
+    sparing.sparsify_(model, STR(init=-8.0))
+    with pytest.raises(RuntimeError, match=r"0.weight is of a dense model: .* sparing.load_dense_state_dict"):
+        model.load_state_dict(pretrained, strict=strict)
+
+
 def test_a_layer_wrapped_in_another_module_is_still_in_the_model():
     model = mlp()
     sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)

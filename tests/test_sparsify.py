@@ -278,7 +278,11 @@ def test_a_recurrent_layer_computes_each_weight_once_per_call():
 
 def test_tied_weights_are_one_layer_thresholded_once():
     model, _ = MODELS["tied"]()
-    sparsifier = sparing.sparsify_(model, HALF)
+    assert list(sparing.layers.find_layers(model)) == ["hidden"], "the default leaves embeddings alone"
+    assert list(sparing.layers.find_layers(model, select.excluding("hidden"))) == []
+    both = select.of_type(nn.Embedding, nn.Linear)
+    assert list(sparing.layers.find_layers(model, both)) == ["embedding", "hidden"]
+    sparsifier = sparing.sparsify_(model, HALF, select=["decoder", "hidden"])
     assert list(sparsifier.layers) == ["embedding", "hidden"]
     layer = sparsifier.layers["embedding"]
     assert model.decoder.weight is not layer.weight
@@ -605,11 +609,11 @@ def test_an_initial_threshold_above_every_weight_warns_with_the_numbers():
 def test_a_weight_held_in_two_places_is_sparse_in_both_or_refused():
     model, _ = small()
     model.table = model[0].weight
-    sparsifier = sparing.sparsify_(model, HALF, steps=10)
+    sparsifier = sparing.sparsify_(model, HALF, select=["0"])
     assert [place.key for place in sparsifier.layers["table"].places] == ["table", "0.weight"]
     assert torch.equal(model.table, model[0].weight)
     model, _ = small()
-    model.bias_table = model[0].weight
+    model.register_parameter("bias_table", model[0].weight)
     with pytest.raises(InputError, match="layer '0' is also the parameter 'bias_table'"):
         sparing.sparsify_(model, HALF)
 

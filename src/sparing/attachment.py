@@ -79,7 +79,8 @@ def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: I
     if fixed and method.goal(plan) is None and not method.regularizes:
         texts.append(
             f"{method.name}: nothing raises the thresholds of {_some(fixed, layers)}, because the optimizer gives them "
-            "no weight decay. Build it with sparing.param_groups(model, weight_decay=1e-4), or set a target"
+            "no weight decay. Build it with sparing.param_groups(model, weight_decay, threshold_weight_decay), or set "
+            "a target"
         )
     if frozen and (learns or (method.acts and not pruned_once)):
         texts.append(

@@ -152,7 +152,8 @@ def merge_(module: nn.Module, delta: Tensor, tensor_name: str = "weight") -> flo
 
     W ← W + Δ ⊙ 1{S ≠ 0}
 
-    So the product of a low-rank adapter (LoRA) can be merged without filling the zeros.
+    So the product of a low-rank adapter (LoRA) can be merged without filling the zeros. Under a learned threshold, a
+    weight that the update brings below the threshold becomes zero; merge after `densify_` to avoid it.
 
     Args:
         module: the layer, plain or sparsified. Of a sparsified layer the dense weight is changed.

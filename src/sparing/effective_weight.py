@@ -93,8 +93,9 @@ def guarded(effective: Tensor) -> Tensor:
 def _refuse(tensor: Tensor, what: str) -> None:
     raise InputError(
         f"{what} would write into the effective weight of a sparsified layer, of shape {tuple(tensor.shape)}, which is "
-        "computed anew at every use: change the dense weight, sparing.sparse_layers(model)[name].weight, or call "
-        "densify_() first. sparing.merge_() adds an update of low rank, and load_dense_state_dict() loads a checkpoint"
+        "computed anew at every use: initialize weights before sparsify_(), call densify_() first, or change the dense "
+        "weight, sparing.sparse_layers(model)[name].weight. sparing.merge_() adds an update of low rank, and "
+        "load_dense_state_dict() loads a checkpoint"
     )
 
 

@@ -167,8 +167,9 @@ def _reason(clock: Clock) -> str:
             "the run as steps= (not its batches), and call sparsifier.finish() if a gradient scaler skipped some"
         )
     return (
-        "all steps were taken, but weights are larger than the threshold can become, or have grown past it; clip the "
-        "gradients or lower the learning rate (STR: raise scale, or g='exp')"
+        "all steps were taken, but weights are larger than the threshold can become, or have grown past it, or "
+        "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "
+        "g='exp')"
     )
 
 

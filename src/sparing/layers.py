@@ -256,8 +256,9 @@ def all_layers(model: nn.Module) -> dict[str, Layer]:
 def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[str, Layer]:
     """Return the selected layers of a model by name, in module order, dense and sparsified ones.
 
-    A predicate selects modules, and of these the tensors with "weight" in their names. A tied weight is found if any
-    of its places is selected: it is one tensor, which cannot be sparse in one of them and dense in another.
+    A predicate selects modules, and of these the tensors with "weight" in their names. A tied weight is found if all
+    modules that use it are selected: it is one tensor, which cannot be sparse in one of them and dense in another. So
+    the default selection leaves out a classifier that shares its weight with an embedding.
 
     Args:
         model: the model to walk.
@@ -272,7 +273,7 @@ def find_layers(model: nn.Module, predicate: Predicate | None = None) -> dict[st
     def is_taken(layer: Layer) -> bool:
         if predicate is None and layer.is_sparsified:
             return True
-        return any("weight" in place.tensor_name and select(place.module_name, place.module) for place in layer.places)
+        return all("weight" in place.tensor_name and select(place.module_name, place.module) for place in layer.places)
 
     return {name: layer for name, layer in all_layers(model).items() if is_taken(layer)}
 

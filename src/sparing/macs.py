@@ -75,7 +75,13 @@ def find_applications(model: nn.Module, example: Example) -> Applications:
         except Exception as real_error:
             shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             reason = (str(real_error) or str(error) or type(real_error).__name__).splitlines()[0]
-            raise InputError(f"the model does not run on an input of shape {shapes}: {reason}") from error
+            given = isinstance(example, Sequence) and type(example[0]) is int
+            hint = (
+                "; if the model takes other inputs than floating-point numbers, give these in place of a shape"
+                if given
+                else ""
+            )
+            raise InputError(f"the model does not run on an input of shape {shapes}: {reason}{hint}") from error
 
 
 def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -79,6 +79,7 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
             parametrization.set_home(shared)  # type: ignore[arg-type]
     for place in layer.places:
         _reset_dense_weights(place.module)
+        _refuse_dense_checkpoints(place.module)
         _refuse_replacement(place.module)
         if isinstance(place.module, nn.RNNBase):
             _read_weights_when_run(place.module)
@@ -94,6 +95,24 @@ def _reset_dense_weights(module: nn.Module) -> None:
     for name in ("reset_parameters", "_reset_parameters"):
         if hasattr(parametrized_class, name) and name not in vars(parametrized_class):
             setattr(parametrized_class, name, _with_dense_weights(getattr(parametrized_class, name)))
+
+
+def _refuse_dense_checkpoints(module: nn.Module) -> None:
+    """Make `load_state_dict` refuse the weight of a dense model, which strict=False would leave out."""
+    parametrized_class: Any = type(module)
+    if "_load_from_state_dict" in vars(parametrized_class):
+        return
+    load = parametrized_class._load_from_state_dict
+
+    def refuse(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
+        load(self, state_dict, prefix, *args)
+        args[-1].extend(
+            f"{prefix}{name} is of a dense model: call sparing.load_dense_state_dict(model, state_dict)"
+            for name in self.parametrizations
+            if prefix + name in state_dict and f"{prefix}parametrizations.{name}.original" not in state_dict
+        )
+
+    parametrized_class._load_from_state_dict = refuse
 
 
 def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:

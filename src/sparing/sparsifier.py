@@ -62,6 +62,7 @@ class Sparsifier:
         self._stepped: set[int] = set()  # optimizers that have taken their part of the step
         self._taken = self._acted = self._penalized = self._penalty_warned = self._checked = False
         self._warned: set[str] = set()
+        self._doubts: set[str] = set()
         self._introduce()
 
     @property
@@ -139,8 +140,8 @@ class Sparsifier:
         self._holders = tuple(each for optimizer in optimizers for each in holders(optimizer))
         check_state(self._holders, resets)
         self._hook()
-        for text in doubts(self.method, self.plan, self.layers, inner):
-            warnings.warn(text, SparsityWarning, stacklevel=2)
+        self._doubts = set()
+        self._warn_doubts()
 
     def penalty(self) -> Tensor:
         """Return the term to add to the loss: `loss = loss + sparsifier.penalty()`; zero for most methods.
@@ -170,6 +171,14 @@ class Sparsifier:
         """
         if self._stepped:
             self._end_step()
+        if not self.optimizers and self.clock.step == 0 and self.clock.steps is not None and self.method.acts:
+            warnings.warn(
+                f"{self.method.name}: finish() does nothing, because no optimizer step was counted; call "
+                "sparsifier.attach(optimizer) before training",
+                SparsityWarning,
+                stacklevel=2,
+            )
+            return
         self.drop_lost_layers()
         if not self.layers or self.clock.steps is None or self.clock.step >= self.clock.steps:
             return
@@ -263,6 +272,13 @@ class Sparsifier:
                 SparsityWarning,
                 stacklevel=2,
             )
+
+    def _warn_doubts(self) -> None:
+        """Warn of what keeps the method from reaching its aim, once in the same words."""
+        for text in doubts(self.method, self.plan, self.layers, self.optimizers):
+            if text not in self._doubts:
+                warnings.warn(text, SparsityWarning, stacklevel=3)
+            self._doubts.add(text)
 
     def _describe(self, name: str) -> str:
         layer = self.layers[name]
@@ -370,6 +386,7 @@ class Sparsifier:
         clock.step += 1
         if clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
             self.drop_lost_layers()
+            self._warn_doubts()
         if not self._checked:  # the first step has created the state
             check_state(self._holders, self.method.resets(self, self.optimizers))
             self._checked = True
