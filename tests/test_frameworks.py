@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import sparing
 from sparing import GMP, STR, InputError, RigL
@@ -391,6 +392,46 @@ def test_accelerate_offloads_a_densified_model_and_refuses_masks():
     expected = model(x)
     accelerate.cpu_offload(sparing.densify_(model), execution_device=torch.device("cpu"))
     assert torch.equal(model(x), expected)
+
+
+# MACs, by another counter
+
+VISION = ["resnet18", "eva02_tiny_patch14_224", "levit_128s", "convnextv2_atto"]
+
+
+def counted_by_torch(model, inputs):
+    """The MACs of matrix products and convolutions as torch counts them; attention multiplies by no weight."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(**inputs)
+    counts = {str(operation).split(".")[-1]: flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+    return sum(counts.get(name, 0) for name in ("mm", "addmm", "convolution")) // 2
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_macs_of_timm_models_are_those_that_torch_counts(name, timm):
+    model = timm.create_model(name).eval()
+    inputs = {"x": torch.zeros(1, *model.default_cfg["input_size"])}
+    assert sparing.report(model, inputs).total.dense_macs == counted_by_torch(model, inputs) > 10**8
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_macs_of_transformers_are_those_that_torch_counts(kind, transformers):
+    ids = torch.arange(8)[None]
+    size = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "bert":
+        config = transformers.BertConfig(**size, hidden_size=16, intermediate_size=32)
+        model = transformers.BertForSequenceClassification(config)
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        model = transformers.T5ForConditionalGeneration(config)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = ids
+    assert sparing.report(model, inputs).total.dense_macs == counted_by_torch(model.eval(), inputs) > 10**4
 
 
 # Lightning

@@ -581,9 +581,8 @@ def test_random_masks_choose_among_the_weights_that_are_not_zero(method):
     sparsifier = sparing.sparsify_(model, method, steps=10)
     for name, layer in sparsifier.layers.items():
         active = layer.parametrization.mask
-        kept = method.sparsity <= 0.8
-        assert bool((before[name] & ~active).any()) is not kept or kept
-        assert bool((active >= before[name]).all() if kept else (active <= before[name]).all())
+        few, many = sorted((active, before[name]), key=lambda mask: int(mask.sum()))
+        assert bool((few <= many).all())
 
 
 def test_a_sparse_layer_beside_large_dense_ones_keeps_its_zeros():
