@@ -163,7 +163,12 @@ def test_macs_take_tensors_tuples_and_mappings():
 
 @pytest.mark.parametrize(
     ("example", "message"),
-    [((1, 5), "does not run on an input of shape"), ((0, 4), "neither a shape"), (("a",), "neither a shape")],
+    [
+        ((1, 5), "does not run on an input of shape"),
+        ((0, 4), "neither a shape"),
+        ((), "neither a shape"),
+        (("a",), "neither a shape"),
+    ],
 )
 def test_an_input_the_model_cannot_take_is_refused(example, message):
     with pytest.raises(InputError, match=message):

@@ -91,7 +91,7 @@ def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dic
         return (), dict(example)
     if isinstance(example, Sequence) and any(isinstance(part, Tensor) for part in tree_leaves(example)):
         return tuple(example), {}
-    if not isinstance(example, Sequence) or not all(type(part) is int and part > 0 for part in example):
+    if not isinstance(example, Sequence) or not example or not all(type(n) is int and n > 0 for n in example):
         raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}  # type: ignore[arg-type]
