@@ -8,7 +8,7 @@ from math import floor
 
 import pytest
 import torch
-from harness import MODELS, SETTINGS, STEPS, VARIANTS, Run, batch, build, groups_of, make, method_class
+from harness import MODELS, SETTINGS, STEPS, VARIANTS, Run, batch, build, groups_of, make, method_class, ready_for
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -335,6 +335,26 @@ def test_a_bfloat16_model_trains_to_its_target(name):
         masked = isinstance(run.sparsifier.layers["0"].parametrization, Masked)
         # A threshold cannot tell equal weights apart: in bfloat16 a few tie with it, and all of them are pruned.
         assert kept == run.sparsifier.clock.goal if masked else 0.9 <= kept / run.sparsifier.clock.goal <= 1
+
+
+@every_method
+def test_another_default_device_changes_nothing(name):
+    # As after torch.set_default_device("cuda") with a model on the CPU; "meta" stands for the other device.
+    expected = Run("linear", make(name)).train(STEPS)
+    model, shape = build("linear")
+    ready_for(make(name), model)
+    batches = [batch(shape, step) for step in range(STEPS)]
+    with torch.device("meta"):
+        sparsifier = sparing.sparsify_(model, make(name), steps=STEPS)
+        optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-2), lr=0.1, momentum=0.9)
+        sparsifier.attach(optimizer)
+        for x, y in batches:
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) + sparsifier.penalty()).backward()
+            optimizer.step()
+        counted = sparing.report(model, (1, *shape)).as_dict()
+    assert same(model.state_dict(), expected.model.state_dict())
+    assert counted == sparing.report(expected.model, (1, *shape)).as_dict()
 
 
 @every_method
