@@ -24,11 +24,6 @@ int attempt(Function function) {
     return -1;
 }
 
-std::string text(const Layout& layout) {
-    return "[" + std::to_string(layout.images) + ", " + std::to_string(layout.channels) + ", " +
-           std::to_string(layout.height) + ", " + std::to_string(layout.width) + "]";
-}
-
 constexpr int64_t LARGEST = int64_t{1} << 24;  // of a size, so that products of three fit into 64 bits
 
 void check_size(const char* name, int64_t size, int64_t least = 1) {
@@ -42,7 +37,7 @@ void check_size(const char* name, int64_t size, int64_t least = 1) {
 void check_same(const Layout& a, const Layout& b, const char* operation) {
     require(
         a.images == b.images && a.channels == b.channels && a.height == b.height && a.width == b.width,
-        std::string(operation) + ": shapes " + text(a) + " and " + text(b) + " differ"
+        std::string(operation) + ": shapes " + shape(a) + " and " + shape(b) + " differ"
     );
 }
 
@@ -68,7 +63,7 @@ void check_window(const Layout& in, const Layout& out, const SparingWindow& w, b
     require(
         in.images == out.images && fits(in.height, w.padding_y, w.kernel_y, w.dilation_y, w.stride_y, out.height) &&
             fits(in.width, w.padding_x, w.kernel_x, w.dilation_x, w.stride_x, out.width),
-        std::string(operation) + ": output " + text(out) + " does not follow from input " + text(in)
+        std::string(operation) + ": output " + shape(out) + " does not follow from input " + shape(in)
     );
 }
 
@@ -116,7 +111,7 @@ int sparing_tensor(SparingPlan* plan, int64_t images, int64_t channels, int64_t 
         require(
             static_cast<double>(images) * static_cast<double>(channels) * static_cast<double>(height) *
                     static_cast<double>(width) <= 1e11,
-            "tensor " + text(layout) + " is too large"
+            "tensor " + shape(layout) + " is too large"
         );
         return plan->add_tensor(layout);
     });
@@ -148,10 +143,14 @@ int sparing_convolution(
         require(to.channels <= UINT16_MAX, "a convolution may have at most 65535 filters");
         const int64_t width = from.channels * window->kernel_y * window->kernel_x;
         check_size("the number of weights of a filter", width);
-        plan->add(std::make_unique<Convolution>(
-            in, out, residual, *window, read_csr(to.channels, width, starts, columns, values), copy(bias, to.channels),
-            activation
-        ));
+        Csr weight = read_csr(to.channels, width, starts, columns, values);
+        const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels;
+        if (matrix && from.width <= FEW && width <= UINT16_MAX)
+            plan->add(std::make_unique<Rows>(in, out, residual, std::move(weight), copy(bias, to.channels), activation));
+        else
+            plan->add(std::make_unique<Convolution>(
+                in, out, residual, *window, std::move(weight), copy(bias, to.channels), activation
+            ));
         return 0;
     });
 }
@@ -227,7 +226,7 @@ int sparing_copy(SparingPlan* plan, int in, int64_t in_first, int out, int64_t o
         check_size("the first channel", out_first, 0);
         require(
             in_first + channels <= from.channels && out_first + channels <= to.channels,
-            "copy: channels out of range of " + text(from) + " or " + text(to)
+            "copy: channels out of range of " + shape(from) + " or " + shape(to)
         );
         from.channels = to.channels;
         check_same(from, to, "copy");

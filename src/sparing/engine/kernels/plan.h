@@ -8,6 +8,7 @@
 #include "convolution.h"
 #include "memory.h"
 #include "pointwise.h"
+#include "rows.h"
 #include "threads.h"
 #include "transfer.h"
 #include "window.h"
@@ -82,6 +83,7 @@ class Plan {
         memory_ = place(tensors_, operations_);
         for (int thread = 0; thread < team_.size(); thread++) scratch_.push_back(allocate(scratch + GUARD));
         next_ = std::vector<std::atomic<int64_t>>(operations_.size() * team_.size());
+        done_ = std::vector<std::atomic<int64_t>>(operations_.size());
         seconds_.assign(operations_.size(), 0.0);
     }
 
@@ -89,7 +91,8 @@ class Plan {
         require(finished(), "the plan is not finished");
         for (size_t index = 0; index < inputs_.size(); index++) inputs_[index]->data = inputs[index];
         for (size_t index = 0; index < outputs_.size(); index++) outputs_[index]->data = outputs[index];
-        for (auto& next : next_) next.store(0, std::memory_order_relaxed);
+        for (auto* counters : {&next_, &done_})
+            for (auto& counter : *counters) counter.store(0, std::memory_order_relaxed);
         team_.run([this](int thread) { work(thread); });
     }
 
@@ -108,14 +111,17 @@ class Plan {
             Operation& operation = *operations_[index];
             const int64_t items = operation.items();
             // A thread begins with its own part, which it often wrote before, and then helps the others.
+            int64_t count = 0;
             for (int step = 0; step < threads; step++) {
                 const int owner = (thread + step) % threads;
                 const int64_t begin = items * owner / threads, end = items * (owner + 1) / threads;
                 std::atomic<int64_t>& next = next_[index * threads + owner];
-                for (int64_t item; (item = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;)
+                for (int64_t item; (item = begin + next.fetch_add(1, std::memory_order_relaxed)) < end; count++)
                     operation.run(item, tensors_, scratch_[thread].get());
             }
-            team_.barrier();
+            std::atomic<int64_t>& done = done_[index];
+            done.fetch_add(count, std::memory_order_acq_rel);
+            spin_until([&] { return done.load(std::memory_order_acquire) == items; });
             if (profile && thread == 0) {
                 const auto now = std::chrono::steady_clock::now();
                 seconds_[index] = std::chrono::duration<double>(now - before).count();
@@ -175,7 +181,8 @@ class Plan {
     std::vector<Output*> outputs_;
     Memory memory_;
     std::vector<Memory> scratch_;  // of each thread
-    std::vector<std::atomic<int64_t>> next_;
+    std::vector<std::atomic<int64_t>> next_;  // item of each part of each operation
+    std::vector<std::atomic<int64_t>> done_;  // items of each operation
     std::vector<double> seconds_;
 };
 

@@ -1,7 +1,7 @@
-// A team of threads that run the same function together, with barriers.
+// A team of threads that work on the same task.
 //
-// Between the operations of a plan a thread waits for microseconds, so it spins. Between runs it spins for a moment,
-// then sleeps.
+// The calling thread does not wait for the others to begin: on a busy machine they may come late, or not at all. So a
+// task must be right whichever threads take part. Threads spin for a moment after a run, then sleep.
 #pragma once
 
 #include <atomic>
@@ -19,6 +19,12 @@ inline void pause() {
 #endif
 }
 
+// Wait for a condition that another thread makes true within microseconds, unless it has lost its processor.
+template <class Condition>
+void spin_until(Condition condition) {
+    for (int spins = 0; !condition(); spins++) spins < 2000 ? pause() : std::this_thread::yield();
+}
+
 class Team {
   public:
     explicit Team(int threads) : size_(threads) {
@@ -29,6 +35,7 @@ class Team {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             quit_ = true;
+            runs_++;
         }
         wake_.notify_all();
         for (std::thread& worker : workers_) worker.join();
@@ -36,47 +43,40 @@ class Team {
 
     int size() const { return size_; }
 
-    // Call task(id) for id = 0 (in the calling thread), 1, ..., size - 1. Returns when all have returned.
+    // Call task(0) in the calling thread, and task(id) in those of the others that come in time. Returns when all calls
+    // have returned.
     void run(const std::function<void(int)>& task) {
-        if (size_ > 1) {
-            {
-                std::lock_guard<std::mutex> lock(mutex_);
-                task_ = &task;
-                run_.fetch_add(1, std::memory_order_release);
-            }
-            wake_.notify_all();
+        if (size_ == 1) return task(0);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = &task;
+            runs_++;
         }
+        wake_.notify_all();
         task(0);
-        barrier();
-    }
-
-    // Wait until all threads of the team are here.
-    void barrier() {
-        if (size_ == 1) return;
-        const int phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            task_ = nullptr;
         }
-        // Another process may have the processor that the others need.
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-            spins < 2000 ? pause() : std::this_thread::yield();
+        spin_until([this] { return active_.load(std::memory_order_acquire) == 0; });
     }
 
   private:
     void serve(int id) {
-        for (int seen = 0;; seen++) {
-            for (int spins = 0; spins < 20000 && run_.load(std::memory_order_acquire) == seen; spins++) pause();
+        for (int64_t seen = 0;;) {
+            for (int spins = 0; spins < 10000 && runs_.load(std::memory_order_relaxed) == seen; spins++) pause();
             const std::function<void(int)>* task;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return quit_ || run_.load(std::memory_order_acquire) != seen; });
+                wake_.wait(lock, [&] { return runs_.load(std::memory_order_relaxed) != seen; });
+                seen = runs_.load(std::memory_order_relaxed);
                 if (quit_) return;
                 task = task_;
+                if (task == nullptr) continue;  // too late
+                active_.fetch_add(1, std::memory_order_relaxed);
             }
             (*task)(id);
-            barrier();
+            active_.fetch_sub(1, std::memory_order_release);
         }
     }
 
@@ -86,7 +86,8 @@ class Team {
     std::condition_variable wake_;
     const std::function<void(int)>* task_ = nullptr;
     bool quit_ = false;
-    std::atomic<int> run_{0}, arrived_{0}, phase_{0};
+    std::atomic<int64_t> runs_{0};
+    std::atomic<int> active_{0};
 };
 
 }  // namespace sparing
