@@ -1,6 +1,6 @@
 """sparing: sparse training with learned per-layer sparsity."""
 
-from sparing import export, models, rnn, select
+from sparing import engine, export, models, rnn, select
 from sparing.budget import Budget
 from sparing.dense import load_dense_state_dict, merge_
 from sparing.errors import CheckpointError, InputError, SparsityWarning
@@ -81,6 +81,7 @@ __all__ = [
     "count_applications",
     "dense_state_dict",
     "densify_",
+    "engine",
     "export",
     "find_method",
     "load_dense_state_dict",

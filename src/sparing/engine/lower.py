@@ -173,7 +173,7 @@ class Lowering:
                 self._reads[place.tensor] = node, place.axis
                 return place
         if axis is None:
-            axis = 1 if value.dim() == 4 else value.dim() - 1
+            axis = _guess_axis(node)
         if not 0 <= axis < value.dim():
             raise Cut(f"{value.dim()} dimensions")
         shape = shape or _default_shape(sizes(node), axis)
@@ -255,6 +255,25 @@ def _fits(shape: Shape, of_value: Sequence[Count], axis: int) -> bool:
         return before[0] == shape.images and product(after) == pixels
     last = axis == len(of_value) - 1 and len(of_value) > 2
     return last and before[0] == shape.images and product(before[1:]) == pixels
+
+
+def _guess_axis(node: fx.Node) -> int:
+    """Return the dimension of the channels that the next layer expects."""
+    rank = node.meta["val"].dim()
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop(0).users:
+            packet = getattr(user.target, "overloadpacket", None)
+            if packet in CHANNELS_SECOND or packet in CHANNELS_LAST:
+                return 1 if packet in CHANNELS_SECOND else rank - 1
+            if (
+                packet in RULES
+                and user not in seen
+                and getattr(user.meta["val"], "shape", ()) == node.meta["val"].shape
+            ):
+                todo.append(user)
+                seen.add(user)
+    return 1 if rank == 4 else rank - 1
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -456,7 +475,7 @@ def _adaptive_average(low: Lowering, node: fx.Node) -> Place:
     place = low.read(x, axis=1, spatial=True)
     source, out = low.shape(place), sizes(node)[2:]
     if isinstance(source, Matrix):
-        raise Cut("pooling of one pixel")
+        return place  # one pixel
     if all(size == ONE for size in out):
         return Place(_mean_of(low, place, source), 1)
     height, width = ((ONE, *out)[-2].factor, out[-1].factor)
@@ -479,9 +498,12 @@ def _mean(low: Lowering, node: fx.Node) -> Place:
     (axis,) = set(range(1, rank)) - set(dims)
     place = low.read(x, axis=axis)
     source = low.shape(place)
+    axis = axis if given["keepdim"] else 1
     if isinstance(source, Matrix):
-        raise Cut("mean over the rows of a matrix")
-    return Place(_mean_of(low, place, source), axis if given["keepdim"] else 1)
+        if any(sizes(x)[dim] != ONE for dim in dims):
+            raise Cut("mean over the rows of a matrix")
+        return replace(place, axis=axis)  # one pixel
+    return Place(_mean_of(low, place, source), axis)
 
 
 # Operations on each number.
@@ -748,3 +770,9 @@ RULES: dict[Any, Rule] = {
     aten.narrow: _slice,
     aten.cat: _concatenate,
 }  # fmt: skip
+
+CHANNELS_SECOND = {
+    aten.conv1d, aten.conv2d, aten.convolution, aten.batch_norm, aten.max_pool1d, aten.max_pool2d, aten.avg_pool1d,
+    aten.avg_pool2d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d,
+}  # fmt: skip
+CHANNELS_LAST = {aten.linear, aten.addmm, aten.mm, aten.matmul, aten.layer_norm}

@@ -91,12 +91,14 @@ class Engine(nn.Module):
     Attributes:
         program: the network as data.
         threads: number of threads.
+        returns: leaves and structure of the outputs, as for `tree_unflatten`; None if it is that of the program, of
+            dicts, lists and tuples.
     """
 
     def __init__(self, program: Program, threads: int, returns: tuple[list[Any], Any] | None = None):
         super().__init__()
         self.program, self.threads = program, threads
-        self._returns = returns  # leaves and structure of the outputs; None for dicts, lists and tuples
+        self.returns = returns
         self._functions: list[Callable[..., Any] | None] = [
             None if isinstance(step, Run) else find_function(step.name) for step in program.steps
         ]
@@ -129,7 +131,7 @@ class Engine(nn.Module):
                 values[step.output] = function(*resolved[0], **resolved[1])
             for number in last_uses:
                 del values[number]
-        leaves, structure = self._returns or (program.outputs, None)
+        leaves, structure = self.returns or (program.outputs, None)
         copies = {name: tensor.clone() for name, tensor in program.constants.items()} if find_constants(leaves) else {}
         results = resolve(leaves, values, copies, batch)
         return results if structure is None else tree_unflatten(results, structure)
@@ -161,7 +163,7 @@ class Engine(nn.Module):
         return self
 
     def __copy__(self) -> "Engine":
-        return Engine(self.program, self.threads, self._returns)
+        return Engine(self.program, self.threads, self.returns)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
         return copy.copy(self)  # the program does not change

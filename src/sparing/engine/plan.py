@@ -47,7 +47,7 @@ class Count:
     per_sample: bool = False
 
     def __post_init__(self) -> None:
-        _require_integer("a size", self.factor, 0)
+        _require_integer("a size", self.factor, 0, 2**62)
 
     def at(self, batch: int) -> int:
         """Return the size at a batch size."""
@@ -583,9 +583,9 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _require_integer(name: str, number: object, least: int = 1) -> None:
-    fits = type(number) is int and least <= number <= LARGEST
-    _require(fits, f"{name} must be an integer in [{least}, {LARGEST}], got {number!r}")
+def _require_integer(name: str, number: object, least: int = 1, most: int = LARGEST) -> None:
+    fits = type(number) is int and least <= number <= most
+    _require(fits, f"{name} must be an integer in [{least}, {most}], got {number!r}")
 
 
 def _require_choice(name: str, choice: object, choices: Sequence[str]) -> None:
