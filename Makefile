@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench wheel clean
 
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
@@ -24,6 +24,11 @@ docs: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python bench/step_overhead.py
+
+# The wheels of sparing and of sparing-engine, the prebuilt libraries of sparing.engine.
+wheel: .venv/dev
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --outdir dist wheels/engine
 
 clean:
 	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
