@@ -68,8 +68,8 @@ class Input : public Operation {
             int64_t count = 0;
             if (y < layout.height && x < layout.width) {
                 // Rows without gaps follow one another.
-                const int64_t end = layout.pitch == layout.width ? layout.height * layout.width : (y + 1) * layout.width;
-                count = std::min(left, end - (y * layout.width + x));
+                const int64_t rows = layout.pitch == layout.width ? layout.height : y + 1;
+                count = std::min(left, rows * layout.width - (y * layout.width + x));
                 std::memcpy(to + done, from + y * layout.width + x, count * sizeof(float));
             } else {
                 count = y < layout.height ? std::min(left, layout.pitch - x) : left;
