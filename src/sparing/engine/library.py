@@ -70,6 +70,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sparing_copy": (_int, [_plan, _int, _long, _int, _long, _long]),
     "sparing_layer_norm": (_int, [_plan, _int, _int, _numbers, _numbers, _float]),
     "sparing_finish": (_int, [_plan]),
+    "sparing_bytes": (_long, [_plan]),
     "sparing_run": (_int, [_plan, _pointers, _pointers]),
     "sparing_profile": (_int, [_plan, _int]),
     "sparing_operations": (_int, [_plan]),

@@ -63,6 +63,8 @@ SPARING_API int sparing_layer_norm(
 
 // Choose layouts and memory. No operation can be added after it.
 SPARING_API int sparing_finish(SparingPlan*);
+// Memory of all tensors of a finished plan, in bytes, or -1.
+SPARING_API int64_t sparing_bytes(SparingPlan*);
 // Run the plan. One call at a time.
 SPARING_API int sparing_run(SparingPlan*, const float* const* inputs, float* const* outputs);
 

@@ -28,7 +28,10 @@ inline Memory allocate(int64_t floats) {
 constexpr int64_t GUARD = 1024;
 
 // Place each tensor at the first gap that is large enough while it is needed, from its first to its last operation.
-inline Memory place(std::vector<Tensor>& tensors, const std::vector<std::unique_ptr<Operation>>& operations) {
+// Return the memory and the number of its floats.
+inline std::pair<Memory, int64_t> place(
+    std::vector<Tensor>& tensors, const std::vector<std::unique_ptr<Operation>>& operations
+) {
     struct Span {
         int64_t first = -1, last = -1, begin = 0, end = 0;
         size_t owner;  // the tensor whose memory it shares
@@ -72,7 +75,7 @@ inline Memory place(std::vector<Tensor>& tensors, const std::vector<std::unique_
     Memory memory = allocate(total + GUARD);
     for (size_t number = 0; number < tensors.size(); number++)
         if (spans[number].first >= 0) tensors[number].data = memory.get() + spans[spans[number].owner].begin;
-    return memory;
+    return {std::move(memory), total};
 }
 
 }  // namespace sparing

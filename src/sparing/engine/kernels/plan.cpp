@@ -11,9 +11,9 @@ namespace {
 
 thread_local std::string message;
 
-// Call a function that returns an int. Exceptions do not cross the interface.
+// Call a function that returns an integer. Exceptions do not cross the interface.
 template <class Function>
-int attempt(Function function) {
+auto attempt(Function function) -> decltype(function()) {
     try {
         return function();
     } catch (const std::bad_alloc&) {
@@ -251,6 +251,10 @@ int sparing_finish(SparingPlan* plan) {
         plan->finish();
         return 0;
     });
+}
+
+int64_t sparing_bytes(SparingPlan* plan) {
+    return attempt([&] { return plan->bytes(); });
 }
 
 int sparing_run(SparingPlan* plan, const float* const* inputs, float* const* outputs) {

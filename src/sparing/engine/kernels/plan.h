@@ -80,11 +80,16 @@ class Plan {
             operation->prepare(tensors_, team_.size());
             scratch = std::max(scratch, operation->scratch());
         }
-        memory_ = place(tensors_, operations_);
+        std::tie(memory_, floats_) = place(tensors_, operations_);
         for (int thread = 0; thread < team_.size(); thread++) scratch_.push_back(allocate(scratch + GUARD));
         next_ = std::vector<std::atomic<int64_t>>(operations_.size() * team_.size());
         done_ = std::vector<std::atomic<int64_t>>(operations_.size());
         seconds_.assign(operations_.size(), 0.0);
+    }
+
+    int64_t bytes() const {
+        require(finished(), "the plan is not finished");
+        return floats_ * static_cast<int64_t>(sizeof(float));
     }
 
     void run(const float* const* inputs, float* const* outputs) {
@@ -180,6 +185,7 @@ class Plan {
     std::vector<Input*> inputs_;
     std::vector<Output*> outputs_;
     Memory memory_;
+    int64_t floats_ = 0;
     std::vector<Memory> scratch_;  // of each thread
     std::vector<std::atomic<int64_t>> next_;  // item of each part of each operation
     std::vector<std::atomic<int64_t>> done_;  // items of each operation
