@@ -1,9 +1,7 @@
 """The compiled network as a module, and `compile`."""
 
 import copy
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,17 +11,14 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from sparing.engine.graph import build
 from sparing.engine.library import library
-from sparing.engine.plan import Plan
+from sparing.engine.plan import Plans
 from sparing.engine.program import Input, Program, Ref, Run, find_constants, find_function, resolve
 from sparing.errors import InputError, SparsityWarning
 from sparing.export.inputs import Example, Inputs, find_inputs
 from sparing.export.network import check_values, check_weights, max_relative_error, outputs, plain, tolerance
 
-PLANS = 4
-"""Maximum number of batch sizes whose plans are kept."""
 
-
-def compile(model: nn.Module, example: Example, threads: int | None = None) -> "Engine":
+def compile(model: nn.Module, example: Example | Inputs, threads: int | None = None) -> "Engine":
     """Compile a sparse model for inference on the CPU, and check its outputs.
 
     The time of convolutions and linear layers follows the number of their nonzero weights. What the engine does not
@@ -33,7 +28,8 @@ def compile(model: nn.Module, example: Example, threads: int | None = None) -> "
     Args:
         model: a sparsified or plain model on the CPU; it is not modified.
         example: the shape of one input, batch first, such as `(1, 3, 224, 224)`; or tensors: one, a tuple, or a
-            mapping of keyword arguments, whose values may be nested tuples, lists and mappings.
+            mapping of keyword arguments, whose values may be nested tuples, lists and mappings; or the result of
+            `find_inputs`.
         threads: number of threads; None is `torch.get_num_threads()`.
 
     Returns:
@@ -102,8 +98,7 @@ class Engine(nn.Module):
         self._functions: list[Callable[..., Any] | None] = [
             None if isinstance(step, Run) else find_function(step.name) for step in program.steps
         ]
-        self._plans: OrderedDict[int, list[Plan | None]] = OrderedDict()  # batch size → plan of each step
-        self._lock = threading.Lock()
+        self._plans = [Plans(step.segment, threads) if isinstance(step, Run) else None for step in program.steps]
         self.eval()
 
     @torch.no_grad()
@@ -120,11 +115,12 @@ class Engine(nn.Module):
         tensors = self._bind(args, kwargs)
         batch = _find_batch(program.inputs, tensors)
         values: dict[int, Any] = dict(enumerate(tensors))
-        steps = zip(program.steps, self._functions, self._find_plans(batch), program.last_uses, strict=True)
-        for step, function, plan, last_uses in steps:
+        steps = zip(program.steps, self._functions, self._plans, program.last_uses, strict=True)
+        for step, function, plans, last_uses in steps:
             if isinstance(step, Run):
-                assert plan is not None
-                values.update(zip(step.outputs, plan.run([values[number] for number in step.inputs]), strict=True))
+                assert plans is not None
+                results = plans.run([values[number] for number in step.inputs], batch)
+                values.update(zip(step.outputs, results, strict=True))
             else:
                 assert function is not None
                 resolved = resolve([step.args, dict(step.kwargs)], values, program.constants, batch)
@@ -133,8 +129,8 @@ class Engine(nn.Module):
                 del values[number]
         leaves, structure = self.returns or (program.outputs, None)
         copies = {name: tensor.clone() for name, tensor in program.constants.items()} if find_constants(leaves) else {}
-        results = resolve(leaves, values, copies, batch)
-        return results if structure is None else tree_unflatten(results, structure)
+        returned = resolve(leaves, values, copies, batch)
+        return returned if structure is None else tree_unflatten(returned, structure)
 
     def summary(self) -> str:
         """Return the segments of the engine, and the operators that run in PyTorch with the reasons."""
@@ -187,18 +183,6 @@ class Engine(nn.Module):
         for name, expected in arguments.items():
             found.update(_match(name, expected, given[name]))
         return [found[index] for index in range(len(self.program.inputs))]
-
-    def _find_plans(self, batch: int) -> list[Plan | None]:
-        with self._lock:
-            if batch not in self._plans:
-                self._plans[batch] = [
-                    Plan(step.segment, batch, self.threads) if isinstance(step, Run) else None
-                    for step in self.program.steps
-                ]
-            self._plans.move_to_end(batch)
-            while len(self._plans) > PLANS:
-                self._plans.popitem(last=False)
-            return self._plans[batch]
 
 
 def check_threads(threads: int | None) -> int:
