@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import sparing
-from sparing.export.formats import FORMATS
+from sparing.formats import FORMATS
 
 EXAMPLES = {"fastgrnn": (1, 99, 32), "resnet8": (1, 1, 28, 28), "resnet20": (1, 3, 32, 32)}
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import sparing
-from sparing.export import latency
+from sparing import latency
 from sparing.files import write_text
 
 ROOT = Path(__file__).parent.parent

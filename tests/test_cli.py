@@ -18,7 +18,7 @@ import torch
 import typer
 
 from sparing.cli import Format, app, main
-from sparing.export.formats import FORMATS
+from sparing.formats import FORMATS
 from tolerance import near, relative_error
 
 RECIPE = """# test
@@ -80,7 +80,7 @@ def place(tmp_path_factory):
     assert "epoch   2/2" in done.stdout
     assert "Test results" in done.stdout
     assert re.search(r"File size: [\d,]+ bytes compressed, [\d,]+ bytes dense \([\d.]+x smaller\)", done.stdout)
-    assert re.search(r"Latency(: not measured| \(batch 1, one thread\): .* ms sparse in MNN)", done.stdout)
+    assert re.search(r"Latency(: not measured| \(batch 1, one thread\): .* ms sparse in the engine)", done.stdout)
     return place
 
 
@@ -183,12 +183,12 @@ def test_report_writes_text_csv_html_and_json(place):
         (["export", "absent", "--to", "onnx"], "absent is not a run directory"),
         (
             ["export", "runs/recipe", "--to", "tflite"],
-            "is not one of 'compressed', 'safetensors', 'onnx', 'mnn', 'torch', 'openvino'",
+            "is not one of 'compressed', 'safetensors', 'engine', 'onnx', 'mnn', 'openvino'",
         ),
         (["export", "runs/recipe", "--to", "compressed", "--out", "nowhere/x"], "nowhere/x cannot be written"),
         (
             ["export", "runs/recipe", "--to", "compressed", "--shrink"],
-            "--shrink changes the shapes of layers.*choose another format: onnx, mnn, torch, openvino",
+            "--shrink changes the shapes of layers.*choose another format: engine, onnx, mnn, openvino",
         ),
         (["bench", "absent"], "absent is not a run directory"),
         (["bench", "runs/recipe", "--batch", "0"], "Invalid value for .--batch."),
@@ -284,21 +284,19 @@ def sparse_run(place):
 
 
 @pytest.mark.parametrize("shrink", [[], ["--shrink"]])
-def test_export_to_torch_writes_a_network_with_sparse_convolutions(sparse_run, monkeypatch, shrink):
-    from sparing.export import native
+def test_export_to_engine_writes_a_file_with_matching_outputs(sparse_run, shrink):
+    from sparing import engine
     from sparing.train.run import load_run
 
     if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("sparse convolutions require a C++ compiler")
+        pytest.skip("the engine requires a C++ compiler")
     if shrink:
         pytest.importorskip("torch_pruning", reason="sparing[export] is not installed")
-    monkeypatch.setattr(native, "_min_times", lambda dense, sparse, rounds: (2.0, 1.0))  # the sparse one is faster
-    done = sparing("export", str(sparse_run), "--to", "torch", *shrink, "--json", cwd=sparse_run)
+    done = sparing("export", str(sparse_run), "--to", "engine", *shrink, "--json", cwd=sparse_run)
     output = json.loads(done.stdout)
-    assert output["path"] == str(sparse_run / "model.pt2")
-    assert output["bytes"] == (sparse_run / "model.pt2").stat().st_size
-    network = native.load(sparse_run / "model.pt2")
-    assert "sparse_conv2d" in network.code
+    assert output["path"] == str(sparse_run / "model.engine")
+    assert output["bytes"] == (sparse_run / "model.engine").stat().st_size
+    network = engine.load(sparse_run / "model.engine")
     model, _, data = load_run(sparse_run, "dense")
     x = torch.randn(3, *data["input_size"][1:])
     assert output["error"] < relative_error(model, x)
@@ -315,7 +313,7 @@ def test_export_accepts_exactly_the_formats_of_the_table():
 def test_every_documented_format_is_a_choice_of_export(page):
     text = Path(__file__).parent.parent.joinpath(page).read_text()
     named = {name for group in re.findall(r"--to ([a-z|]+)", text) for name in group.split("|")}
-    assert "torch" in named
+    assert "engine" in named
     assert named <= set(FORMATS)
 
 
@@ -345,16 +343,18 @@ def test_help_shows_the_defaults(tmp_path, command, defaults):
 
 
 def test_bench_prints_and_writes_its_measurements(place, monkeypatch):
-    from sparing.export import latency
+    from sparing import latency
+    from sparing.latency.backends import BACKENDS
 
-    if not all(map(find_spec, ("MNN", "onnx", "onnxscript", "onnxruntime"))):
+    if not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         pytest.skip("sparing[export] is not installed")
-    quick = functools.partial(latency.measure, backends=("ONNX Runtime",), sweep=(), rounds=1, turn=0.001)
+    chosen = {name: BACKENDS[name] for name in ("engine", "ONNX Runtime")}
+    quick = functools.partial(latency.measure, backends=chosen, sweep=(), rounds=1, turn=0.001)
     monkeypatch.setattr(latency, "measure", quick)
     done = sparing("bench", "runs/recipe", "--threads", "1", "--batch", "3", "--json", cwd=place)
     output = json.loads(done.stdout)
     assert [(row["name"], row["batch"], row["threads"]) for row in output["rows"]] == [
-        ("MNN sparse", 3, 1), ("ONNX Runtime", 3, 1)
+        ("engine", 3, 1), ("ONNX Runtime", 3, 1)
     ]  # fmt: skip
     assert output == json.loads((place / "runs/recipe/latency.json").read_text())
     assert (place / "runs/recipe/figures/latency.png").read_bytes().startswith(b"\x89PNG")

@@ -1,12 +1,10 @@
-"""Exports: outputs match PyTorch, sparsity is kept, files are small; latency, CSR products and shrinking."""
+"""Exports: outputs match PyTorch, sparsity is kept, files are small; shrinking."""
 
 import builtins
-import json
 import os
 import re
 import subprocess
 import sys
-import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,17 +13,18 @@ import torch
 from torch import nn
 
 import sparing
-from sparing.export import csr, formats, latency, mnn, network, onnx, openvino, runtimes
+from sparing import formats
+from sparing.export import mnn, network, onnx, openvino
 from sparing.export.inputs import find_inputs
 from sparing.export.runtimes import Process
 from sparing.export.shrink import shrink
-from sparing.plots import latency_bars
-from tolerance import near, relative_error, tolerance
+from sparing.latency import measure
+from tolerance import near, relative_error
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} of sparing[export] is not installed")
 # Importing MNN prints to stdout, so sparing imports it only in separate processes.
-pytestmark = pytest.mark.skipif(not latency.available(), reason="mnn of sparing[export] is not installed")
+pytestmark = pytest.mark.skipif(network.find_spec("MNN") is None, reason="mnn of sparing[export] is not installed")
 
 
 class Recurrent(nn.Module):
@@ -488,18 +487,6 @@ def test_batch_size_is_fixed_with_a_warning(model, example, shape, message):
     assert next(iter(names_of("model.onnx")[0].values())) == shape
 
 
-def test_latency_of_a_fixed_batch_size():
-    options = {"threads": (1,), "backends": ("ONNX Runtime",), "sweep": (), "rounds": 1, "turn": 0.001}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sparing.SparsityWarning)
-        with pytest.raises(
-            sparing.InputError, match=r"batches must be \(1,\), got \(1, 16\): the batch size of the model"
-        ):
-            latency.measure(Branch(), (1, 4), batches=(1, 16), **options)
-        rows = latency.measure(Branch(), (1, 4), batches=(1,), **options).rows
-    assert all(row.error < 1e-6 for row in rows)
-
-
 # Models that a runtime or a format does not support.
 
 
@@ -579,7 +566,7 @@ def test_model_without_values_is_refused():
 def test_quantized_model_is_refused_or_exported():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     eager = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    for name in ("onnx", "openvino", "mnn", "torch"):
+    for name in ("onnx", "openvino", "mnn", "engine"):
         with pytest.raises(
             sparing.InputError, match="cannot be traced for export: '0' is quantized; export before quan"
         ):
@@ -595,7 +582,7 @@ def test_quantized_model_is_refused_or_exported():
     for name in ("compressed", "safetensors"):
         with pytest.raises(sparing.InputError, match="tensor '0.weight' is of type Int8Tensor, which is quantized"):
             formats.FORMATS[name][1](model, Path(formats.FORMATS[name][0]), (1, 16))
-    for call in (shrink, csr.accelerate_, latency.measure):
+    for call in (shrink, measure):
         with pytest.raises(sparing.InputError, match="'0.weight' is of type Int8Tensor, whose zeros are not known"):
             call(model, (1, 16))
     assert not list(Path().iterdir())
@@ -619,258 +606,6 @@ def test_max_relative_error_and_check():
     for pair in (([one], [nan]), ([one, one], [nan, one])):
         with pytest.raises(sparing.InputError, match="the model: output mismatch with PyTorch"):
             network.check("the model", *pair)
-
-
-# Latency. No test asserts an absolute time.
-
-
-@pytest.fixture(scope="module")
-def measured():
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
-    with torch.no_grad():
-        model[0].weight[torch.rand(16, 3, 3, 3) < 0.9] = 0
-    quick = ("torch sparse", "MNN dense", "ONNX Runtime", "OpenVINO bf16", "torch eager")
-    return latency.measure(
-        model, (1, 3, 8, 8), batches=(1, 2), threads=(1,), backends=quick, sweep=(0.5, 0.9), rounds=2, turn=0.01
-    )
-
-
-def test_every_backend_has_a_row(measured):
-    assert [(row.batch, row.name) for row in measured.rows] == [
-        (batch, name)
-        for batch in (1, 2)
-        for name in ("MNN sparse", "torch sparse", "MNN dense", "ONNX Runtime", "OpenVINO bf16", "torch eager")
-    ]
-    for row in measured.rows:
-        if row.name == "OpenVINO bf16":  # not every processor supports it
-            assert row.seconds is not None or row.note == "this processor does not support bf16"
-            continue
-        assert row.error < network.TOLERANCE  # dense MNN uses Winograd convolutions
-        assert 0 < row.lowest <= row.seconds <= row.highest
-        assert 0 < row.ratio_lowest <= row.ratio <= row.ratio_highest
-    for batch in (1, 2):  # ratios are relative to the fastest sparse backend
-        assert 1 in [row.ratio for row in measured.rows if row.batch == batch and row.name in latency.SPARSE_BACKENDS]
-        fastest = min(
-            row.seconds for row in measured.rows if row.batch == batch and row.name in latency.SPARSE_BACKENDS
-        )
-        assert [row.seconds for row in measured.rows if row.batch == batch and row.ratio == 1] == [fastest]
-    assert list(measured.sweep) == [0.5, 0.9]
-    assert measured.sizes["sparse.mnn"] > 0
-    assert measured.machine["versions"]["torch"] == torch.__version__
-
-
-def test_latency_of_a_model_with_keyword_inputs():
-    class Difference(nn.Module):
-        def forward(self, *, one, other):
-            return one - other
-
-    rows = latency.measure(
-        Difference(), {"other": torch.randn(1, 4), "one": torch.randn(1, 4)}, batches=(1,), threads=(1,),
-        backends=("torch eager",), sweep=(), rounds=1, turn=0.001,
-    ).rows  # fmt: skip
-    assert [row.error for row in rows] == [0, 0]
-
-
-def test_ratios_compare_times_of_the_same_round():
-    row = latency._timing("it", 1, 1, [2.0, 8.0, 3.0], [1.0, 2.0, 2.0], 0.0)
-    assert (row.seconds, row.lowest, row.highest) == (3, 2, 8)
-    assert (row.ratio, row.ratio_lowest, row.ratio_highest) == (2, 1.5, 4)
-
-
-def test_table_json_and_figure_agree(measured):
-    text = str(measured)
-    assert text.count("MNN sparse") >= 2
-    assert "batch 2, 1 thread" in text
-    content = json.loads(measured.to_json())
-    assert content["rows"][0]["seconds"] == measured.rows[0].seconds
-    assert content["sweep"] == {str(key): value for key, value in measured.sweep.items()}
-    figure = latency_bars(measured.bars())
-    assert [axes.get_title() for axes in figure.axes] == ["batch 1, 1 thread", "batch 2, 1 thread"]
-    assert len(figure.axes[0].patches) == sum(row.seconds is not None for row in measured.rows) / 2
-
-
-def test_unavailable_backend_has_a_note(monkeypatch):
-    monkeypatch.setitem(latency.BACKENDS, "OpenVINO fp32", ("absent", "network.onnx"))
-    rows = latency.measure(
-        nn.Sequential(nn.Linear(4, 4)), (1, 4), batches=(1,), threads=(1,), backends=("OpenVINO fp32",), sweep=(),
-        rounds=1, turn=0.001,
-    ).rows  # fmt: skip
-    assert rows[0].seconds is not None
-    assert (rows[1].seconds, rows[1].note) == (None, "'absent'")
-
-
-def test_missing_runtime_raises_unavailable_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for name in ("onnxruntime", "openvino", "MNN"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module', name={name!r})")
-    for runtime in ("onnxruntime", "openvino_bf16", "mnn"):
-        with pytest.raises(runtimes.UnavailableError, match="^not installed$"):
-            Process(runtime, "absent.onnx", threads=1)
-
-
-def test_crashing_runtime_reports_its_error():
-    Path("noise.onnx").write_bytes(b"noise")
-    with pytest.raises(runtimes.UnavailableError, match="noise.onnx"):
-        Process("onnxruntime", "noise.onnx", threads=1)
-
-
-def row(name, ratio):
-    return latency.Timing(name, 1, 1, ratio, ratio, ratio, ratio, ratio, ratio, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "verdict"),
-    [
-        (
-            [("MNN sparse", 1), ("MNN dense", 3), ("ONNX Runtime", 2), ("OpenVINO bf16", 1.5)],
-            "MNN sparse is 2.00x faster than the fastest dense fp32 baseline, ONNX Runtime. "
-            "It is 1.50x faster than dense bf16 (OpenVINO).",
-        ),
-        (
-            [("MNN sparse", 1), ("ONNX Runtime", 2), ("OpenVINO bf16", 0.5)],
-            "MNN sparse is 2.00x faster than the fastest dense fp32 baseline, ONNX Runtime. "
-            "It is 2.00x slower than dense bf16 (OpenVINO).",
-        ),
-        (
-            [("MNN sparse", 1), ("torch eager", 0.8)],
-            "MNN sparse is 1.25x slower than the fastest dense fp32 baseline, torch eager; bf16 was not measured.",
-        ),
-        (
-            [("MNN sparse", 1.5), ("torch sparse", 1), ("torch eager", 3)],
-            "torch sparse is 3.00x faster than the fastest dense fp32 baseline, torch eager; bf16 was not measured.",
-        ),
-        ([("MNN sparse", 1)], "Not measured: requires at least one sparse backend and one dense fp32 baseline."),
-    ],
-)
-def test_verdict(rows, verdict):
-    found = latency.Latency(tuple(row(*each) for each in rows), {}, 0.9, {"processor": "x"}, 1)
-    assert found.verdict(1, 1) == verdict
-    assert verdict in str(found)
-
-
-@pytest.mark.parametrize(
-    ("sweep", "sentence"),
-    [
-        ({}, "Break-even sparsity was not measured."),
-        ({0.5: 0.8, 0.9: 2.0}, "Break-even sparsity is between 50 and 90 % (...); speedup of 2.00x at 90 %."),
-        (
-            {0.5: 1.1, 0.9: 2.0},
-            "Break-even sparsity is at most 50 %, the lowest that was measured (...); speedup of 1.10x at 50 %.",
-        ),
-        ({0.5: 1.1, 0.7: 0.9, 0.9: 2.0}, "Break-even sparsity is between 70 and 90 % (...); speedup of 2.00x at 90 %."),
-        ({0.5: 0.5, 0.9: 0.9}, "Break-even sparsity is above 90 % (...)."),
-    ],
-)
-def test_break_even(sweep, sentence):
-    expected = sentence.replace("...", "batch 1, one thread, zeros at random positions")
-    assert latency.Latency((), sweep, 0.9, {}, 1).break_even() == expected
-
-
-def test_unknown_backend_is_named():
-    with pytest.raises(sparing.InputError, match="unknown backend 'TVM'; choose from MNN sparse"):
-        latency.measure(nn.Linear(2, 2), (1, 2), backends=["TVM"])
-
-
-# CSR products.
-
-
-def sparse_(layer, sparsity):
-    with torch.no_grad():
-        layer.weight[torch.rand(layer.weight.shape) < sparsity] = 0
-    return layer
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 64), (64,), (2, 3, 64), (0, 64)])
-def test_csr_linear_matches_linear(shape, bias):
-    layer = sparse_(nn.Linear(64, 30, bias=bias), 0.9)
-    x = torch.randn(shape)
-    torch.testing.assert_close(csr.CSRLinear(layer)(x), layer(x), **near(layer, x))
-
-
-@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
-def test_csr_pointwise_matches_conv2d(stride):
-    layer = sparse_(nn.Conv2d(12, 7, 1, stride=stride), 0.9)
-    x = torch.randn(3, 12, 9, 8)
-    torch.testing.assert_close(csr.CSRPointwise(layer)(x), layer(x), **near(layer, x))
-
-
-def fix_times(monkeypatch, dense, sparse):
-    """Replace the measured times, so that the result does not depend on the machine."""
-    monkeypatch.setattr(csr, "_median_times", lambda first, second, rounds: (dense, sparse))
-
-
-def test_faster_layers_are_replaced_and_outputs_match(monkeypatch):
-    torch.manual_seed(0)
-    model = sparing.densify_(trained(sparing.models.resnet8))
-    model.layer1[0].conv1 = nn.Conv2d(16, 16, 3, padding=1)  # 3×3 convolutions and dense layers are not replaced
-    x = torch.randn(2, 1, 28, 28)
-    expected, close = model.eval()(x), near(model, x)
-    fix_times(monkeypatch, 2.0, 1.0)
-    swaps = csr.accelerate_(model, (1, 1, 28, 28))
-    assert [(swap.name, swap.swapped) for swap in swaps] == [
-        ("layer2.0.downsample.0", True), ("layer3.0.downsample.0", True), ("fc", True)
-    ]  # fmt: skip
-    assert all(swap.error < tolerance(torch.float32, terms=64) for swap in swaps)  # the largest fan-in
-    assert type(model.fc) is csr.CSRLinear
-    assert type(model.layer2[0].downsample[0]) is csr.CSRPointwise
-    torch.testing.assert_close(model(x), expected, **close)
-
-
-def test_slower_and_dense_layers_are_not_replaced(monkeypatch):
-    model = nn.Sequential(sparse_(nn.Linear(50, 50), 0.95), nn.Linear(50, 50))
-    fix_times(monkeypatch, 1.0, 1.0)
-    first, second = csr.accelerate_(model, (1, 50))
-    assert (first.swapped, second.swapped) == (False, False)
-    assert (first.csr_seconds, second.csr_seconds) == (1.0, None)
-    assert all(type(layer) is nn.Linear for layer in model)
-
-
-@pytest.mark.parametrize(
-    "kind", [{"kernel_size": 3}, {"kernel_size": 1, "padding": 1}, {"kernel_size": 1, "groups": 2}]
-)
-def test_unsupported_convolutions_are_not_timed(monkeypatch, kind):
-    model = nn.Sequential(sparse_(nn.Conv2d(4, 4, **kind), 0.95))
-    fix_times(monkeypatch, 2.0, 1.0)
-    assert csr.accelerate_(model, (1, 4, 5, 5)) == []
-
-
-def test_shared_layer_is_replaced_in_both_places(monkeypatch):
-    shared = sparse_(nn.Linear(20, 20), 0.95)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    x = torch.randn(3, 20)
-    expected, close = model(x), near(model, x)
-    fix_times(monkeypatch, 2.0, 1.0)
-    csr.accelerate_(model, (1, 20))
-    assert model[0] is model[2]
-    assert type(model[0]) is csr.CSRLinear
-    torch.testing.assert_close(model(x), expected, **close)
-
-
-def test_accelerate_uses_measured_times():
-    (swap,) = csr.accelerate_(nn.Sequential(sparse_(nn.Linear(300, 300), 0.99)), (1, 300), batch=4)
-    assert swap.dense_seconds > 0
-    assert swap.csr_seconds > 0
-    assert swap.swapped == (swap.dense_seconds >= 1.1 * swap.csr_seconds)
-
-
-def test_layers_of_fused_transformer_kernels_are_not_timed():
-    model = Transformer().eval()
-    with torch.no_grad():
-        for parameter in model.encoder.parameters():
-            parameter.mul_(torch.rand_like(parameter) < 0.02)
-    tokens = torch.randint(50, (2, 7))
-    swaps = csr.accelerate_(model, tokens)
-    assert not [swap for swap in swaps if "encoder" in swap.name]
-    with torch.no_grad():
-        assert model(tokens).shape == (2, 7, 50)
-
-
-def test_accelerate_rejects_a_sparsified_model():
-    model = nn.Sequential(nn.Linear(4, 4))
-    sparing.sparsify_(model, sparing.STR())
-    with pytest.raises(sparing.InputError, match="call sparing.densify_"):
-        csr.accelerate_(model, (1, 4))
 
 
 # All-zero filters and unused channels.

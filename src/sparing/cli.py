@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sparing import latency
 from sparing.budget import Budget
 from sparing.errors import InputError, nearest
-from sparing.export import latency, str_release
-from sparing.export.formats import FORMATS
+from sparing.export import str_release
 from sparing.export.runtimes import UnavailableError
 from sparing.export.shrink import shrink
 from sparing.files import atomic_write, write_text
+from sparing.formats import FORMATS
 from sparing.layers import find_layers, sparse_layers
 from sparing.macs import count_applications
 from sparing.masks import count_kept

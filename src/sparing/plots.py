@@ -59,22 +59,25 @@ def budget_by_depth(report: Report) -> "Figure":
     return figure
 
 
-def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> "Figure":
+def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float, str]]]) -> "Figure":
     """Plot the latency of each backend in milliseconds, with one panel per group.
 
-    A bar shows the median, and its error bar the range from the lowest to the highest measurement.
+    A bar shows the median, and its error bar the range from the lowest to the highest measurement. A label such as the
+    speedup of the sparse network stands at the end of the bar.
 
     Args:
         groups: for each group title, a mapping from the backend to its median, lowest and highest
-            latency in seconds.
+            latency in seconds, and its label.
     """
     figure = _figure()
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     names = list(dict.fromkeys(name for timings in groups.values() for name in timings))
     for axes, (title, timings) in zip(panels, groups.items(), strict=True):
-        for name, (median, lowest, highest) in timings.items():
+        for name, (median, lowest, highest, label) in timings.items():
             error_bar = [[1000 * (median - lowest)], [1000 * (highest - median)]]
             axes.barh(name, 1000 * median, xerr=error_bar, color=_shade(names.index(name), len(names)))
+            axes.text(1000 * highest, name, f"  {label}", va="center", fontsize="x-small")
+        axes.margins(x=0.25)
         axes.invert_yaxis()
         axes.set_title(title, fontsize="small")
         axes.set_xlabel("latency (ms)")

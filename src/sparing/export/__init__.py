@@ -9,10 +9,7 @@ from typing import Any
 
 from sparing.export import compressed
 
-MODULES = (
-    "csr", "formats", "inputs", "latency", "mnn", "native", "network", "onnx", "openvino", "runtimes", "shrink",
-    "str_release",
-)  # fmt: skip
+MODULES = ("inputs", "mnn", "network", "onnx", "openvino", "runtimes", "shrink", "str_release")
 
 __all__ = ["compressed"]
 

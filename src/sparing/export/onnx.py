@@ -156,6 +156,19 @@ def trace(network: nn.Module, inputs: Inputs) -> "tuple[torch.export.ExportedPro
         return program, fixed
 
 
+def write_program(program: "torch.export.ExportedProgram", path: Path) -> None:
+    """Write a program of torch.export to a .pt2 file.
+
+    Raises:
+        InputError: torch.export cannot write it.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.export.save(program, file)
+        except Exception as error:  # torch raises exceptions of many types
+            raise InputError(f"torch.export cannot write the network: {first_line(error)}") from error
+
+
 def _trace(network: nn.Module, inputs: Inputs) -> "torch.export.ExportedProgram":
     args, kwargs = inputs.sample(2)  # torch.export specializes a batch size of 1 to a constant
     batch, shapes = torch.export.Dim("batch"), torch.export.ShapesCollection()

@@ -1,8 +1,7 @@
 """Run an exported network in a runtime, in a separate process.
 
 Each process imports a single runtime, so that runtimes share no threads and no memory, and their output to stdout does
-not interfere. It imports sparing only if the runtime is PyTorch with sparse convolutions. The process reads commands
-as lines of JSON:
+not interfere. The process reads commands as lines of JSON:
 
     {"run": INPUTS, "outputs": FILE}    run once and write the outputs to an .npz file
     {"time": INPUTS, "count": n}        run n times and return the seconds of each run
@@ -19,14 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 Run = Callable[[], Sequence[Any]]
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Value of GLIBC_TUNABLES that enables huge pages. With small pages, an access to another channel is often a TLB miss,
-and large tensors are returned to the kernel and zeroed again on allocation."""
+"""Value of GLIBC_TUNABLES that enables huge pages. They help some runtimes: with small pages, accesses that are far
+apart are TLB misses, and large tensors are returned to the kernel and zeroed again on allocation."""
 
 
 def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
@@ -89,14 +89,6 @@ def torch_eager(path: str, threads: int) -> Callable[[list[Any]], Run]:
     return _torch(path, threads, compiled=False)
 
 
-def torch_sparse(path: str, threads: int) -> Callable[[list[Any]], Run]:
-    """Load a .pt2 file of `sparing.export.native` in PyTorch with sparse convolutions."""
-    from sparing.export import native
-
-    native.library()
-    return _torch(path, threads, compiled=False)
-
-
 def torch_compiled(path: str, threads: int) -> Callable[[list[Any]], Run]:
     """Load a .pt2 file of torch.export and compile it with torch.compile and frozen weights."""
     return _torch(path, threads, compiled=True)
@@ -104,7 +96,7 @@ def torch_compiled(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
 RUNTIMES = {
     function.__name__: function
-    for function in (onnxruntime, openvino_fp32, openvino_bf16, mnn, torch_sparse, torch_eager, torch_compiled)
+    for function in (onnxruntime, openvino_fp32, openvino_bf16, mnn, torch_eager, torch_compiled)
 }
 """Runtime name → function that loads (file, threads) and returns a function from inputs to the function to time."""
 
@@ -116,12 +108,12 @@ class UnavailableError(Exception):
 class Process:
     """Load a network into a runtime in a separate process, which waits for commands.
 
-    All runtimes use huge pages on Linux (`HUGE_PAGES`) unless the environment variable GLIBC_TUNABLES is set.
-
     Args:
-        runtime: a key of `RUNTIMES`.
+        runtime: a key of `RUNTIMES`, or `module:function` for another function of this kind.
         path: file of the network, in a format of the runtime.
         threads: number of threads that the runtime may use.
+        huge_pages: whether memory is in huge pages on Linux (`HUGE_PAGES`). The environment variable GLIBC_TUNABLES has
+            precedence.
 
     Raises:
         UnavailableError: the runtime is not installed, or cannot load the network.
@@ -131,9 +123,9 @@ class Process:
         ...     process.run([torch.randn(1, 3, 224, 224).numpy()])
     """
 
-    def __init__(self, runtime: str, path: str | Path, threads: int) -> None:
+    def __init__(self, runtime: str, path: str | Path, threads: int, huge_pages: bool = True) -> None:
         counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment = {"GLIBC_TUNABLES": HUGE_PAGES, **os.environ, **counts}
+        environment = {"GLIBC_TUNABLES": HUGE_PAGES if huge_pages else "", **os.environ, **counts}
         self._folder = tempfile.TemporaryDirectory(prefix="sparing-")
         self._errors = open(Path(self._folder.name, "errors"), "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -244,18 +236,38 @@ def _torch(path: str, threads: int, compiled: bool) -> Callable[[list[Any]], Run
         torch._inductor.config.freezing = True  # makes weights constants and folds batch normalization
         module = torch.compile(module, dynamic=False)
 
+    def arrange(tensors: list[Any]) -> Any:
+        return torch.utils._pytree.tree_unflatten(tensors, program.call_spec.in_spec)
+
+    return run_module(module, arrange, torch.no_grad if compiled else torch.inference_mode)
+
+
+def run_module(module: Any, arrange: Callable[[list[Any]], Any], mode: Callable[[], Any]) -> Callable[[list[Any]], Run]:
+    """Return a function from inputs to the function to time, for a module of PyTorch.
+
+    Args:
+        module: the module to run.
+        arrange: function from the flat list of input tensors to args and kwargs.
+        mode: context manager without gradients.
+    """
+    import torch
+
     def prepare(inputs: list[Any]) -> Run:
-        tensors = [torch.from_numpy(array) for array in inputs]
-        args, kwargs = torch.utils._pytree.tree_unflatten(tensors, program.call_spec.in_spec)
+        args, kwargs = arrange([torch.from_numpy(array) for array in inputs])
 
         def run() -> Sequence[Any]:
-            with torch.inference_mode() if not compiled else torch.no_grad():
+            with mode():
                 outputs = module(*args, **kwargs)
             return [outputs] if isinstance(outputs, torch.Tensor) else torch.utils._pytree.tree_leaves(outputs)
 
         return run
 
     return prepare
+
+
+def _find(runtime: str) -> Callable[[str, int], Callable[[list[Any]], Run]]:
+    module, _, function = runtime.partition(":")
+    return getattr(import_module(module), function) if function else RUNTIMES[runtime]
 
 
 def _serve(runtime: str, path: str, threads: str) -> None:
@@ -269,7 +281,7 @@ def _serve(runtime: str, path: str, threads: str) -> None:
         print(json.dumps(content), file=responses, flush=True)
 
     try:
-        prepare = RUNTIMES[runtime](path, int(threads))
+        prepare = _find(runtime)(path, int(threads))
         respond({"ready": True})
         prepared: dict[str, Run] = {}
         for line in sys.stdin:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from sparing import engine
 from sparing.errors import InputError
-from sparing.export import compressed, mnn, native, onnx, openvino
-from sparing.export.inputs import Example
-from sparing.export.network import Written, check_values
+from sparing.export import compressed, mnn, onnx, openvino
+from sparing.export.inputs import Example, find_inputs
+from sparing.export.network import Written, check, check_values, outputs, plain, tolerance
 from sparing.files import atomic_write
 from sparing.sparsify import dense_state_dict
 
@@ -40,12 +42,28 @@ def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
     return Written(path, path.stat().st_size, 0.0)
 
 
+def save_engine(model: nn.Module, path: Path, example: Example) -> Written:
+    """Write an .engine file, and check its outputs against PyTorch."""
+    fast = engine.compile(model, example)
+    network = plain(model).float()  # the engine computes in float32
+    example = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, example)
+    args, kwargs = find_inputs(network, example).sample(3)
+    try:
+        with atomic_write(path) as temporary:
+            engine.save(fast, temporary)
+            got = outputs(engine.load(temporary), args, kwargs)
+            error = check(str(path), outputs(network, args, kwargs), got, tolerance(network))
+    except OSError as failure:
+        raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+    return Written(path, path.stat().st_size, error)
+
+
 FORMATS: dict[str, tuple[str, Save]] = {
     "compressed": ("compressed.safetensors", save_compressed),
     "safetensors": ("model.safetensors", save_safetensors),
+    "engine": ("model.engine", save_engine),
     "onnx": ("model.onnx", onnx.save),
     "mnn": ("model.mnn", mnn.save),
-    "torch": ("model.pt2", native.save),
     "openvino": ("model.xml", openvino.save),
 }
 """Format name → default file name in a run directory, and the function that writes the file."""
