@@ -14,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import engine_tables
+
 ROOT = Path(__file__).parent.parent
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 FRONTIER = {
@@ -412,92 +414,6 @@ def sizes_table():
     return [*rows, "", note]
 
 
-# The networks of bench/latency.py, which writes one file for each.
-LATENCIES = (
-    "resnet50-str-90.23", "resnet50-uniform-90.23", "resnet50-str-95.15", "resnet50-uniform-95.15",
-    "resnet50-str-98.05", "resnet50-uniform-98.05", "mobilenet_v1-uniform-90", "mobilenet_v1-uniform-95",
-)  # fmt: skip
-BASELINES = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "OpenVINO bf16", "torch eager", "torch compiled")
-FP32_BASELINES = tuple(baseline for baseline in BASELINES if baseline != "OpenVINO bf16")
-
-
-def latency_table():
-    """Return the speedup of each sparse runtime over the dense baselines, and the break-even sparsity in MNN."""
-    rows = [
-        "| network | batch | threads | sparse in | ms | of the fastest fp32 "
-        f"| {' | '.join(f'of {baseline}' for baseline in BASELINES)} |",
-        f"|---|---|---|---|---|---|{'---|' * len(BASELINES)}",
-    ]
-    notes, sweeps = set(), []
-    for name in LATENCIES:
-        path = ROOT / "results" / "export" / f"latency-{name}.json"
-        if not path.is_file():
-            rows.append(f"| {name} | not run | | | | | {' | ' * (len(BASELINES) - 1)}|")
-            continue
-        result = json.loads(path.read_text())
-        versions = ", ".join(f"{package} {version}" for package, version in result["machine"]["versions"].items())
-        notes.add(
-            f"{result['machine']['processor']}, {result['machine']['processors']} processors, {result['rounds']} "
-            f"interleaved rounds, {versions}, commit {result['commit'][:7]}"
-        )
-        if result["sweep"]:
-            shares = ", ".join(f"{100 * float(share):g} %: {ratio:.2f}" for share, ratio in result["sweep"].items())
-            sweeps.append(f"{result['network'].split('/')[0]}: {shares}")
-        for batch, threads in dict.fromkeys((row["batch"], row["threads"]) for row in result["rows"]):
-            mine = {r["name"]: r for r in result["rows"] if (r["batch"], r["threads"]) == (batch, threads)}
-            for sparse in ("torch", "MNN"):
-                own = mine.get(f"{sparse} sparse")
-                if own is None or own["seconds"] is None:
-                    note = "not run" if own is None else own["note"]
-                    rows.append(
-                        f"| {name} | {batch} | {threads} | {sparse} | {note} | | {' | ' * (len(BASELINES) - 1)}|"
-                    )
-                    continue
-                cells = [_ratio(mine.get(baseline), own) for baseline in BASELINES]
-                best = min(mine[r]["ratio"] for r in FP32_BASELINES if r in mine and mine[r]["ratio"]) / own["ratio"]
-                rows.append(
-                    f"| {name} | {batch} | {threads} | {sparse} | {1000 * own['seconds']:.2f} | {best:.2f} "
-                    f"| {' | '.join(cells)} |"
-                )
-    swept = "; ".join(sweeps) or "not run"
-    text = f"Speedup in MNN over the fastest of three fp32 baselines, at random masks of equal sparsity: {swept}."
-    return [
-        *rows,
-        "",
-        text,
-        "",
-        f"Time of the dense baseline / time of the sparse network, medians; {'; '.join(sorted(notes))}.",
-    ]
-
-
-def _ratio(row, own):
-    if row is None:
-        return "not run"
-    return row["note"] if row["ratio"] is None else f"{row['ratio'] / own['ratio']:.2f}"
-
-
-def kernels_table():
-    """Return the multiplications per second of the sparse kernels per layer."""
-    result = json.loads((ROOT / "results" / "export" / "kernels.json").read_text())
-    columns = [(kind, sparsity) for sparsity in (0.9, 0.95) for kind in ("native", "mnn")]
-    names = {"native": "torch sparse", "mnn": "MNN sparse"}
-    heads = [f"{names[kind]}, {100 * sparsity:.0f} %" for kind, sparsity in columns]
-    rows = [f"| layer | {' | '.join(heads)} | torch dense |", f"|---|{'---|' * len(columns)}---|"]
-    for channels, filters, kernel, side in dict.fromkeys(tuple(row["layer"]) for row in result["rows"]):
-        mine = {row["sparsity"]: row for row in result["rows"] if row["layer"] == [channels, filters, kernel, side]}
-        cells = [f"{mine[s]['nonzero_macs'] / mine[s]['seconds'][kind] / 1e9:.0f}" for kind, s in columns]
-        dense = mine[0.9]["macs"] / mine[0.9]["seconds"]["torch_dense"] / 1e9
-        layer = f"{channels} → {filters}, {kernel}×{kernel}, {side}×{side} pixels"
-        rows.append(f"| {layer} | {' | '.join(cells)} | {dense:.0f} |")
-    versions = result["machine"]["versions"]
-    note = (
-        f"10⁹ multiplications per second of nonzero weights (dense: of all), one thread, batch 1, from the minimum of "
-        f"{result['rounds']} interleaved executions; {result['machine']['processor']}, torch {versions['torch']}, "
-        f"mnn {versions['mnn']}, commit {result['commit'][:7]}."
-    )
-    return [*rows, "", note]
-
-
 def target_entries(pair):
     """Return the runs of bench/target.py on a pair of network and data: (row, percentage) → entries."""
     found = {}
@@ -582,20 +498,20 @@ TABLES = {
     "paper": paper_table,
     "wishes": wishes_table,
     "sizes": sizes_table,
-    "latency": latency_table,
-    "kernels": kernels_table,
     "frontier": frontier_table,
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
     "requests": requests_table,
     "freezing": freezing_table,
     "target_cost": target_cost_table,
+    **engine_tables.TABLES,
 }
 PAGES = (
     "README.md",
     "docs/comparison.md",
     "docs/choosing.md",
     "docs/paper.md",
+    "docs/engine.md",
     "docs/export.md",
     "docs/rnn.md",
     "docs/methods/str.md",
