@@ -26,6 +26,11 @@ template <int FIRST> struct EverySecond {
     static constexpr int from(int lane) { return FIRST + 2 * lane; }
 };
 
+// Lanes FIRST, FIRST + 1, FIRST + 2, ... of [a, b].
+template <int FIRST> struct Successive {
+    static constexpr int from(int lane) { return FIRST + lane; }
+};
+
 // Blocks of SIZE lanes: the even (odd) ones of a, each followed by the one of b at the same place.
 template <int SIZE> struct EvenBlocks {
     static constexpr int from(int lane) { return lane & SIZE ? LANES + (lane ^ SIZE) : lane; }

@@ -32,6 +32,9 @@ class WindowOperation : public Operation {
     void prepare(const std::vector<Tensor>& tensors, int) override {
         from_ = tensors[in_].layout;
         to_ = tensors[out_].layout;
+        // A stride to a second row or column that does not exist needs no planes.
+        if (to_.height == 1) window_.stride_y = 1;
+        if (to_.width == 1) window_.stride_x = 1;
         const SparingWindow& w = window_;
         require(from_.images == to_.images && from_.channels == to_.channels,
                 std::string(name()) + ": out must have the images and channels of in, " + shape(from_) + ", got " +
@@ -45,8 +48,9 @@ class WindowOperation : public Operation {
         const Axis x = axis(w.kernel_x, w.stride_x, w.padding_x, w.dilation_x);
         first_row_ = y.smallest;
         more_rows_ = y.largest - y.smallest;
-        front_ = round_up(std::max<int64_t>(0, -x.smallest));
-        back_ = 2 * LANES + std::max<int64_t>(0, x.largest);
+        // sum_centered reads one vector more at both ends.
+        front_ = LANES + round_up(std::max<int64_t>(0, -x.smallest));
+        back_ = 3 * LANES + std::max<int64_t>(0, x.largest);
 
         // Work on as many tiles as fill half of a level 1 cache, but on several rows, since bands share input rows.
         const int64_t positions = std::max<int64_t>(4096, 8 * to_.pitch);
@@ -320,22 +324,111 @@ class Depthwise : public WindowOperation {
 
   protected:
     void compute(int64_t channel, const Band& band, const float* planes, float* to) const override {
-        if (window_.kernel_y == 3 && window_.kernel_x == 3)
-            sum<3, 3>(channel, band, planes, to);
+        const SparingWindow& w = window_;
+        const bool centered = w.kernel_y == w.kernel_x && w.padding_x == w.kernel_x / 2 && w.dilation_x == 1;
+        if (centered && w.kernel_x == 3 && w.stride_x == 1)
+            sum_centered<3, 1>(channel, band, planes, to);
+        else if (centered && w.kernel_x == 3 && w.stride_x == 2)
+            sum_centered<3, 2>(channel, band, planes, to);
+        else if (centered && w.kernel_x == 5 && w.stride_x == 1)
+            sum_centered<5, 1>(channel, band, planes, to);
+        else if (centered && w.kernel_x == 5 && w.stride_x == 2)
+            sum_centered<5, 2>(channel, band, planes, to);
+        else if (centered && w.kernel_x == 7 && w.stride_x == 1)
+            sum_centered<7, 1>(channel, band, planes, to);
         else
-            sum<0, 0>(channel, band, planes, to);
+            sum(channel, band, planes, to);
+        // Apart from the sums, which need all registers.
+        if (activation_ == IDENTITY) return;
+        with_activation(activation_, [&](auto activation) {
+            for_each_run(band, planes, to, [&](const Run& run) {
+                for (float* at = run.to; at < run.to + run.vectors * LANES; at += LANES)
+                    store(at, activate<activation>(load(at)));
+            });
+        });
     }
 
   private:
-    // KY and KX are the size of the kernel, or 0 for any size.
-    template <int KY, int KX> void sum(int64_t channel, const Band& band, const float* planes, float* to) const {
-        const int64_t kernel_y = KY ? KY : window_.kernel_y, kernel_x = KX ? KX : window_.kernel_x;
+    // Kernel columns of K x K elements with stride S and padding K / 2, as they are in `axis`.
+    template <int K, int S> struct Centered {
+        static constexpr int phase(int kx) { return (kx - K / 2 + K * S) % S; }
+        static constexpr int shift(int kx) { return (kx - K / 2 - phase(kx)) / S; }
+    };
+
+    // For each kernel column, the weighted sums of a vector before its column shift.
+    template <int K, int S>
+    INLINE static void sum_columns(
+        const float* from, const int64_t (&rows)[S][K], const Vector (&weights)[K][K], Vector (&sums)[K]
+    ) {
+        for (int kx = 0; kx < K; kx++) sums[kx] = Vector{};
+#pragma GCC unroll 8
+        for (int ky = 0; ky < K; ky++)
+#pragma GCC unroll 8
+            for (int kx = 0; kx < K; kx++)
+                sums[kx] += weights[ky][kx] * load(from + rows[Centered<K, S>::phase(kx)][ky]);
+    }
+
+    // Shift the sums of kernel column KX, from the vectors before, at and after the output, and add them to the total.
+    template <int K, int S, int KX>
+    INLINE static void add_column(
+        const Vector (&before)[K], const Vector (&here)[K], const Vector (&after)[K], const int32_t* mask, int32_t x,
+        Vector& total
+    ) {
+        constexpr int shift = Centered<K, S>::shift(KX);
+        Vector sum = here[KX];
+        if constexpr (shift < 0) sum = shuffle<Successive<LANES + shift>>(before[KX], here[KX]);
+        if constexpr (shift > 0) sum = shuffle<Successive<shift>>(here[KX], after[KX]);
+        if (mask) sum = masked(sum, mask + x);
+        total += sum;
+    }
+    template <int K, int S, int... KX>
+    INLINE static void add_columns(
+        const Vector (&before)[K], const Vector (&here)[K], const Vector (&after)[K], const int32_t* const* masks,
+        int32_t x, Vector& total, std::integer_sequence<int, KX...>
+    ) {
+        (add_column<K, S, KX>(before, here, after, masks[KX], x, total), ...);
+    }
+
+    // All elements of a kernel row that have the same phase read the same vector: their sums are shifted instead. This
+    // replaces most loads, which are slow since they cross cache lines.
+    template <int K, int S> void sum_centered(int64_t channel, const Band& band, const float* planes, float* to) const {
+        int64_t rows[S][K];
+        Vector weights[K][K];
+        for (int kx = 0; kx < K; kx++)
+            for (int ky = 0; ky < K; ky++) {
+                rows[Centered<K, S>::phase(kx)][ky] = offsets_[kx * K + ky] - Centered<K, S>::shift(kx);
+                weights[ky][kx] = broadcast(weight_[(channel * K + kx) * K + ky]);
+            }
+        const Vector bias = broadcast(bias_[channel]);
+        const int32_t* masks[K];
+        for (int kx = 0; kx < K; kx++) masks[kx] = masks_[kx];
+        Vector before[K], here[K], after[K];
+        bool first = true;
+        for_each_run(band, planes, to, [&](const Run& run) __attribute__((always_inline)) {
+            if (first) {
+                sum_columns<K, S>(run.from - LANES, rows, weights, before);
+                sum_columns<K, S>(run.from, rows, weights, here);
+                first = false;
+            }
+            for (int64_t i = 0; i < run.vectors; i++) {
+                sum_columns<K, S>(run.from + (i + 1) * LANES, rows, weights, after);
+                Vector total = bias;
+                add_columns<K, S>(before, here, after, masks, run.columns[i], total,
+                                  std::make_integer_sequence<int, K>());
+                store(run.to + i * LANES, total);
+                for (int kx = 0; kx < K; kx++) {
+                    before[kx] = here[kx];
+                    here[kx] = after[kx];
+                }
+            }
+        });
+    }
+
+    // Any window.
+    void sum(int64_t channel, const Band& band, const float* planes, float* to) const {
+        const int64_t kernel_y = window_.kernel_y, kernel_x = window_.kernel_x;
         const float* weight = &weight_[channel * kernel_y * kernel_x];
         const Vector bias = broadcast(bias_[channel]);
-        Vector weights[KY * KX + 1];  // a small kernel stays in registers
-        for (int i = 0; i < KY * KX; i++) weights[i] = broadcast(weight[i]);
-        const int64_t* offsets = offsets_.data();
-        const int32_t* const* masks = masks_.data();
         for_each_run(band, planes, to, [&](const Run& run) {
             for_each_block(run.vectors, [&](auto count, int64_t first) __attribute__((always_inline)) {
                 constexpr int COUNT = decltype(count)::value;
@@ -344,28 +437,17 @@ class Depthwise : public WindowOperation {
                 for (int i = 0; i < COUNT; i++) total[i] = bias;
                 for (int64_t kx = 0; kx < kernel_x; kx++) {
                     Vector column[COUNT] = {};
-                    for (int64_t ky = 0; ky < kernel_y; ky++) {
-                        const int64_t tap = kx * kernel_y + ky;
-                        const Vector factor = KY * KX ? weights[tap] : broadcast(weight[tap]);
-                        for (int i = 0; i < COUNT; i++) column[i] += factor * load(from + offsets[tap] + i * LANES);
+                    for (int64_t tap = kx * kernel_y; tap < (kx + 1) * kernel_y; tap++) {
+                        const Vector factor = broadcast(weight[tap]);
+                        for (int i = 0; i < COUNT; i++) column[i] += factor * load(from + offsets_[tap] + i * LANES);
                     }
-                    if (masks[kx])
+                    if (masks_[kx])
                         for (int i = 0; i < COUNT; i++)
-                            column[i] = masked(column[i], masks[kx] + run.columns[first + i]);
+                            column[i] = masked(column[i], masks_[kx] + run.columns[first + i]);
                     for (int i = 0; i < COUNT; i++) total[i] += column[i];
                 }
                 for (int i = 0; i < COUNT; i++) store(run.to + (first + i) * LANES, total[i]);
             });
-            finish(run);
-        });
-    }
-
-    // Apply the activation apart from the sums, which need all registers.
-    void finish(const Run& run) const {
-        if (activation_ == IDENTITY) return;
-        with_activation(activation_, [&](auto activation) {
-            for (float* to = run.to; to < run.to + run.vectors * LANES; to += LANES)
-                store(to, activate<activation>(load(to)));
         });
     }
 
