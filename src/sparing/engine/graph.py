@@ -118,13 +118,10 @@ class _Builder:
             else:
                 raise InputError(f"the model uses {spec.target!r}, which is no tensor and cannot be compiled")
         for node in self.graph.nodes:
-            if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
-                value = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-                if not isinstance(value, Tensor):
-                    name = node.target if isinstance(node.target, str) else node.target.name()
-                    raise InputError(
-                        f"the model has control flow that depends on data ({name}), which is not supported"
-                    )
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                name = node.target.name()
+                raise InputError(f"the model has control flow ({name}), which the engine does not support")
+            if node.op == "get_attr" and isinstance(value := getattr(module, str(node.target), None), Tensor):
                 self._set_constant(node, value, str(node.target))
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         kept = [

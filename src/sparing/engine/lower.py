@@ -460,7 +460,9 @@ def _pool(low: Lowering, node: fx.Node, dims: int, kind: str) -> Place:
 def _pooled(low: Lowering, node: fx.Node, place: Place, window: Window, kind: str) -> Place:
     source, out = low.shape(place), sizes(node)
     if isinstance(source, Matrix):
-        raise Cut("pooling of one pixel")
+        if window.padding != (0, 0):
+            raise Cut("pooling of one pixel with padding")
+        return place  # of one pixel
     height, width = window.output_size((source.height, source.width))
     if (Count(height), Count(width))[2 - len(out[2:]) :] != out[2:]:
         raise Cut("pooling with ceil_mode")

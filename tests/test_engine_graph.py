@@ -1,0 +1,678 @@
+"""The compiler of the engine: which operators run in the engine, in which segments, and that the outputs are right."""
+
+import copy
+import math
+import pickle
+import threading
+from collections import Counter, OrderedDict, namedtuple
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sparing
+from sparing.engine.library import library
+from sparing.engine.plan import Affine, Convolution, Copy, Count, Images, Matrix, Mean, Port, Segment, Window
+from sparing.export.inputs import find_inputs
+from sparing.export.network import max_relative_error, outputs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler():
+    try:
+        library()
+    except sparing.InputError as error:
+        pytest.skip(str(error))
+
+
+@torch.no_grad()
+def sparse(model, density=0.4):
+    """Give a model sparse weights that keep the scale of the activations, and statistics to batch norm."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(std=(2 / (fan_in * density)) ** 0.5)
+            module.weight *= torch.rand_like(module.weight) < density
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.normal_()
+            module.bias.normal_()
+    return model.eval()
+
+
+def compiled(model, example, **options):
+    """Compile a model and compare its outputs at several batch sizes with those of the model in float64."""
+    sparse(model)
+    engine = sparing.engine.compile(model, example, **options)
+    inputs = find_inputs(model, example)
+    for batch in (1, 2, 5):
+        args, kwargs = inputs.sample(batch)
+        double = [x.double() if x.is_floating_point() else x for x in args]
+        doubles = {name: x.double() if x.is_floating_point() else x for name, x in kwargs.items()}
+        expected = outputs(copy.deepcopy(model).double(), tuple(double), doubles)
+        assert max_relative_error(expected, outputs(engine, args, kwargs)) < 1e-5
+        assert max(float(leaf.abs().max()) for leaf in expected) > 1e-2
+    return engine
+
+
+def kinds(engine):
+    """The operations of each segment, as text, and the operators in PyTorch."""
+    segments = [
+        " ".join(f"{count}{kind}" for kind, count in sorted(Counter(type(o).__name__ for o in s.operations).items()))
+        for s in engine.program.segments
+    ]
+    views = {"reshape", "transpose", "permute", "squeeze", "unsqueeze", "expand", "getitem", "zeros"}
+    calls = [call.name.removeprefix("aten.").split(".")[0] for call in engine.program.calls]
+    return segments, Counter(name for name in calls if name not in views)
+
+
+class Residual(nn.Module):
+    """Basic block of a ResNet."""
+
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, filters, 3, stride, 1, bias=False), nn.BatchNorm2d(filters), nn.ReLU(inplace=True),
+            nn.Conv2d(filters, filters, 3, 1, 1, bias=False), nn.BatchNorm2d(filters),
+        )  # fmt: skip
+        self.skip = nn.Sequential(nn.Conv2d(channels, filters, 1, stride, bias=False), nn.BatchNorm2d(filters))
+        self.skip = self.skip if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        y = self.body(x)
+        y += self.skip(x)
+        return F.relu_(y)
+
+
+class Excite(nn.Module):
+    """Inverted residual of MobileNetV3 with squeeze-and-excitation."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(channels, 16, 1), nn.BatchNorm2d(16), nn.Hardswish(inplace=True))
+        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 5, 1, 2, groups=16), nn.BatchNorm2d(16), nn.Hardswish())
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1), nn.Hardsigmoid()
+        )  # fmt: skip
+        self.project = nn.Sequential(nn.Conv2d(16, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.depthwise(self.expand(x))
+        return x + self.project(y * self.gate(y))
+
+
+class DenseNet(nn.Module):
+    """Concatenations, batch norm before the convolution, and a head on the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 4 * i), nn.ReLU(), nn.Conv2d(8 + 4 * i, 4, 3, padding=1)) for i in range(2)
+        )
+        self.head = nn.Sequential(nn.Conv2d(16, 10, 1), nn.AvgPool2d(2), nn.BatchNorm2d(10), nn.ReLU6())
+        self.classifier = nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return self.classifier(self.head(x).mean((2, 3)))
+
+
+class Inception(nn.Module):
+    """Parallel branches, rectangular and grouped kernels, dilation, padding as a string, chunks."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 1)
+        self.two = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, (1, 5), padding=(0, 2)), nn.SiLU())
+        self.three = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(3, 2, 4, padding="same"))
+        self.four = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(3, 2, 3, padding="same"))
+        self.last = nn.Conv2d(14, 28, 3, stride=(2, 1), groups=7, padding=2, dilation=2)
+
+    def forward(self, x):
+        y = self.last(torch.cat([F.relu(self.one(x)), self.two(x), self.three(x), self.four(x)], 1))
+        first, second = y.chunk(2, 1)
+        return torch.sigmoid(first) * second, y[:, 3:5]
+
+
+class ConvNeXt(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(channels, channels, 7, padding=3, groups=channels), nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+
+    def forward(self, x):
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.scale * self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+
+
+class Patches(nn.Module):
+    """Vision transformer without attention: patches are tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.position = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 16, 16))
+        self.layer, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.layer(self.norm(tokens))
+        return (tokens + self.position).mean(1), tokens.mean(1)
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def tower():
+    return nn.Sequential(
+        nn.Conv1d(4, 8, 5, 2, 1), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2),
+        nn.Conv1d(8, 8, 3, padding="same", dilation=2), nn.Sigmoid(), nn.AvgPool1d(3, 2, 1), nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(), nn.Dropout(), nn.Linear(8, 2), nn.BatchNorm1d(2),
+    )  # fmt: skip
+
+
+def resnet():
+    stem = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+    head = nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(16, 5)
+    return nn.Sequential(*stem, Residual(8, 8, 1), Residual(8, 16, 2), *head)
+
+
+def mobilenet():
+    stem = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU6()
+    return nn.Sequential(*stem, Excite(8), Excite(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def lenet():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 5), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(128, 20), nn.GELU("tanh"), nn.Linear(20, 10), nn.LogSoftmax(1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "segments", "in_torch"),
+    [
+        (resnet, (1, 3, 32, 32), ["7Convolution 1Mean 1Pool"], {}),
+        (mobilenet, (1, 3, 16, 16), ["2Binary 10Convolution 2Depthwise 3Mean"], {}),
+        (DenseNet, (1, 3, 8, 8), ["3Affine 5Convolution 4Copy 1Mean 1Pool"], {}),
+        (Inception, (1, 3, 9, 8), ["1Affine 1Binary 6Convolution 7Copy 2Pool"], {}),
+        (lambda: ConvNeXt(8), (1, 8, 9, 9), ["2Convolution 1Depthwise 1LayerNorm"], {}),
+        (lenet, (1, 1, 28, 28), ["2Convolution 2Pool", "2Convolution"], {"log_softmax": 1}),
+        (tower, (1, 4, 60), ["3Convolution 1Mean 2Pool"], {}),
+        (Patches, (1, 3, 16, 16), ["2Convolution 1LayerNorm 1Mean"], {"add": 1, "mean": 1}),
+        (
+            lambda: encoder(norm_first=True, activation="gelu"),
+            torch.randn(7, 3, 16),
+            ["1Convolution 1LayerNorm", "4Convolution 2LayerNorm", "3Convolution 1LayerNorm"],
+            {"scaled_dot_product_attention": 2, "select": 6},
+        ),
+    ],
+    ids=["resnet", "mobilenet", "densenet", "inception", "convnext", "lenet", "conv1d", "patches", "transformer"],
+)  # fmt: skip
+def test_operations_and_outputs(make, example, segments, in_torch):
+    engine = compiled(make(), example, threads=2)
+    assert kinds(engine) == (segments, in_torch)
+
+
+class Recurrent(nn.Module):
+    """Several inputs and outputs, nested, with a recurrent layer and an embedding in PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.embedding = nn.Linear(4, 6), nn.Linear(4, 6), nn.Embedding(7, 4)
+        self.layer = nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x, tokens, state):
+        y = F.relu(self.one(x) + self.two(self.embedding(tokens)))
+        z, last = self.layer(y, state)
+        return {"y": y, "z": (z, last), "none": None, "three": 3, "list": [y * 2, x.shape[0]]}
+
+
+def test_recurrent_layers_embeddings_and_nested_outputs():
+    model = Recurrent()
+    inputs = torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.long), torch.randn(1, 1, 5)
+    engine = compiled(model, inputs)
+    assert kinds(engine) == (["1Affine 2Convolution"], {"embedding": 1, "gru": 1})
+    result = engine(*[x.repeat_interleave(4, dim) for x, dim in zip(inputs, (0, 0, 1), strict=True)])
+    assert result["none"] is None
+    assert result["three"] == 3
+    assert result["list"][1] == 4
+    assert isinstance(result["z"], tuple)
+    assert not result["y"].requires_grad
+
+
+def test_keywords_in_any_order_and_positions_in_that_of_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x, pair, y):
+            return self.layer(x) - self.layer(pair["a"]) * 3 + self.layer(y) * 5
+
+    model, (x, a, y) = sparse(Model()), torch.randn(3, 2, 3).unbind()
+    engine = sparing.engine.compile(model, {"y": y, "pair": {"a": a}, "x": x})
+    expected = model(x, {"a": a}, y)
+    for found in (engine(x, {"a": a}, y), engine(y=y, x=x, pair={"a": a}), engine(x, y=y, pair={"a": a})):
+        torch.testing.assert_close(found, expected)
+    for args, kwargs, message in [
+        ((x, {"a": a}), {}, "compiled for the arguments x, pair, y, got x, pair"),
+        ((x, {"a": a}, y), {"z": y}, "compiled for the arguments x, pair, y, got x, pair, y, z"),
+        ((x, {"b": a}, y), {}, "input pair must have the structure"),
+        ((x, a, y), {}, "input pair must have the structure"),
+        ((x, {"a": 3}, y), {}, r"input pair\['a'\] must be a tensor, got int"),
+        ((x, {"a": a}, y, y), {}, "at most 3 positional arguments"),
+        ((x, {"a": a}), {"x": x, "y": y}, "argument 'x' is given twice"),
+    ]:
+        with pytest.raises(sparing.InputError, match=message):
+            engine(*args, **kwargs)
+
+
+def test_containers_of_the_model_are_returned():
+    pair = namedtuple("pair", "one other")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.free = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            y = self.layer(x)
+            return OrderedDict(pair=pair(y, x), weight=self.free)
+
+    model = Model()
+    engine = compiled(model, (1, 3))
+    found = engine(torch.ones(2, 3))
+    assert type(found) is OrderedDict
+    assert type(found["pair"]) is pair
+    found["weight"].zero_()  # a copy
+    torch.testing.assert_close(engine(torch.ones(2, 3))["weight"], torch.ones(2))
+
+
+class Padded(nn.Module):
+    """A padding before a convolution, then an operator on the images."""
+
+    def __init__(self, pad, dilation=1, value=0.0, groups=1, pool=False):
+        super().__init__()
+        self.pad, self.value, self.pool = pad, value, pool
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1, dilation=dilation, groups=groups)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = F.pad(x, self.pad, value=self.value)
+        return self.last(self.convolution(F.max_pool2d(x, 2) if self.pool else x))
+
+
+@pytest.mark.parametrize(
+    ("options", "folded"),
+    [
+        ({"pad": (1, 1, 2, 2)}, True),
+        ({"pad": (0, 1, 3, 2)}, True),  # zeros at one end of the kernel make it symmetric
+        ({"pad": (2, 0), "groups": 4}, True),
+        ({"pad": (0, 2, 2, 0), "dilation": 2}, True),
+        ({"pad": (0, 1), "dilation": 2}, False),  # half a step of the kernel
+        ({"pad": (1, 1, 1, 1), "value": 1.0}, False),
+        ({"pad": (1, 1, 1, 1), "pool": True}, False),  # max pooling pads with -inf
+        ({"pad": (-1, 1)}, False),
+    ],
+    ids=str,
+)
+def test_padding_is_folded_into_the_convolution(options, folded):
+    segments, calls = kinds(compiled(Padded(**options), (1, 4, 8, 7)))
+    assert len(segments) == 1
+    assert calls.keys() == (set() if folded else {"pad", "conv2d"} if options["pad"] == (0, 1) else {"pad"})
+
+
+def run(function, *layers):
+    """A module that calls a function with the layers and its inputs."""
+
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, *inputs):
+            return function(*self.layers, *inputs)
+
+    return Function()
+
+
+C, L = (lambda: nn.Conv2d(4, 4, 3, padding=1)), (lambda: nn.Linear(4, 4))
+CONSTANT = nn.Parameter(torch.rand(4) + 0.5, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "layer", "example", "segments"),
+    [
+        (lambda f, x: F.leaky_relu(f(x)), C, (1, 4, 6, 6), 1),  # the sum of convolution and unknown operators
+        (lambda f, x: f(x).clamp(min=0), C, (1, 4, 6, 6), "1Convolution"),
+        (lambda f, x: f(x).clamp(0, 6), C, (1, 4, 6, 6), "1Convolution"),
+        (lambda f, x: f(x).clamp(0, 5), C, (1, 4, 6, 6), 1),
+        (lambda f, x: (y := f(x)) * torch.sigmoid(y), L, (1, 4), "1Convolution"),
+        (
+            lambda f, x: 0.5 * (y := f(x)) * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3.0))),
+            L,
+            (1, 4),
+            "1Convolution",
+        ),
+        (lambda f, x: 3 - (f(x) / 2 - 1) * CONSTANT.view(4, 1, 1), C, (1, 4, 6, 6), "1Convolution"),
+        (lambda f, x: f(x) + CONSTANT.to(x).view(4, 1), C, (1, 4, 4, 6), 1),  # along the height
+        (lambda f, x: -f(x) * CONSTANT, L, (1, 3, 4), "1Convolution"),
+        (lambda f, x: F.layer_norm(f(x), (4,)), L, (1, 3, 4), "1Convolution 1LayerNorm"),
+        (lambda f, x: F.layer_norm(f(x), (4, 6, 6)), C, (1, 4, 6, 6), 1),
+        (lambda f, x: f(x) + f(x), C, (1, 4, 6, 6), "2Convolution"),
+        (lambda f, x: (y := f(x)) + y, C, (1, 4, 6, 6), "1Binary 1Convolution"),
+        (lambda f, x: f(x).squeeze(2), lambda: nn.Conv2d(4, 4, (3, 1)), (1, 4, 3, 9), "1Convolution"),
+        (lambda f, x: f(x).flatten(1) * 2, lambda: nn.Conv2d(4, 4, 6), (1, 4, 6, 6), "1Affine 1Convolution 1Mean"),
+        (lambda f, x: f(x.mean((2, 3), keepdim=True)), C, (1, 4, 6, 6), "1Convolution 1Mean"),  # middle of the kernel
+        (lambda f, x: f(x)[:, 1:3], C, (1, 4, 6, 6), "1Convolution 1Copy"),
+        (lambda f, x: f(x)[:, :, 1:3], C, (1, 4, 6, 6), 1),
+        (lambda f, x: f(x).split([1, 3], 1)[1], C, (1, 4, 6, 6), "1Convolution 1Copy"),
+        (lambda f, x: torch.cat([x, f(x), x], -1), L, (1, 3, 4), "1Convolution 3Copy"),
+        (lambda f, x: torch.cat([x, f(x)], 1), L, (1, 3, 4), 1),
+        (lambda f, x: F.max_pool2d(f(x), 3, 2, 1, ceil_mode=True), C, (1, 4, 7, 7), "1Convolution 1Pool"),
+        (lambda f, x: F.max_pool2d(f(x), 2, 2, ceil_mode=True), C, (1, 4, 7, 7), 1),
+        (lambda f, x: F.max_pool2d(f(x), 3, 1, 1, 2), lambda: nn.Conv2d(4, 4, 1), (1, 4, 7, 7), "1Convolution 1Pool"),
+        (lambda f, x: F.avg_pool2d(f(x), 2, divisor_override=3), C, (1, 4, 6, 6), 1),
+        (lambda f, x: F.adaptive_avg_pool2d(f(x), (2, 3)), C, (1, 4, 6, 6), "1Convolution 1Pool"),
+        (lambda f, x: F.adaptive_avg_pool2d(f(x), 4), C, (1, 4, 6, 6), 1),
+        (lambda f, x: f(x).mean((1, 2)), C, (1, 4, 6, 6), 1),
+        (lambda f, x: f(x).permute(0, 2, 3, 1).mean((1, 2)), C, (1, 4, 6, 6), "1Convolution 1Mean"),
+        (lambda f, x: f(x).transpose(1, 2), L, (1, 3, 4), 1),
+        (lambda f, x: F.conv2d(f(x), x[:1]), C, (1, 4, 3, 3), 1),  # a weight that depends on the input
+        (lambda f, x: torch.addmm(CONSTANT.to(x), f(x), f.weight), L, (1, 4), "2Convolution"),
+        (lambda f, x: f(x) @ f.weight.t().reshape(4, 2, 2).flatten(1), L, (1, 3, 4), "2Convolution"),
+        (lambda f, x: f(x.double().to(f.weight)), L, (1, 4), "1Convolution"),
+        (lambda f, x: f(x).double(), L, (1, 4), 1),
+        (lambda f, x: f(x), lambda: nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3), 0),
+        (lambda f, x: f(x), lambda: nn.Conv3d(4, 4, 2), (1, 4, 3, 3, 3), 0),
+        (lambda f, x: f(x), lambda: nn.Conv2d(4, 4, 3, padding=2, padding_mode="reflect"), (1, 4, 6, 6), 1),
+        (lambda f, x: f(F.relu(x)) if x.dim() == 2 else x, lambda: nn.BatchNorm1d(4), (1, 4), 0),  # nothing sparse
+        (lambda f, x: f(F.gelu(F.instance_norm(x))), lambda: nn.Conv1d(4, 4, 3), (1, 4, 9), "1Affine 1Convolution"),
+        (lambda f, x: f(torch.tanh(x.roll(1, 1))), L, (1, 5, 5, 4), "1Affine 1Convolution"),
+        (lambda f, x: f(x).view(-1, 2), L, (1, 3, 4), 1),  # half of the channels
+        (lambda f, x: f(x.view(-1, 4)).view(x.shape[0], 3, 4), L, (1, 3, 4), "1Convolution"),
+        (lambda f, x: f(x) * f(x).mean((2, 3), True), C, (1, 4, 6, 6), "1Binary 2Convolution 1Mean"),
+        (lambda f, x: f(x) + f(x).mean((2, 3), True), C, (1, 4, 6, 6), "1Binary 2Convolution 1Mean"),
+        (lambda f, x: f(x) * f(x).mean((1, 3), True), C, (1, 4, 6, 6), 1),
+        (lambda f, x: x[:0].sum() + f(x), C, (1, 4, 6, 6), 1),  # a tensor without elements
+    ],
+)  # fmt: skip
+def test_operators_alone(function, layer, example, segments):
+    engine = compiled(run(function, layer()), example)
+    found, calls = kinds(engine)
+    if isinstance(segments, str):
+        assert found == [segments]
+        assert not calls.keys() - {"roll", "instance_norm", "_native_batch_norm_legit", "_to_copy"}
+    else:
+        assert len(found) == segments
+        assert engine.program.calls
+
+
+def test_levels_put_parallel_branches_into_one_segment():
+    def function(one, two, three, four, x):
+        shared = one(x)
+        cut = F.elu(two(shared))  # in PyTorch
+        return three(cut) + four(shared).relu() + shared
+
+    engine = compiled(run(function, C(), C(), C(), C()), (1, 4, 6, 6))
+    assert kinds(engine) == (["3Convolution", "1Binary 1Convolution"], {"elu": 1})
+
+
+def test_constants_are_computed_and_batch_norm_with_scale_zero_removes_weights():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask, self.layer, self.norm = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(F.linear(x, self.layer.weight * torch.sigmoid(self.mask).round()))
+
+    model = sparse(Model())
+    with torch.no_grad():
+        model.norm.weight[1:3] = 0
+    weight = (model.layer.weight * torch.sigmoid(model.mask).round())[[0, 3]]
+    engine = sparing.engine.compile(model, (1, 4))
+    ((convolution,),) = [segment.operations for segment in engine.program.segments]
+    assert len(convolution.values) == int(weight.count_nonzero())
+    assert convolution.starts.tolist()[1] == convolution.starts.tolist()[3]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(engine(x), model(x))
+
+
+def test_sparsified_model_is_not_changed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    sparing.sparsify_(model, sparing.StaticRandom(budget=sparing.Budget.uniform(model, 0.9)))
+    state = copy.deepcopy(model.state_dict())
+    engine = sparing.engine.compile(model, (1, 3, 8, 8))
+    assert model.training
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(engine(x), sparing.densify_(model).eval()(x), rtol=1e-5, atol=1e-5)
+    assert "engine: 80 nonzero of 792 weights, sparsity 89.90%" in engine.summary()
+    assert "PyTorch: 1 reshape.default (a view that mixes channels and pixels, or images)" in str(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_converted_with_a_warning(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(dtype)
+    with pytest.warns(sparing.SparsityWarning, match=f"computes in float32: parameters in {dtype} are converted"):
+        engine = sparing.engine.compile(model, torch.randn(1, 4, dtype=dtype))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(engine(x), copy.deepcopy(model).float()(x))
+    with pytest.raises(sparing.InputError, match=f"compiled for input input of shape .* got .* {dtype}"):
+        engine(x.to(dtype))
+
+
+def test_wrong_inputs_raise():
+    engine = sparing.engine.compile(nn.Conv2d(3, 4, 3), (1, 3, 8, 8))
+    for wrong in ((1, 3, 9, 8), (1, 4, 8, 8), (3, 8, 8), (0, 3, 8, 8)):
+        message = r"compiled for input input of shape \[batch, 3, 8, 8\] and dtype torch.float32.*, got " + (
+            str(list(wrong)).replace("[", r"\[")
+        )
+        with pytest.raises(sparing.InputError, match=message):
+            engine(torch.empty(wrong))
+    with pytest.raises(sparing.InputError, match="must be a dense tensor on the CPU, got torch.strided on meta"):
+        engine(torch.empty(1, 3, 8, 8, device="meta"))
+    two = sparing.engine.compile(run(lambda f, x, y: f(x) + y, nn.Linear(3, 3)), (torch.ones(1, 3), torch.ones(1, 3)))
+    with pytest.raises(sparing.InputError, match=r"\(batch 4\), got \[5, 3\]"):
+        two(torch.ones(4, 3), torch.ones(5, 3))
+
+
+@pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
+def test_models_that_cannot_be_compiled_raise():
+    class Condition(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    class Explicit(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x + self.calls
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    for model, message in [
+        (Condition(), "cannot be traced for export"),
+        (Explicit(), r"control flow \(cond\), which the engine does not support"),
+        (Counting(), "changes its buffer 'calls' in each call"),
+        (Noise(), "does not have the outputs of the model at batch size 3"),
+        (nn.Linear(2, 2, device="meta"), "is on the meta device"),
+    ]:
+        with pytest.raises(sparing.InputError, match=message):
+            sparing.engine.compile(model, (2, 2))
+    with pytest.raises(sparing.InputError, match="threads must be a positive integer or None, got 0"):
+        sparing.engine.compile(nn.Linear(2, 2), (1, 2), threads=0)
+
+
+def test_fixed_batch_size():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if len(x) < 3 else x
+
+    with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed") as found:
+        engine = sparing.engine.compile(Branch(), (2, 4))
+    assert len(found) == 1
+    assert engine(torch.ones(2, 4)).shape == (2, 4)
+    with pytest.raises(sparing.InputError, match=r"of shape \[2, 4\] .* got \[1, 4\]"):
+        engine(torch.ones(1, 4))
+
+
+def test_inputs_that_the_model_changes_are_not_changed():
+    engine = compiled(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (1, 3))
+    x = torch.randn(2, 3)
+    before = x.clone()
+    engine(x)
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+def test_regions_without_gradients_are_inlined():
+    def function(f, x):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y = f(x)
+        return F.relu(y)
+
+    assert kinds(compiled(run(function, C()), (1, 4, 6, 6))) == (["1Convolution"], {})
+
+
+def test_plans_of_four_batch_sizes_are_kept():
+    engine = sparing.engine.compile(nn.Linear(3, 3), (1, 3))
+    (plans,) = engine._plans
+    assert list(plans._plans) == []
+    for batch in (1, 2, 3, 4, 1, 5):
+        engine(torch.ones(batch, 3))
+    assert list(plans._plans) == [3, 4, 1, 5]
+
+
+def test_large_batches_run_in_parts(monkeypatch):
+    monkeypatch.setattr(sparing.engine.plan, "CACHE", 1)
+    engine = compiled(resnet(), (1, 3, 32, 32), threads=2)
+    engine(torch.randn(5, 3, 32, 32))
+    assert set(engine._plans[0]._plans) == {1, 2}
+    tokens_first = compiled(encoder(norm_first=True), torch.randn(7, 3, 16), threads=1)
+    tokens_first(torch.randn(7, 5, 16))
+    assert 5 in tokens_first._plans[-1]._plans, "tokens of different samples alternate"
+
+
+def test_concurrent_calls():
+    model = sparse(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
+    engine, wrong = sparing.engine.compile(model, (1, 64), threads=2), []
+
+    def work(seed):
+        x = torch.randn(seed % 3 + 1, 64, generator=torch.Generator().manual_seed(seed))
+        for _ in range(20):
+            if not torch.allclose(engine(x), model(x), atol=1e-4):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_moves_and_modes():
+    engine = sparing.engine.compile(nn.Linear(3, 3), (1, 3))
+    x = torch.ones(2, 3)
+    for other in (copy.deepcopy(engine), copy.copy(engine), nn.Sequential(engine)):
+        torch.testing.assert_close(other(x), engine(x))
+    assert engine.eval() is engine
+    assert engine.cpu().float() is engine
+    assert engine(x.requires_grad_()).requires_grad is False
+    for wrong in (engine.half, engine.double, engine.train, engine.requires_grad_, lambda: engine.to("meta")):
+        with pytest.raises(sparing.InputError, match="the engine"):
+            wrong()
+    with pytest.raises(sparing.InputError, match="write it with sparing.engine.save"):
+        pickle.dumps(engine)
+
+
+def segment(operation=None, **changes):
+    """A segment of one convolution, with changes."""
+    images = Images(Count(1, True), 2, 4, 4)
+    port = Port(0, False, (Count(1, True), Count(2), Count(4), Count(4)))
+    csr = {
+        "starts": torch.tensor([0, 2, 3], dtype=torch.int32),
+        "columns": torch.tensor([0, 17, 4], dtype=torch.int32),
+        "values": torch.ones(3),
+    }
+    window = Window((3, 3), padding=(1, 1))
+    first = Convolution(output=1, input=0, residual=None, window=window, bias=torch.zeros(2), **csr)
+    if operation is not None:
+        changes["operations"] = (operation(first),)
+    good = {
+        "tensors": (images, images),
+        "operations": (first,),
+        "inputs": (port,),
+        "outputs": (replace(port, tensor=1),),
+    }
+    return Segment(**{**good, **changes})
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+IMAGES = Images(Count(1, True), 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: segment(lambda o: replace(o, input=2)), "there is no tensor 2"),
+        (lambda: segment(lambda o: replace(o, input=-1)), "there is no tensor -1"),
+        (lambda: segment(lambda o: replace(o, input=True)), "there is no tensor True"),
+        (lambda: segment(lambda o: replace(o, residual=1)), "reads tensor 1 before it is written"),
+        (lambda: segment(lambda o: replace(o, output=0)), "tensor 0 twice"),
+        (lambda: segment(operations=()), "output 1 is not written"),
+        (lambda: segment(lambda o: replace(o, starts=ints(0, 3))), r"starts must be torch.int32 \[3\]"),
+        (lambda: segment(lambda o: replace(o, starts=ints(0, 4, 3))), "starts must ascend from 0"),
+        (lambda: segment(lambda o: replace(o, starts=ints(0, 1, 2))), "starts must ascend from 0"),
+        (lambda: segment(lambda o: replace(o, starts=ints(1, 2, 3))), "starts must ascend from 0"),
+        (lambda: segment(lambda o: replace(o, columns=ints(0, 18, 4))), r"columns must be in \[0, 18\)"),
+        (lambda: segment(lambda o: replace(o, columns=ints(-1, 17, 4))), r"columns must be in \[0, 18\)"),
+        (lambda: segment(lambda o: replace(o, columns=ints(17, 0, 4))), "columns of a filter must ascend"),
+        (lambda: segment(lambda o: replace(o, columns=ints(4, 4, 4))), "columns of a filter must ascend"),
+        (lambda: segment(lambda o: replace(o, columns=ints(0, 4))), r"columns must be torch.int32 \[3\]"),
+        (lambda: segment(lambda o: replace(o, values=torch.ones(3).double())), "values must be torch.float32"),
+        (lambda: segment(lambda o: replace(o, bias=torch.ones(3))), r"bias must be torch.float32 \[2\]"),
+        (lambda: segment(lambda o: replace(o, activation="elu")), "activation must be one of"),
+        (lambda: segment(lambda o: replace(o, window=Window((3, 3)))), "makes 2x2 pixels"),
+        (lambda: segment(lambda o: Affine(output=1, input=0, scale=torch.ones(3))), "scale must be"),
+        (lambda: segment(lambda o: Mean(output=1, input=0)), "the mean of"),
+        (lambda: segment(lambda o: Copy(output=1, input=0, input_first=1, output_first=0, channels=2)), "are not in"),
+        (lambda: segment(lambda o: Copy(output=1, input=0, input_first=0, output_first=0, channels=1)), "is not writ"),
+        (lambda: segment(tensors=(IMAGES, Matrix(Count(1, True), 2))), "not Matrix"),
+        (lambda: segment(inputs=(Port(0, False, (Count(2),)),)), "cannot be Images"),
+        (lambda: Window((0, 1)), "kernel must be an integer in"),
+        (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),
+        (lambda: Matrix(Count(1), 2**31), "channels must be an integer in"),
+    ],
+)  # fmt: skip
+def test_segments_check_themselves(wrong, message):
+    segment()
+    with pytest.raises(sparing.InputError, match=message):
+        wrong()
