@@ -51,6 +51,17 @@ struct Target {
     int activation;
 };
 
+// Apply an activation to `vectors` vectors of each of `rows` rows. Not inlined: it would be repeated in every kernel.
+[[gnu::noinline]] inline void activate_rows(float* data, int64_t step, int rows, int vectors, int activation) {
+    with_activation(activation, [&](auto chosen) {
+        for (int row = 0; row < rows; row++)
+            for (int n = 0; n < vectors; n++) {
+                float* to = data + row * step + n * LANES;
+                store(to, activate<decltype(chosen)::value>(load(to)));
+            }
+    });
+}
+
 // Compute N vectors of positions.
 template <int HEIGHT, int N>
 void multiply(const Stream& stream, const float* x, const Target& target) {
@@ -112,15 +123,16 @@ void multiply(const Stream& stream, const float* x, const Target& target) {
             for (int h = 0; h < HEIGHT; h++)
                 UNROLL
                 for (int n = 0; n < N; n++) sum[0][h][n] += sum[s][h][n];
-        if (visit->last && target.activation != IDENTITY)
+        if (visit->last && target.activation == RELU)
             UNROLL
             for (int h = 0; h < HEIGHT; h++)
                 UNROLL
-                for (int n = 0; n < N; n++) sum[0][h][n] = activate(sum[0][h][n], target.activation);
+                for (int n = 0; n < N; n++) sum[0][h][n] = larger(sum[0][h][n], Vector{});
         UNROLL
         for (int h = 0; h < HEIGHT; h++)
             UNROLL
             for (int n = 0; n < N; n++) store(out + h * target.row + n * LANES, sum[0][h][n]);
+        if (visit->last && target.activation > RELU) activate_rows(out, target.row, HEIGHT, N, target.activation);
     }
 }
 
@@ -156,7 +168,7 @@ class Convolution : public Operation {
         : window_(window), weight_(std::move(weight)), bias_(std::move(bias)), activation_(activation) {
         reads = residual < 0 ? std::vector<int>{in} : std::vector<int>{in, residual};
         writes = {out};
-        overwrites = residual;
+        overwrites = residual == in ? -1 : residual;  // all filters read the input
         taps_ = window_.kernel_y * window_.kernel_x;
         direct_ = taps_ == 1 && window_.stride_y == 1 && window_.stride_x == 1 && window_.padding_y == 0 &&
                   window_.padding_x == 0;
