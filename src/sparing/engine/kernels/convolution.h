@@ -26,7 +26,7 @@
 
 namespace sparing {
 
-constexpr int MOST = 8;  // vectors of a tile
+constexpr int MOST = LANES == 16 ? 8 : 14;  // vectors of a tile: their sums fit into the registers
 
 #define UNROLL _Pragma("GCC unroll 16")  // sums stay in registers only if all loops over them are unrolled
 
