@@ -29,8 +29,8 @@ template <int COUNT> INLINE Vector polynomial(Vector x, const float (&coefficien
 // exp(x) = 2^n * exp(r) with n = round(x / log 2) and r = x - n * log 2, |r| < 0.35. The polynomial is that of Cephes.
 INLINE Vector exponential(Vector x) {
     x = clamp(x, -87.0f, 88.0f);
-    // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits of the float.
-    const float shift = 12582912.0f;
+    // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves n + 127 in the low bits of the float: the exponent of 2^n.
+    const float shift = 12583039.0f;
     const Vector shifted = x * 1.44269504088896341f + shift;
     const Vector n = shifted - shift;
     // The first part of log 2 has few bits, so that the product with n is exact.
@@ -38,8 +38,8 @@ INLINE Vector exponential(Vector x) {
     const float coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                   4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     const Vector power = (polynomial(r, coefficients) * (r * r) + r) + 1.0f;
-    // Add n to the exponent. A cast between vector types keeps the bits.
-    return (Vector)((Integers)power + ((Integers)shifted << 23));
+    // A cast between vector types keeps the bits. The product is NaN if x is.
+    return power * (Vector)((Integers)shifted << 23);
 }
 
 INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -127,7 +127,7 @@ void multiply(const Stream& stream, const float* x, const Target& target) {
             UNROLL
             for (int h = 0; h < HEIGHT; h++)
                 UNROLL
-                for (int n = 0; n < N; n++) sum[0][h][n] = larger(sum[0][h][n], Vector{});
+                for (int n = 0; n < N; n++) sum[0][h][n] = larger(Vector{}, sum[0][h][n]);
         UNROLL
         for (int h = 0; h < HEIGHT; h++)
             UNROLL

@@ -72,4 +72,4 @@ SPARING_API int sparing_run(SparingPlan*, const float* const* inputs, float* con
 SPARING_API int sparing_profile(SparingPlan*, int on);
 SPARING_API int sparing_operations(SparingPlan*);
 SPARING_API const char* sparing_operation(SparingPlan*, int index);
-SPARING_API double sparing_seconds(SparingPlan*, int index);
+SPARING_API double sparing_seconds(SparingPlan*, int index);  // or -1

@@ -19,6 +19,7 @@
 
 #include "engine.h"
 #include "layout.h"
+#include "shuffle.h"
 
 namespace sparing {
 
@@ -72,6 +73,7 @@ class Gather {
             }
         }
         channel_size_ = static_cast<int64_t>(planes.size()) * plane_size;
+        if (channel_size_ > UINT16_MAX) return;  // too large for the offsets of weights
         for (int64_t tile = 0; tile < out.tiles(); tile++) {
             std::vector<Copy> copies;
             for (size_t index = 0; index < planes.size(); index++)
@@ -128,14 +130,7 @@ class Gather {
     };
 
     INLINE static Vector every_second(const float* from) {
-        const Vector a = load(from), b = load(from + LANES);
-#if SPARING_LANES == 16
-        return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif SPARING_LANES == 8
-        return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-#else
-        return __builtin_shufflevector(a, b, 0, 2, 4, 6);
-#endif
+        return shuffle<EverySecond<0>>(load(from), load(from + LANES));
     }
 
     // List the copies for positions [start, start + length) of a plane.

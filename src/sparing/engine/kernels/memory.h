@@ -15,8 +15,11 @@ struct Free {
 };
 using Memory = std::unique_ptr<float[], Free>;
 
+constexpr int64_t MOST_FLOATS = int64_t{1} << 40;
+
 // Return `floats` zeros, aligned to a cache line.
 inline Memory allocate(int64_t floats) {
+    if (floats > MOST_FLOATS) throw std::bad_alloc();
     void* memory = nullptr;
     const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
     if (posix_memalign(&memory, 4096, bytes) != 0) throw std::bad_alloc();
@@ -26,6 +29,13 @@ inline Memory allocate(int64_t floats) {
 
 // Kernels read whole vectors, so up to two vectors beyond a tensor.
 constexpr int64_t GUARD = 1024;
+
+// For tests: no tensor shares memory with another, or lies next to it.
+#ifdef SPARING_SEPARATE
+constexpr bool SEPARATE = true;
+#else
+constexpr bool SEPARATE = false;
+#endif
 
 // Place each tensor at the first gap that is large enough while it is needed, from its first to its last operation.
 // Return the memory and the number of its floats.
@@ -59,10 +69,13 @@ inline std::pair<Memory, int64_t> place(
     for (size_t number = 0; number < tensors.size(); number++) {
         Span& span = spans[number];
         if (span.first < 0 || span.owner != number) continue;
-        const int64_t size = (tensors[number].layout.size() + 63) / 64 * 64;
+        const Layout& layout = tensors[number].layout;
+        const double floats = static_cast<double>(layout.images * layout.tiles()) * static_cast<double>(layout.tile_size());
+        if (floats > static_cast<double>(MOST_FLOATS)) throw std::bad_alloc();
+        const int64_t size = (layout.size() + 63) / 64 * 64 + (SEPARATE ? GUARD : 0);
         std::vector<std::pair<int64_t, int64_t>> taken;
         for (const size_t other : placed)
-            if (spans[other].first <= span.last && span.first <= spans[other].last)
+            if (SEPARATE || (spans[other].first <= span.last && span.first <= spans[other].last))
                 taken.push_back({spans[other].begin, spans[other].end});
         std::sort(taken.begin(), taken.end());
         span.begin = GUARD;

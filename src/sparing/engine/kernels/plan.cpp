@@ -24,7 +24,7 @@ auto attempt(Function function) -> decltype(function()) {
     return -1;
 }
 
-constexpr int64_t LARGEST = int64_t{1} << 24;  // of a size, so that products of three fit into 64 bits
+constexpr int64_t LARGEST = int64_t{1} << 24;  // of a size, so that products of two fit into 64 bits
 
 void check_size(const char* name, int64_t size, int64_t least = 1) {
     require(
@@ -69,15 +69,15 @@ void check_window(const Layout& in, const Layout& out, const SparingWindow& w, b
 
 Csr read_csr(int64_t rows, int64_t width, const int32_t* starts, const int32_t* columns, const float* values) {
     require(starts[0] == 0, "the first row of a sparse weight must start at 0");
-    for (int64_t row = 0; row < rows; row++) {
+    for (int64_t row = 0; row < rows; row++)
         require(starts[row] <= starts[row + 1], "the rows of a sparse weight must follow one another");
+    for (int64_t row = 0; row < rows; row++)
         for (int32_t j = starts[row]; j < starts[row + 1]; j++)
             require(
                 columns[j] >= 0 && columns[j] < width && (j == starts[row] || columns[j - 1] < columns[j]),
                 "column " + std::to_string(columns[j]) + " of a sparse weight with " + std::to_string(width) +
                     " columns is not in range or not in order"
             );
-    }
     return {{starts, starts + rows + 1}, {columns, columns + starts[rows]}, {values, values + starts[rows]}};
 }
 
@@ -141,10 +141,14 @@ int sparing_convolution(
         check_choice("activation", activation, HARDSIGMOID);
         if (residual >= 0) check_same(plan->layout(residual), to, "residual of a convolution");
         require(to.channels <= UINT16_MAX, "a convolution may have at most 65535 filters");
-        const int64_t width = from.channels * window->kernel_y * window->kernel_x;
+        const int64_t taps = window->kernel_y * window->kernel_x;
+        require(taps <= UINT16_MAX, "a kernel may have at most 65535 elements, got " + std::to_string(taps));
+        const int64_t width = from.channels * taps;
         check_size("the number of weights of a filter", width);
         Csr weight = read_csr(to.channels, width, starts, columns, values);
-        const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels;
+        const SparingWindow& w = *window;
+        const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels &&
+                            w.padding_y == 0 && w.padding_x == 0;
         if (matrix && from.width <= FEW && width <= UINT16_MAX)
             plan->add(std::make_unique<Rows>(in, out, residual, std::move(weight), copy(bias, to.channels), activation));
         else
@@ -165,6 +169,7 @@ int sparing_depthwise(
         check_choice("activation", activation, HARDSIGMOID);
         require(from.channels == to.channels, "a depthwise convolution keeps the number of channels");
         const int64_t taps = window->kernel_y * window->kernel_x;
+        check_size("the size of a window", taps);
         check_size("the number of weights of a depthwise convolution", from.channels * taps);
         plan->add(std::make_unique<Depthwise>(
             in, out, *window, copy(weight, from.channels * taps), copy(bias, from.channels), activation
@@ -271,6 +276,19 @@ int sparing_profile(SparingPlan* plan, int on) {
 
 int sparing_operations(SparingPlan* plan) { return static_cast<int>(plan->operations().size()); }
 
-const char* sparing_operation(SparingPlan* plan, int index) { return plan->operations().at(index)->name(); }
+const char* sparing_operation(SparingPlan* plan, int index) {
+    const char* name = nullptr;
+    attempt([&] {
+        check_choice("operation", index, sparing_operations(plan) - 1);
+        name = plan->operations()[index]->name();
+        return 0;
+    });
+    return name;
+}
 
-double sparing_seconds(SparingPlan* plan, int index) { return plan->seconds(index); }
+double sparing_seconds(SparingPlan* plan, int index) {
+    return attempt([&] {
+        check_choice("operation", index, sparing_operations(plan) - 1);
+        return plan->seconds(index);
+    });
+}

@@ -32,7 +32,7 @@ class Plan {
     explicit Plan(int threads) : team_(threads) {}
 
     int add_tensor(const Layout& layout) {
-        require(!finished(), "the plan is finished");
+        require(open_, "the plan is finished");
         tensors_.push_back({layout, nullptr});
         written_.push_back(false);
         return static_cast<int>(tensors_.size()) - 1;
@@ -47,7 +47,7 @@ class Plan {
 
     // `parts`: other operations write other channels of the same tensor.
     void add(std::unique_ptr<Operation> operation, bool parts = false) {
-        require(!finished(), "the plan is finished");
+        require(open_, "the plan is finished");
         for (const int number : operation->reads) {
             layout(number);
             require(written_[number], "tensor " + std::to_string(number) + " is read before it is written");
@@ -62,18 +62,21 @@ class Plan {
     }
 
     void add_input(std::unique_ptr<Input> input) {
-        inputs_.push_back(input.get());
-        add(std::move(input));
+        Input* const added = input.get();
+        add(std::move(input));  // may throw
+        inputs_.push_back(added);
     }
 
     void add_output(std::unique_ptr<Output> output) {
-        outputs_.push_back(output.get());
+        Output* const added = output.get();
         add(std::move(output));
+        outputs_.push_back(added);
     }
 
     void finish() {
-        require(!finished(), "the plan is finished");
+        require(open_, "the plan is finished");
         require(!inputs_.empty() && !outputs_.empty(), "a plan needs an input and an output");
+        open_ = false;  // even if it fails: operations are prepared once
         choose_layouts();
         int64_t scratch = 0;
         for (auto& operation : operations_) {
@@ -85,15 +88,16 @@ class Plan {
         next_ = std::vector<std::atomic<int64_t>>(operations_.size() * team_.size());
         done_ = std::vector<std::atomic<int64_t>>(operations_.size());
         seconds_.assign(operations_.size(), 0.0);
+        finished_ = true;
     }
 
     int64_t bytes() const {
-        require(finished(), "the plan is not finished");
+        require(finished_, "the plan is not finished");
         return floats_ * static_cast<int64_t>(sizeof(float));
     }
 
     void run(const float* const* inputs, float* const* outputs) {
-        require(finished(), "the plan is not finished");
+        require(finished_, "the plan is not finished");
         for (size_t index = 0; index < inputs_.size(); index++) inputs_[index]->data = inputs[index];
         for (size_t index = 0; index < outputs_.size(); index++) outputs_[index]->data = outputs[index];
         for (auto* counters : {&next_, &done_})
@@ -103,11 +107,12 @@ class Plan {
 
     bool profile = false;
     const std::vector<std::unique_ptr<Operation>>& operations() const { return operations_; }
-    double seconds(size_t index) const { return seconds_[index]; }
+    double seconds(size_t index) const {
+        require(finished_, "the plan is not finished");
+        return seconds_[index];
+    }
 
   private:
-    bool finished() const { return memory_ != nullptr; }
-
     void work(int thread) {
         const NoDenormals guard;
         auto before = std::chrono::steady_clock::now();
@@ -179,6 +184,7 @@ class Plan {
     }
 
     Team team_;
+    bool open_ = true, finished_ = false;
     std::vector<Tensor> tensors_;
     std::vector<bool> written_;
     std::vector<std::unique_ptr<Operation>> operations_;

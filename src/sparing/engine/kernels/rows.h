@@ -40,7 +40,7 @@ class Rows : public Operation {
           activation_(activation) {
         reads = residual < 0 ? std::vector<int>{in} : std::vector<int>{in, residual};
         writes = {out};
-        overwrites = residual;
+        overwrites = residual == in ? -1 : residual;  // all filters read the input
         weight_.columns = {};
         weight_.values.push_back(0);  // an empty vector has no address
         columns_.push_back(0);

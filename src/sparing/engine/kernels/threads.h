@@ -28,18 +28,15 @@ void spin_until(Condition condition) {
 class Team {
   public:
     explicit Team(int threads) : size_(threads) {
-        for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { serve(id); });
+        try {
+            for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { serve(id); });
+        } catch (...) {  // the system refuses more threads
+            quit();
+            throw;
+        }
     }
 
-    ~Team() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            quit_ = true;
-            runs_++;
-        }
-        wake_.notify_all();
-        for (std::thread& worker : workers_) worker.join();
-    }
+    ~Team() { quit(); }
 
     int size() const { return size_; }
 
@@ -62,6 +59,16 @@ class Team {
     }
 
   private:
+    void quit() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            quit_ = true;
+            runs_++;
+        }
+        wake_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
     void serve(int id) {
         for (int64_t seen = 0;;) {
             for (int spins = 0; spins < 10000 && runs_.load(std::memory_order_relaxed) == seen; spins++) pause();

@@ -82,7 +82,11 @@ class WindowOperation : public Operation {
 
     int64_t items() const override { return items_.count(); }
 
-    int64_t scratch() const override { return window_.stride_y * window_.stride_x * plane_ + result_ + LANES; }
+    int64_t scratch() const override {
+        const double floats = static_cast<double>(window_.stride_y * window_.stride_x) * static_cast<double>(plane_);
+        require(floats < 1e12, std::string(name()) + ": the stride or the image is too large");
+        return window_.stride_y * window_.stride_x * plane_ + result_ + LANES;
+    }
 
     void run(int64_t item, const std::vector<Tensor>& tensors, float* scratch) override {
         items_.for_each_tile(item, [&](int64_t index, int64_t first, int64_t end) {
@@ -521,12 +525,12 @@ class Pool : public WindowOperation {
                     for (int i = 0; i < COUNT; i++) column[i] = broadcast(LOWEST);
                     for (int64_t ky = 0; ky < kernel_y; ky++) {
                         const float* from = run.from + offsets[kx * kernel_y + ky] + first * LANES;
-                        for (int i = 0; i < COUNT; i++) column[i] = larger(column[i], load(from + i * LANES));
+                        for (int i = 0; i < COUNT; i++) column[i] = larger_or_nan(column[i], load(from + i * LANES));
                     }
                     if (masks[kx])
                         for (int i = 0; i < COUNT; i++)
                             column[i] = load(masks[kx] + run.columns[first + i]) ? column[i] : broadcast(LOWEST);
-                    for (int i = 0; i < COUNT; i++) total[i] = larger(total[i], column[i]);
+                    for (int i = 0; i < COUNT; i++) total[i] = larger_or_nan(total[i], column[i]);
                 }
                 for (int i = 0; i < COUNT; i++) store(run.to + (first + i) * LANES, total[i]);
             });

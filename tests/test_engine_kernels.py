@@ -1,0 +1,447 @@
+"""The kernels of the engine against PyTorch in float64, on random operations and small networks.
+
+`Network` adds operations to a segment, and computes each of them in float64 as well, with a bound of the rounding
+error. Run with ATEN_CPU_CAPABILITY=default or avx2, the tests compile and check the library of that instruction set.
+"""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from sparing.engine import plan as engine
+from sparing.engine.plan import Count, Images, Matrix, Plans, Port, Segment, Window
+from tolerance import tolerance
+
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+SMALLEST = torch.finfo(torch.float32).tiny  # the engine treats smaller numbers as zero
+
+
+class Value(NamedTuple):
+    """What a tensor of the segment must hold: images [N, C, H, W] or a matrix [N, C]."""
+
+    exact: torch.Tensor
+    error: torch.Tensor
+
+
+def rounding(scale, terms=1):
+    return tolerance(torch.float32, terms) * scale.abs() + terms * SMALLEST
+
+
+class Network:
+    def __init__(self, *inputs):
+        self.shapes, self.values, self.operations = [], [], []
+        self.inputs = inputs
+        for data in inputs:
+            self.add(data.double(), torch.zeros_like(data, dtype=torch.float64))
+
+    def __repr__(self):
+        lines = [f"{i}: {list(value.exact.shape)}" for i, value in enumerate(self.values)]
+        for op in self.operations:
+            fields = {k: v for k, v in vars(op).items() if k != "output" and not isinstance(v, torch.Tensor)}
+            lines[op.output] += f" = {type(op).__name__}({', '.join(f'{k}={v}' for k, v in fields.items())})"
+        return "\n".join(lines)
+
+    def add(self, exact, error):
+        """Add a tensor. Return its number."""
+        if exact.dim() == 4:
+            n, c, h, w = exact.shape
+            self.shapes.append(Images(Count(n), c, h, w))
+        else:
+            self.shapes.append(Matrix(Count(len(exact)), exact.shape[1]))
+        self.values.append(Value(exact, error))
+        return len(self.values) - 1
+
+    def activated(self, name, exact, error):
+        result = ACTIVATIONS[name](exact)
+        # No slope exceeds 1.5. The smooth functions have rounding errors of their own.
+        error = error if name in ("identity", "relu", "relu6") else 1.5 * error + rounding(1 + result.abs())
+        return self.add(result, error)
+
+    def convolution(self, x, weight, bias, window=None, residual=None, activation="identity"):
+        """weight: dense [filters, channels, height, width], or [filters, channels] for a matrix."""
+        window = window or Window()
+        value, error = self.values[x]
+
+        def apply(x, weight, bias):
+            if x.dim() == 2:
+                return F.linear(x, weight, bias)
+            return F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation)
+
+        dense = weight.double()
+        exact = apply(value, dense, bias.double())
+        scale = apply(value.abs(), dense.abs(), bias.double().abs())
+        error = apply(error, dense.abs(), None)
+        if residual is not None:
+            exact = exact + self.values[residual].exact
+            scale = scale + self.values[residual].exact.abs()
+            error = error + self.values[residual].error
+        rows = weight.flatten(1)
+        filters, columns = rows.nonzero(as_tuple=True)
+        counts = torch.bincount(filters, minlength=len(rows))
+        error = error + rounding(scale, int(counts.max()) + 2)
+        number = self.activated(activation, exact, error)
+        self.operations.append(
+            engine.Convolution(
+                number, x, residual, window, F.pad(counts.cumsum(0), (1, 0)).int(), columns.int(),
+                rows[filters, columns], bias, activation,
+            )
+        )  # fmt: skip
+        return number
+
+    def depthwise(self, x, weight, bias, window, activation="identity"):
+        def apply(x, weight, bias):
+            weight = weight.double()[:, None]
+            return F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation, groups=len(weight))
+
+        value, error = self.values[x]
+        exact = apply(value, weight, bias.double())
+        scale = apply(value.abs(), weight.abs(), bias.double().abs())
+        error = apply(error, weight.abs(), None) + rounding(scale, weight[0].numel() + 1)
+        number = self.activated(activation, exact, error)
+        self.operations.append(engine.Depthwise(number, x, window, weight, bias, activation))
+        return number
+
+    def pool(self, x, window, kind):
+        def apply(x):
+            if kind == "maximum":
+                return F.max_pool2d(x, window.kernel, window.stride, window.padding, window.dilation)
+            return F.avg_pool2d(
+                x, window.kernel, window.stride, window.padding, count_include_pad=kind != "average_without_padding"
+            )
+
+        value, error = self.values[x]
+        error = apply(error)
+        if kind != "maximum":
+            error += rounding(apply(value.abs()), math.prod(window.kernel))
+        number = self.add(apply(value), error)
+        self.operations.append(engine.Pool(number, x, window, kind))
+        return number
+
+    def mean(self, x):
+        value, error = self.values[x]
+        pixels = value.shape[2] * value.shape[3]
+        error = error.mean((2, 3)) + rounding(value.abs().mean((2, 3)), pixels)
+        number = self.add(value.mean((2, 3)), error)
+        self.operations.append(engine.Mean(number, x))
+        return number
+
+    def affine(self, x, scale=None, bias=None, activation="identity"):
+        value, error = self.values[x]
+        shape = (1, -1) + (1,) * (value.dim() - 2)
+        factor = (torch.ones(1) if scale is None else scale).double().view(shape)
+        term = (torch.zeros(1) if bias is None else bias).double().view(shape)
+        product = value * factor
+        error = error * factor.abs() + rounding(product.abs() + term.abs())
+        number = self.activated(activation, product + term, error)
+        self.operations.append(engine.Affine(number, x, scale, bias, activation))
+        return number
+
+    def binary(self, x, other, kind, activation="identity"):
+        a, b = self.values[x], self.values[other]
+        if a.exact.dim() > b.exact.dim():
+            b = Value(b.exact[..., None, None], b.error[..., None, None])
+        if kind == "add":
+            exact, error = a.exact + b.exact, a.error + b.error + rounding(a.exact.abs() + b.exact.abs())
+        else:
+            exact = a.exact * b.exact
+            error = a.exact.abs() * b.error + a.error * (b.exact.abs() + b.error) + rounding(exact)
+        number = self.activated(activation, exact, error)
+        self.operations.append(engine.Binary(number, x, other, kind, activation))
+        return number
+
+    def concatenate(self, pieces):
+        """pieces: (number, first channel, channels) of each."""
+        values = [self.values[x] for x, _, _ in pieces]
+        number = self.add(
+            *(
+                torch.cat([part[:, i : i + n] for part, (_, i, n) in zip(parts, pieces, strict=True)], 1)
+                for parts in zip(*values, strict=True)
+            )
+        )
+        first = 0
+        for x, begin, count in pieces:
+            self.operations.append(engine.Copy(number, x, begin, first, count))
+            first += count
+        return number
+
+    def layer_norm(self, x, weight, bias, epsilon):
+        value, error = (part.movedim(1, -1) for part in self.values[x])
+        exact = F.layer_norm(value, value.shape[-1:], weight.double(), bias.double(), epsilon)
+        deviation = (value.var(-1, unbiased=False, keepdim=True) + epsilon).sqrt()
+        normal = (value - value.mean(-1, keepdim=True)).abs() / deviation
+        wrong = 3 * error.amax(-1, True) + rounding(value.abs().amax(-1, True), value.shape[-1])
+        error = wrong / deviation * (1 + normal) * weight.double().abs() + rounding(exact.abs() + bias.double().abs())
+        number = self.add(exact.movedim(-1, 1), error.movedim(-1, 1))
+        self.operations.append(engine.LayerNorm(number, x, weight, bias, epsilon))
+        return number
+
+    def plan(self, outputs, threads=1, channels_last=False):
+        """Return a function from inputs to outputs that calls the engine."""
+
+        def port(number):
+            last = channels_last or self.values[number].exact.dim() == 2
+            shape = self.values[number].exact.movedim(1, -1 if last else 1).shape
+            return Port(number, last, tuple(map(Count, shape)))
+
+        sources, targets = [port(i) for i in range(len(self.inputs))], [port(i) for i in outputs]
+        plans = Plans(Segment(tuple(self.shapes), tuple(self.operations), tuple(sources), tuple(targets)), threads)
+
+        def run(inputs):
+            given = [x.movedim(1, -1 if port.channels_last else 1) for x, port in zip(inputs, sources, strict=True)]
+            results = plans.run(given, 1)
+            return [x.movedim(-1 if port.channels_last else 1, 1) for x, port in zip(results, targets, strict=True)]
+
+        return run
+
+    def check(self, outputs, **arguments):
+        """Run the engine twice and compare."""
+        run = self.plan(outputs, **arguments)
+        found = run(self.inputs)
+        self.compare(outputs, found)
+        for one, two in zip(found, run(self.inputs), strict=True):
+            assert torch.equal(one, two), f"the second run gives other numbers in\n{self}"
+
+    def compare(self, outputs, results):
+        """Compare the outputs with the exact ones where those are finite."""
+        for number, found in zip(outputs, results, strict=True):
+            exact, error = self.values[number]
+            difference = (found.double() - exact).abs()
+            wrong = ~(difference <= error) & exact.isfinite() & error.isfinite()
+            if wrong.any():
+                where = wrong.nonzero()[0].tolist()
+                pytest.fail(
+                    f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {where}: {found[tuple(where)]} instead of "
+                    f"{exact[tuple(where)]} ± {error[tuple(where)]:.2g} in\n{self}"
+                )
+
+
+def sparse(filters, width, pattern, generator):
+    """A weight [filters, width] with zeros of a pattern."""
+    weight = torch.randn(filters, width, generator=generator)
+    block = {"4": 4, "8": 8}.get(pattern, 1)
+    chosen = torch.rand(-(-filters // block), width, generator=generator).repeat_interleave(block, 0)[:filters]
+    density = {"empty": 0.0, "dense": 1.0, "few": 0.02, "4": 0.2, "8": 0.2}.get(pattern, 0.3)
+    weight *= chosen < density
+    if pattern == "dead filters":
+        weight[torch.rand(filters, generator=generator) < 0.5] = 0
+    return weight
+
+
+ON_IMAGES = ("depthwise", *engine.POOLS, "mean", "gate")
+PATTERNS = ("random", "empty", "dense", "few", "dead filters", "4", "8")
+SIZES = st.one_of(st.integers(1, 9), st.sampled_from([14, 15, 16, 17, 23, 31, 33]))
+CHANNELS = st.one_of(st.integers(1, 9), st.sampled_from([8, 12, 16, 17, 24, 32, 40]))
+ROWS = st.sampled_from([1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 129])
+
+
+@st.composite
+def windows(draw, size, pool=False, same=False):
+    """A window that fits an image. same: the output has its size."""
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 2), (5, 5), (1, 7), (7, 1), (3, 2), (4, 3)]))
+    if same:
+        kernel = tuple(k // 2 * 2 + 1 for k in kernel)
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3), (3, 2)]))
+    stride = (1, 1) if same else draw(st.sampled_from([(1, 1), (2, 2), (1, 2), (3, 1), (3, 4), (4, 4)]))
+    padding = []
+    for axis in (0, 1):
+        reach = (kernel[axis] - 1) * dilation[axis]
+        least = max(0, (reach + 2 - size[axis]) // 2)
+        if same:
+            padding.append(reach // 2)
+        elif pool:
+            padding.append(draw(st.integers(0, kernel[axis] // 2)))
+        else:
+            padding.append(draw(st.integers(least, least + 2)))
+    window = Window(kernel, stride, tuple(padding), dilation)
+    if min(window.output_size(size)) < 1:
+        return Window(stride=stride)
+    return window
+
+
+def add_operation(draw, network, kind, generator):
+    """Add an operation of some kind with a random input. Do nothing if none fits."""
+    images = [i for i, value in enumerate(network.values) if value.exact.dim() == 4]
+    candidates = images if kind in ON_IMAGES else range(len(network.values))
+    if not candidates:
+        return
+    x = draw(st.sampled_from(candidates))
+    shape = tuple(network.values[x].exact.shape)
+    channels, size = shape[1], shape[2:]
+    activation = draw(st.sampled_from(sorted(ACTIVATIONS)))
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def alike(shape):
+        return [i for i, value in enumerate(network.values) if tuple(value.exact.shape) == shape]
+
+    # With any number of channels.
+    others = [i for i, (v, _) in enumerate(network.values) if (len(v), *v.shape[2:]) == (shape[0], *size)]
+
+    if kind in ("convolution", "residual"):
+        filters, residual = draw(CHANNELS), None
+        window = draw(windows(size, same=kind == "residual")) if size else Window()
+        if kind == "residual":
+            residual = draw(st.sampled_from(others))
+            filters = network.values[residual].exact.shape[1]
+        weight = sparse(filters, channels * math.prod(window.kernel), draw(st.sampled_from(PATTERNS)), generator)
+        if size:
+            weight = weight.reshape(filters, channels, *window.kernel)
+        network.convolution(x, weight, numbers(filters), window, residual, activation)
+    elif kind == "depthwise":
+        window = draw(windows(size))
+        network.depthwise(x, numbers(channels, *window.kernel), numbers(channels), window, activation)
+    elif kind in engine.POOLS:
+        window = draw(windows(size, pool=True))
+        if kind != "maximum":
+            undilated = Window(window.kernel, window.stride, window.padding)
+            window = undilated if min(undilated.output_size(size)) > 0 else Window()
+        network.pool(x, window, kind)
+    elif kind == "mean":
+        network.mean(x)
+    elif kind == "affine":
+        scale, bias = (numbers(channels) if draw(st.booleans()) else None for _ in range(2))
+        network.affine(x, scale, bias, activation)
+    elif kind in engine.BINARIES:
+        network.binary(x, draw(st.sampled_from(alike(shape))), kind, activation)
+    elif kind == "gate":
+        gate = network.mean(x)
+        network.binary(x, gate, draw(st.sampled_from(engine.BINARIES)), activation)
+    elif kind == "copy":
+        pieces = []
+        for i in draw(st.lists(st.sampled_from(others), min_size=1, max_size=3)):
+            count = network.values[i].exact.shape[1]
+            first = draw(st.integers(0, count - 1))
+            pieces.append((i, first, draw(st.integers(1, count - first))))
+        network.concatenate(pieces)
+    else:
+        epsilon = draw(st.sampled_from([1e-5, 1e-3]))
+        network.layer_norm(x, numbers(channels), numbers(channels), epsilon)
+
+
+KINDS = (
+    "convolution", "residual", "depthwise", *engine.POOLS, "mean", "affine", *engine.BINARIES, "gate", "copy",
+    "layer_norm",
+)  # fmt: skip
+
+
+@st.composite
+def networks(draw, kinds, least=1, most=1):
+    """A network, and arguments to run it."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    scale = draw(st.sampled_from([1.0, 1.0, 1e3, 1e-3]))
+    if draw(st.booleans()) and not set(kinds) <= set(ON_IMAGES):
+        shape = draw(ROWS), draw(CHANNELS)
+    else:
+        shape = draw(st.integers(1, 5)), draw(CHANNELS), draw(SIZES), draw(SIZES)
+    inputs = draw(st.integers(1, 2))
+    network = Network(*(torch.randn(shape, generator=generator) * scale for _ in range(inputs)))
+    for _ in range(draw(st.integers(least, most))):
+        add_operation(draw, network, draw(st.sampled_from(kinds)), generator)
+    last = len(network.values) - 1
+    outputs = sorted({*draw(st.lists(st.integers(0, last), max_size=2)), last})
+    return network, outputs, {"threads": draw(st.integers(1, 3)), "channels_last": draw(st.booleans())}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_one_operation(kind, data):
+    network, outputs, arguments = data.draw(networks([kind]))
+    network.check(outputs, **arguments)
+
+
+@settings(max_examples=150)
+@given(drawn=networks(KINDS, 2, 7))
+def test_networks(drawn):
+    network, outputs, arguments = drawn
+    network.check(outputs, **arguments)
+
+
+def numbers(*shape):
+    return torch.randn(shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (65, 16), (1, 16, 1, 1), (1, 16, 9, 9)])
+def test_residual_is_the_input(shape):
+    """The output must not take the memory of the residual, which it may take if nothing else reads it."""
+    network = Network(numbers(*shape))
+    x = network.affine(0)
+    kernel = {2: (), 4: (3, 3)}[len(shape)]
+    window = Window(kernel, padding=(1, 1)) if kernel else Window()
+    network.check([network.convolution(x, numbers(16, 16, *kernel), numbers(16), window, residual=x)], threads=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 3), (2, 1), (3, 3)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0), (0, 1), (2, 2)])
+def test_kernel_of_one_element(size, stride, padding):
+    network = Network(numbers(1, 5, *size))
+    window = Window(stride=stride, padding=padding)
+    network.check([network.convolution(0, numbers(3, 5, 1, 1), numbers(3), window)])
+
+
+SAME = Window((3, 3), padding=(1, 1))
+HALF = Window((3, 3), (2, 2), (1, 1))
+SINGLE = {
+    "1x1": lambda network: network.convolution(0, numbers(8, 4, 1, 1), numbers(8)),
+    "1x1 and ReLU": lambda network: network.convolution(0, numbers(8, 4, 1, 1), numbers(8), activation="relu"),
+    "1x1 and SiLU": lambda network: network.convolution(0, numbers(8, 4, 1, 1), numbers(8), activation="silu"),
+    "3x3": lambda network: network.convolution(0, numbers(8, 4, 3, 3), numbers(8), SAME),
+    "strided 3x3": lambda network: network.convolution(0, numbers(8, 4, 3, 3), numbers(8), HALF),
+    "depthwise": lambda network: network.depthwise(0, numbers(4, 3, 3), numbers(4), SAME),
+    "strided depthwise": lambda network: network.depthwise(0, numbers(4, 3, 3), numbers(4), HALF),
+    "maximum": lambda network: network.pool(0, HALF, "maximum"),
+    "maximum 2x2": lambda network: network.pool(0, Window((2, 2), (1, 1)), "maximum"),
+    "maximum 5x5": lambda network: network.pool(0, Window((5, 5), (2, 2), (2, 2)), "maximum"),
+    "average": lambda network: network.pool(0, SAME, "average"),
+    "mean": lambda network: network.mean(0),
+    "layer norm": lambda network: network.layer_norm(0, numbers(4), numbers(4), 1e-5),
+    **{name: lambda network, name=name: network.affine(0, activation=name) for name in ACTIVATIONS},
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", SINGLE)
+def test_not_finite(name, bad):
+    """NaN and infinity spread to the positions to which they spread in PyTorch, and not to the next run."""
+    network = Network(numbers(2, 4, 7, 9))
+    spoiled = Network(network.inputs[0].clone())
+    for place in [(0, 1, 2, 3), (0, 1, 2, 8), (0, 2, 6, 8), (1, 3, 0, 0)]:
+        spoiled.inputs[0][place] = bad
+    spoiled = Network(spoiled.inputs[0])
+    torch.manual_seed(1)
+    number = SINGLE[name](network)
+    torch.manual_seed(1)
+    SINGLE[name](spoiled)
+    run = network.plan([number])
+    network.compare([number], run(network.inputs))
+    found = run(spoiled.inputs)
+    spoiled.compare([number], found)
+    if math.isnan(bad):
+        assert torch.equal(found[0].isnan(), spoiled.values[number].exact.isnan())
+    network.compare([number], run(network.inputs))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "gelu", "gelu_tanh", "silu"])
+def test_nan_with_payload(name):
+    bits = torch.tensor([0x7FC00001, 0x7FC001FF, 0x7FFFFFFF, -1, -0x3FFE01], dtype=torch.int32)
+    network = Network(bits.view(torch.float32)[:, None])
+    (found,) = network.plan([network.affine(0, activation=name)])(network.inputs)
+    assert found.isnan().all()
