@@ -33,7 +33,7 @@ INLINE Integers load(const int32_t* from) { return (Integers)*reinterpret_cast<c
 INLINE void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 INLINE Vector broadcast(float value) { return value - Vector{}; }  // also the way of the compilers: {} is zero
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-INLINE Vector larger_or_nan(Vector a, Vector b) { return (b > a) | (b != b) ? b : a; }  // a NaN stays, too
+INLINE Vector larger_or_nan(Vector a, Vector b) { return b != b ? b : larger(b, a); }  // NaN if either is
 INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 // 0 in the lanes whose mask is 0; the other masks are -1.
 INLINE Vector masked(Vector value, const int32_t* mask) { return (Vector)((Integers)value & load(mask)); }
