@@ -2,7 +2,10 @@
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections import Counter, OrderedDict, namedtuple
 from dataclasses import replace
@@ -676,3 +679,21 @@ def test_segments_check_themselves(wrong, message):
     segment()
     with pytest.raises(sparing.InputError, match=message):
         wrong()
+
+
+FORK = """
+import os, torch, sparing
+engine = sparing.engine.compile(torch.nn.Linear(64, 64), (1, 64), threads=2)
+x = torch.randn(50, 64)
+expected = engine(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(engine(x), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_a_forked_process_has_plans_of_its_own():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # PyTorch hangs in a forked process if it has threads
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env=environment)

@@ -44,7 +44,11 @@ MEMORY_FORMATS = {
 TEXT = re.compile(r"[A-Za-z0-9_ ,.>-]{0,100}")
 """Strings that are arguments of operators, such as "tanh", "floor" and "bij,bjk->bik"."""
 
-INTERNAL = {"__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_softmax", "_log_softmax", "_to_copy"}
+INTERNAL = {
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_adaptive_avg_pool2d", "_local_scalar_dense",
+    "_log_softmax", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_safe_softmax", "_softmax",
+    "_to_copy", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_weight_norm",
+}  # fmt: skip
 """Permitted operators with an underscore in front. Others are internal, and some do not check their arguments."""
 
 REFUSED = re.compile(
@@ -166,7 +170,9 @@ def load(path: str | Path, threads: int | None = None) -> Engine:
     except InputError as failure:
         raise InputError(f"{path} is damaged: {failure}") from failure
     except Exception as failure:  # wrong types in the JSON raise exceptions of many types
-        raise InputError(f"{path} is damaged: {type(failure).__name__}: {failure}") from failure
+        raise InputError(
+            f"{path} is damaged: its program is malformed ({type(failure).__name__}: {failure})"
+        ) from failure
     return Engine(program, threads)
 
 

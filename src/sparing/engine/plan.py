@@ -507,9 +507,13 @@ class Plans:
 
     def __init__(self, segment: Segment, threads: int):
         self.segment, self.threads = segment, threads
+        self._clear()
+
+    def _clear(self) -> None:
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._bytes = 0  # of a plan for one sample
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def run(self, inputs: Sequence[Tensor], batch: int) -> list[Tensor]:
         """Run the operations. Calls from several threads wait for one another.
@@ -534,6 +538,8 @@ class Plans:
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
         results = [torch.empty(port.at(batch)) for port in segment.outputs]
+        if self._process != os.getpid():  # a forked process has no threads of the plans
+            self._clear()
         with self._lock:
             step = self._find_step(batch)
             for first in range(0, batch, step):

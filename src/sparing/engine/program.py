@@ -194,7 +194,7 @@ def find_function(name: str) -> Callable[..., Any]:
         function: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"this PyTorch, {torch.__version__}, has no operator {name!r}") from error
-    if not isinstance(function, torch._ops.OpOverload):
+    if not isinstance(function, torch._ops.OpOverload) or str(function) != name:
         raise InputError(f"{name!r} is not an operator")
     return function
 
