@@ -127,6 +127,10 @@ def trained(run):
     return model, data["input_size"]
 
 
+def method(run):
+    return json.loads((run / "metrics.json").read_text())["method"]
+
+
 @torch.no_grad()
 def prune_(model, budget):
     for name, layer in find_layers(model).items():
@@ -227,7 +231,10 @@ def main():
     if options.list:
         print("\n".join(CASES))
         return
-    runs = {f"run-{run.name}": Case(lambda run=run: trained(run), weights="trained") for run in options.run}
+    runs = {
+        f"run-{run.name}": Case(lambda run=run: trained(run), weights=f"trained with {method(run)}")
+        for run in options.run
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     for name, case in ({key: CASES[key] for key in options.case} | runs).items():
         path = options.out / f"{name}.json"

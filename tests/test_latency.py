@@ -228,7 +228,7 @@ def test_verdict_and_losses(times, verdict, losses):
     assert found.verdict(1, 1) == verdict
     assert found.losses() == losses
     assert verdict in str(found)
-    assert str(found).count("  sparse loses") == sum(seconds < 0.99 for _, seconds in times)
+    assert str(found).count(", sparse loses") == sum(seconds < 0.99 for _, seconds in times)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ FP32_BASELINES = ("MNN dense", "ONNX Runtime", "OpenVINO fp32", "torch eager", "
 
 BF16_BASELINE = "OpenVINO bf16"
 
+DENSE_BACKENDS = (*FP32_BASELINES, BF16_BASELINE)
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -106,11 +108,11 @@ class Latency:
 
     def losses(self) -> str:
         """Name the dense baselines that are faster than the sparse network, in one sentence."""
-        dense = [row for row in self.rows if row.name in (*FP32_BASELINES, BF16_BASELINE) and row.speedup is not None]
+        dense = [row for row in self.rows if row.name in DENSE_BACKENDS and row.speedup is not None]
         losing = [
             f"{row.name} at batch {row.batch}, {format_threads(row.threads)} ({1 / row.speedup:.2f}x faster)"
             for row in dense
-            if row.speedup is not None and _loses(row.speedup)
+            if row.speedup is not None and _loses(row)
         ]
         if not dense:
             return "Where sparse loses was not measured."
@@ -142,7 +144,7 @@ class Latency:
             panel = groups.setdefault(f"batch {batch}, {format_threads(threads)}", {})
             for row in rows:
                 if row.seconds is not None and row.lowest is not None and row.highest is not None:
-                    label = "" if row.name == sparse or row.speedup is None else _mark(row.speedup)
+                    label = "" if row.name == sparse or row.speedup is None else f"{row.speedup:.2f}x{_mark(row)}"
                     panel[row.name] = (row.seconds, row.lowest, row.highest, label)
         return groups
 
@@ -175,12 +177,12 @@ def _compare(speedup: float) -> str:
     return f"{speedup:.2f}x faster than" if speedup > 1 else f"{1 / speedup:.2f}x slower than"
 
 
-def _loses(speedup: float) -> bool:
-    return round(speedup, 2) < 1
+def _loses(row: Timing) -> bool:
+    return row.name in DENSE_BACKENDS and row.speedup is not None and round(row.speedup, 2) < 1
 
 
-def _mark(speedup: float) -> str:
-    return f"{speedup:.2f}x{', sparse loses' if _loses(speedup) else ''}"
+def _mark(row: Timing) -> str:
+    return ", sparse loses" if _loses(row) else ""
 
 
 def _format_row(row: Timing, sparse: str | None) -> str:
@@ -190,4 +192,4 @@ def _format_row(row: Timing, sparse: str | None) -> str:
     if row.speedup is None or row.name == sparse:
         return text
     spread = f"({row.speedup_lowest:.2f} to {row.speedup_highest:.2f})"
-    return f"{text}   {row.speedup:.2f}x {spread}{'  sparse loses' if _loses(row.speedup) else ''}"
+    return f"{text}   {row.speedup:.2f}x {spread}{_mark(row)}"
