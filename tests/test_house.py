@@ -15,9 +15,10 @@ SOURCE = ROOT / "src" / "sparing"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "imports": {"errors"},
     "published": set(),
     "schedules": {"errors"},
-    "decay": {"errors"},
+    "decay": {"errors", "threshold"},
     "masks": {"errors"},
     "optimizers": {"errors"},
     "operators": {"errors"},
@@ -50,8 +51,8 @@ MAY_IMPORT = {
         "budget", "errors", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",
     },
     "methods": {
-        "budget", "decay", "errors", "group_threshold", "growing", "layers", "macs", "masks", "method", "operators",
-        "optimizers", "parametrizations", "patterns", "schedules", "sparsifier", "target", "threshold", "thresholding",
+        "budget", "decay", "errors", "group_threshold", "growing", "imports", "layers", "macs", "masks", "method",
+        "operators", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier", "target", "threshold", "thresholding",
     },
     "report": {"errors", "goal", "layers", "macs", "products"},
     "plots": {"report"},

@@ -138,6 +138,19 @@ class Budget(Mapping[str, float]):
         column = header.index(name)
         return cls({row[0]: float(row[column]) for row in rows})
 
+    @classmethod
+    def find(cls, source: str) -> "Budget":
+        """Return the budget of a .json or .csv file, or the published budget of this name.
+
+        Raises:
+            InputError: as `load` for a file, and as `published` for a name.
+
+        Examples:
+            >>> Budget.find("resnet50-str-90.23")["fc"]
+            0.645
+        """
+        return cls.load(source) if Path(source).suffix in (".json", ".csv") else cls.published(source)
+
     @staticmethod
     def published_names() -> tuple[str, ...]:
         """Return the names that `published` knows.
@@ -397,7 +410,7 @@ def _resolve_budget(layers: Mapping[str, Layer], sparsity: float | None, budget:
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         return Budget.from_sizes(shapes, budget, sparsity)
     if isinstance(budget, str):
-        budget = Budget.load(budget) if Path(budget).suffix in (".json", ".csv") else Budget.published(budget)
+        budget = Budget.find(budget)
     unknown = [name for name in budget if name not in layers]
     if unknown:
         raise InputError(

@@ -27,12 +27,19 @@ against the paper, so the fit is only as reliable as they are.
 """
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 
-from sparing.errors import InputError
+import torch
+
+from sparing.errors import InputError, SparsityWarning
+from sparing.threshold import MAPS
 
 ONSET = -7.0
 """Value of s at which pruning starts: sigmoid(−7) = 0.0009."""
+
+LEAST_THRESHOLD = 1e-3
+"""Thresholds below this prune almost nothing: most trained weights are larger."""
 
 
 def e_folds(learning_rates: Iterable[float], weight_decay: float, momentum: float = 0.0) -> float:
@@ -102,3 +109,36 @@ def weight_decay_for(sparsity: float, learning_rates: Iterable[float], momentum:
             f"requires, {decay:.2g}, would move s past zero; train longer or choose an init above {init:g}"
         )
     return decay
+
+
+def warn_if_nothing_prunes(
+    init: float, g: str, scale: float, learning_rates: Sequence[float], weight_decay: float, momentum: float
+) -> None:
+    """Warn if weight decay alone does not raise the thresholds far enough to prune any weight.
+
+    The loss only slows s down, so weight decay alone gives an upper bound on the final threshold scale · g(s). Values
+    that suit a large data set hardly move s on a small one, where a run has fewer steps.
+
+    Args:
+        init: value s starts from.
+        g: name of the map in `sparing.threshold.MAPS`.
+        scale: factor of the threshold.
+        learning_rates: learning rate of every step of the run.
+        weight_decay: weight decay of s.
+        momentum: momentum of SGD; 0 for AdamW.
+    """
+    end = init * math.exp(-e_folds(learning_rates, weight_decay, momentum))
+    threshold = float(scale * MAPS[g](torch.tensor(end, dtype=torch.float64)))
+    if threshold >= LEAST_THRESHOLD:
+        return
+    try:
+        enough = f"{weight_decay_for(0.9, learning_rates, momentum, -20.0):.2g} and method.init=-20"
+    except InputError:
+        enough = "more, over more steps than these"
+    warnings.warn(
+        f"nothing can be pruned: in the {len(learning_rates)} steps of this run a weight decay of {weight_decay:.3g} "
+        f"takes s from {init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. A sparsity of about 90 % takes "
+        f"optimizer.threshold_weight_decay={enough}. method.for_sparsity=0.9 chooses it (sparing.STR.for_schedule)",
+        SparsityWarning,
+        stacklevel=2,
+    )

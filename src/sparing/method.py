@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,6 +94,34 @@ class Method(ABC):
     def acts(self) -> bool:
         """Whether it acts around optimizer steps."""
         return self.edits_gradients or type(self).after_step is not Method.after_step
+
+    @classmethod
+    def for_schedule(
+        cls, sparsity: float, learning_rates: Sequence[float], momentum: float, **arguments: Any
+    ) -> tuple[Method, float]:
+        """Return the method, and the weight decay of its thresholds that takes a run to about this sparsity.
+
+        For methods whose sparsity follows from the schedule. The key `for_sparsity` of a recipe calls it.
+
+        Args:
+            sparsity: of all layers together, in (0, 1).
+            learning_rates: learning rate of every step of the run.
+            momentum: momentum of SGD; 0 for AdamW.
+            arguments: other arguments of the method.
+
+        Raises:
+            InputError: the method has no such rule; an argument is out of range.
+        """
+        raise InputError(f"method {cls.name!r} has no rule for for_sparsity; give sparsity")
+
+    def check_schedule(self, learning_rates: Sequence[float], weight_decay: float, momentum: float) -> None:
+        """Warn if the method cannot work with this schedule. `sparing train` calls it before the first step.
+
+        Args:
+            learning_rates: learning rate of every step of the run.
+            weight_decay: weight decay of learned thresholds.
+            momentum: momentum of SGD; 0 for AdamW.
+        """
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Any:
         """Resolve the method for this model and length of the run; the result is `Sparsifier.plan`.

@@ -1,9 +1,9 @@
 """The methods, one file each; their table, and how methods of other packages are found."""
 
-from importlib import import_module
 from importlib.metadata import entry_points
 
 from sparing.errors import InputError, nearest
+from sparing.imports import import_object
 from sparing.method import Method
 from sparing.methods.acdc import ACDC
 from sparing.methods.continuous_sparsification import ContinuousSparsification
@@ -60,15 +60,12 @@ def find_method(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     offered = {point.name: point for point in entry_points(group="sparing.methods")}
-    module, colon, attribute = name.partition(":")
-    if name not in offered and not colon:
+    if name not in offered and ":" not in name:
         raise InputError(
             f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])}, or an import path module:Class"
         )
-    try:
-        found = offered[name].load() if name in offered else getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: paths such as ".x:Y" and ":Y"
-        raise InputError(f"method {name!r} cannot be imported: {error}") from error
+    path = f"{offered[name].module}:{offered[name].attr}" if name in offered else name
+    found = import_object(path, "method")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"method {name!r} is {found!r}, which is not a subclass of sparing.Method")
     return found

@@ -16,14 +16,14 @@ Deviations: s has shape (1,) where the paper's code has (1, 1); it is kept in fl
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparing.decay import weight_decay_for
+from sparing.decay import warn_if_nothing_prunes, weight_decay_for
 from sparing.errors import InputError, nearest
 from sparing.group_threshold import group_soft_threshold
 from sparing.layers import Layer, filter_shape
@@ -92,20 +92,24 @@ class STR(Rescaling):
 
     @classmethod
     def for_schedule(
-        cls, sparsity: float, learning_rates: Iterable[float], momentum: float, init: float = -20.0
+        cls, sparsity: float, learning_rates: Sequence[float], momentum: float, init: float = -20.0, **arguments: Any
     ) -> tuple["STR", float]:
         """Return the method, and the weight decay on s that takes a run to about this sparsity.
 
         λ = (ln(|init| / 7) + 0.75 · (1 − sparsity)^−0.85) · (1 − μ) / Σ η
 
-        A rule of thumb; arguments, errors and source are those of `sparing.decay.weight_decay_for`.
+        A rule of thumb; sparsity, errors and source are those of `sparing.decay.weight_decay_for`.
 
         Examples:
             >>> method, decay = STR.for_schedule(0.9, [0.1] * 1000, momentum=0.9)
             >>> method.init, round(decay, 4)
             (-20.0, 0.0064)
         """
-        return cls(init=init), weight_decay_for(sparsity, learning_rates, momentum, init)
+        return cls(init=init, **arguments), weight_decay_for(sparsity, learning_rates, momentum, init)
+
+    def check_schedule(self, learning_rates: Sequence[float], weight_decay: float, momentum: float) -> None:
+        if not self.rescales and isinstance(self.g, str):
+            warn_if_nothing_prunes(self.init, self.g, self.scale, learning_rates, weight_decay, momentum)
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         if self.granularity == "global":
