@@ -2,6 +2,8 @@
 
 import errno
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +29,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()  # replace the target of a symbolic link, not the link
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch()
+    # The process id alone is not unique: workers in containers share a directory, and often an id.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
     try:
         yield temporary
