@@ -131,6 +131,17 @@ class ScheduleSection(Section):
         return [factor for factor in each for _ in range(steps_an_epoch // unit)]
 
 
+class CheckpointSection(Section):
+    """When a run saves its complete state; it always does so after an epoch and when it is told to stop by a signal."""
+
+    minutes: Positive | None = 10.0
+    """Save when this many minutes have passed since the last checkpoint; null saves after epochs only."""
+    steps: int | None = Field(default=None, ge=1)
+    """Save after every so many optimizer steps as well."""
+    keep: int = Field(default=2, ge=1, le=1000)
+    """Number of checkpoints to keep. If the newest one is damaged, a run continues from the one before it."""
+
+
 class Recipe(Section):
     """All settings of a run. The same recipe and commit give the same weights on the same machine."""
 
@@ -147,6 +158,7 @@ class Recipe(Section):
     """Names or shell patterns of the layers to sparsify; defaults to all layers with weights."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     clip_grad_norm: Positive | None = None
     """Maximum norm of all gradients together."""
@@ -162,6 +174,8 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
     """"auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1"."""
+    rank_timeout: float = Field(default=300.0, gt=0, le=86_400)
+    """Seconds after which a run on several ranks ends if one of them stops, with a message that names the rank."""
     dense_baseline: bool = False
     """Train the same recipe without its method first, in the folder `dense` of the run."""
     tensorboard: bool = True
