@@ -1,16 +1,12 @@
 """Compressed files: safetensors that store only the nonzero values of each tensor.
 
-    bytes of a tensor = bytes of its nonzero values + bytes of the encoded runs of zeros between them
+    bytes of a tensor = bytes of its nonzero values + bytes of the gaps between them, compressed by zlib
 
-A run of r zeros is written in a Rice code with parameter b: r >> b zero bits, a one bit, and the low b bits of r.
-With b = 0 the code is a bitmask of the tensor; a larger b is shorter at high sparsity. Each tensor uses the b that
-gives the shortest code, or is stored dense if that takes fewer bytes. The size of the code is within a few percent
-of the entropy of the positions; `entropy_bound` computes this lower bound. `docs/format.md` specifies the format and
-has a reader that does not require sparing.
-
-Source: Rice and Plaunt, "Adaptive variable-length coding for efficient compression of spacecraft
-television data", IEEE Transactions on Communication Technology, 1971; Golomb, "Run-length encodings",
-IEEE Transactions on Information Theory, 1966.
+A gap is a number of zeros between two values, as one byte; 255 adds 255 zeros to the next gap. zlib only uses its
+Huffman code, which is near the optimum at random positions and cannot expand one byte to more than eight. A tensor
+is stored dense if that takes fewer bytes. The size is within a few percent of the entropy of the positions;
+`entropy_bound` computes this lower bound. `docs/format.md` specifies the format and has a reader that does not require
+sparing.
 """
 
 import json
@@ -18,20 +14,26 @@ from collections.abc import Iterator, Mapping
 from math import log2, prod
 from pathlib import Path
 from typing import Any
-from zlib import crc32
+from zlib import DEFLATED, MAX_WBITS, Z_HUFFMAN_ONLY, compressobj, crc32, decompressobj
+from zlib import error as ZlibError
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparing.errors import CheckpointError, InputError
 from sparing.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 
-# A run of r zeros takes at least (r >> MAX_BITS) bits, so one byte of a file decodes to at most 2048 elements.
+ESCAPE = 255
+"""Gap byte that stands for 255 zeros without a value behind them."""
+
+# A Huffman code has at least one bit per gap byte, so one byte of a file decodes to at most 8 · 255 elements.
 # This limits how much memory a damaged or malicious file can make the reader allocate.
-MAX_BITS = 8
+MAX_EXPANSION = 8
 
 # Approximate size in bytes of one more entry in the safetensors header. Tensors that would save less are stored dense.
 ENTRY_BYTES = 128
@@ -45,6 +47,9 @@ DTYPES = {
     )
 }  # fmt: skip
 """Supported dtypes by their name in the file."""
+
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, OSError, SafetensorError, ZlibError)
+"""Exceptions that a damaged tensor can cause."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes per element → integer dtype. Viewed as integers, −0.0 and every NaN count as nonzero values."""
@@ -78,8 +83,6 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
         True
         >>> Path("weight.safetensors").unlink()
     """
-    from safetensors.torch import save_file
-
     if values not in (None, torch.bfloat16, torch.float16):
         raise InputError(f"values must be None, torch.bfloat16 or torch.float16, got {values}")
     arrays: dict[str, Tensor] = {}
@@ -156,8 +159,6 @@ class Compressed(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path = Path(path)
         if not self.path.is_file():
             raise CheckpointError(f"compressed file {self.path}: there is no such file")
@@ -188,12 +189,19 @@ class Compressed(Mapping[str, Tensor]):
         return entry if isinstance(entry, str) else None
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import SafetensorError
-
         stored = self.same_as(name) or name  # outside the try block: an unknown name raises KeyError
         try:
             return self._decode(stored)
-        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, OSError, SafetensorError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+            OSError,
+            SafetensorError,
+            ZlibError,
+        ) as error:
             raise self._error(f"tensor {name!r} is damaged ({_first_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
@@ -218,7 +226,7 @@ class Compressed(Mapping[str, Tensor]):
             if list(stored.shape) != shape:
                 raise ValueError(f"the stored shape is {list(stored.shape)}, expected {shape}")
             return stored
-        positions = _positions(arrays["runs"], stored.numel(), entry["bits"], prod(shape))
+        positions = _positions(arrays["gaps"], stored.numel(), prod(shape))
         dense = torch.zeros(prod(shape), dtype=INTEGERS[dtype.itemsize])
         dense[positions] = stored.view(dense.dtype)
         return dense.view(dtype).reshape(shape)
@@ -252,7 +260,7 @@ def entropy_bound(state_dict: Mapping[str, Tensor]) -> float:
     return total
 
 
-ARRAYS = {"dense": ("values",), "runs": ("runs", "values")}
+ARRAYS = {"dense": ("values",), "gaps": ("gaps", "values")}
 """Encoding → the arrays that store a tensor."""
 
 
@@ -293,66 +301,50 @@ def _round(name: str, tensor: Tensor, values: torch.dtype | None) -> Tensor:
 
 def _encode(tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Encode a tensor in the fewest bytes. Return its header entry and the arrays that store it."""
-    flat = tensor.reshape(-1)
-    # Compare bits: −0.0 is stored as a value.
-    (positions,) = torch.nonzero(flat.view(INTEGERS[tensor.element_size()]), as_tuple=True)
-    edges = torch.cat([positions.new_tensor([-1]), positions, positions.new_tensor([flat.numel()])])
-    runs = edges.diff() - 1  # zeros before each value, and after the last
-    bits, size = min(((b, _encoded_bytes(runs, b)) for b in range(MAX_BITS + 1)), key=lambda pair: pair[1])
-    if size + positions.numel() * tensor.element_size() + ENTRY_BYTES >= tensor.numel() * tensor.element_size():
+    # Compare bits: −0.0 is stored as a value. Viewed as integers, tensors of every dtype can be indexed.
+    flat = tensor.reshape(-1).view(INTEGERS[tensor.element_size()])
+    (positions,) = torch.nonzero(flat, as_tuple=True)
+    gaps = _gaps(positions, flat.numel())
+    size = gaps.numel() + positions.numel() * tensor.element_size()
+    if size + ENTRY_BYTES >= tensor.numel() * tensor.element_size():
         return {"encoding": "dense"}, {"values": tensor}
-    unary = torch.zeros(int((runs >> bits).sum()) + len(runs), dtype=torch.uint8)
-    unary[(runs >> bits).cumsum(0) + torch.arange(len(runs))] = 1
-    low = (runs[:, None] >> torch.arange(bits)) & 1
-    coded = torch.cat([_pack(unary), _pack(low.reshape(-1).to(torch.uint8))])
-    # View as integers because torch does not support indexing for every dtype.
-    values = flat.view(INTEGERS[tensor.element_size()])[positions].view(tensor.dtype)
-    return {"encoding": "runs", "bits": bits}, {"runs": coded, "values": values}
+    return {"encoding": "gaps"}, {"gaps": gaps, "values": flat[positions].view(tensor.dtype)}
 
 
-def _encoded_bytes(runs: Tensor, bits: int) -> int:
-    """Return the size of the encoded runs in bytes."""
-    unary = int((runs >> bits).sum()) + len(runs)
-    return -(-unary // 8) + -(-bits * len(runs) // 8)
+def _gaps(positions: Tensor, elements: int) -> Tensor:
+    """Encode flat positions as the zeros before each of them and after the last."""
+    edges = torch.cat([positions.new_tensor([-1]), positions, positions.new_tensor([elements])])
+    zeros = edges.diff() - 1
+    ends = (zeros // ESCAPE + 1).cumsum(0)  # bytes up to and with those of each gap
+    gaps = torch.full((int(ends[-1]),), ESCAPE, dtype=torch.uint8)
+    gaps[ends - 1] = (zeros % ESCAPE).to(torch.uint8)
+    coder = compressobj(9, DEFLATED, MAX_WBITS, 9, Z_HUFFMAN_ONLY)
+    return torch.frombuffer(bytearray(coder.compress(gaps.numpy()) + coder.flush()), dtype=torch.uint8)
 
 
-def _positions(coded: Tensor, values: int, bits: int, elements: int) -> Tensor:
-    """Decode runs into the flat positions of the values.
+def _positions(coded: Tensor, values: int, elements: int) -> Tensor:
+    """Decode gaps into the flat positions of the values.
 
     Args:
-        coded: encoded runs, uint8.
+        coded: compressed gaps, uint8.
         values: expected number of values.
-        bits: parameter b of the Rice code.
         elements: expected number of elements of the tensor.
 
     Raises:
-        ValueError: the runs do not match the number of values or of elements.
+        ValueError: the gaps do not match the number of values or of elements.
+        zlib.error: they are not compressed by zlib.
     """
-    if not 0 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be in [0, {MAX_BITS}], got {bits}")
-    split = len(coded) - -(-bits * (values + 1) // 8)
-    if split < 0:
-        raise ValueError("the runs are truncated")
-    (ones,) = torch.nonzero(_unpack(coded[:split]), as_tuple=True)
-    if len(ones) != values + 1:
-        raise ValueError(f"{values} values need {values + 1} runs, got {len(ones)} runs")
-    low = _unpack(coded[split:])[: bits * len(ones)].reshape(len(ones), bits)
-    runs = ones.diff(prepend=ones.new_tensor([-1])) - 1 << bits
-    runs |= (low.to(torch.int64) << torch.arange(bits)).sum(1)
-    edges = (runs + 1).cumsum(0) - 1
-    if int(edges[-1]) != elements:
-        raise ValueError(f"the runs cover {int(edges[-1])} of {elements} elements")
-    return edges[:-1]
-
-
-def _pack(bits: Tensor) -> Tensor:
-    """Pack eight bits per byte, least significant bit first."""
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
+    decoder = decompressobj()
+    content = bytearray(decoder.decompress(coded.numpy(), MAX_EXPANSION * coded.numel()))
+    if not decoder.eof or decoder.unused_data:
+        raise ValueError(f"the gaps are truncated, or a byte of them expands to more than {MAX_EXPANSION}")
+    gaps = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    ends = gaps != ESCAPE
+    # Count before the gaps are expanded to int64.
+    found, covered = int(ends.sum()) - 1, int(gaps.sum()) + values
+    if found != values or covered != elements:
+        raise ValueError(f"the gaps cover {found} values and {covered} elements of {values} and {elements}")
+    return (gaps.to(torch.int64) + ends).cumsum(0)[ends][:-1] - 1
 
 
 def _checksum(arrays: Any) -> int:
