@@ -27,19 +27,13 @@ namespace sparing {
 inline int64_t pitch_for(const SparingWindow& window, int64_t input_width, int64_t width) {
     const int64_t s = window.stride_x;
     int64_t pitch = width;
-    auto is_padding = [&](int64_t column, int64_t phase) {
-        const int64_t x = column * s + phase - window.padding_x;
-        return x < 0 || x >= input_width;
-    };
     for (int64_t kx = 0; kx < window.kernel_x; kx++) {
-        const int64_t phase = kx * window.dilation_x % s, shift = kx * window.dilation_x / s;
-        // Columns [0, width + shift) are read. Those at or beyond the pitch, and what lies there, must be padding.
-        auto fits = [&](int64_t candidate) {
-            for (int64_t column = candidate; column < width + shift; column++)
-                if (!is_padding(column, phase) || !is_padding(column - candidate, phase)) return false;
-            return true;
-        };
-        while (!fits(pitch)) pitch++;
+        // Columns [0, end) are read. Columns [first, last) lie in the image.
+        const int64_t phase = kx * window.dilation_x % s, end = width + kx * window.dilation_x / s;
+        const auto column_of = [&](int64_t x) { return (std::max<int64_t>(0, x + window.padding_x - phase) + s - 1) / s; };
+        const int64_t first = column_of(0), last = column_of(input_width);
+        // Columns [pitch, end) find columns [0, end - pitch) of the next row. Both must be padding.
+        if (first < std::min(last, end)) pitch = std::max(pitch, std::min(end, std::max(last, end - first)));
     }
     return pitch;
 }

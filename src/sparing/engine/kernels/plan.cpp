@@ -45,8 +45,9 @@ void check_choice(const char* name, int value, int last) {
     require(value >= 0 && value <= last, std::string(name) + " " + std::to_string(value) + " does not exist");
 }
 
-// `ceil`: the output may be larger by one, as with ceil_mode of pooling.
-void check_window(const Layout& in, const Layout& out, const SparingWindow& w, bool ceil, const char* operation) {
+// `ceil`: the output may be larger by one, as with ceil_mode of pooling. Returns the window, with stride 1 where an
+// output of one pixel makes the stride meaningless: the kernels need memory for each pixel of a stride.
+SparingWindow check_window(const Layout& in, const Layout& out, SparingWindow w, bool ceil, const char* operation) {
     check_size("kernel height", w.kernel_y);
     check_size("kernel width", w.kernel_x);
     check_size("stride", w.stride_y);
@@ -65,6 +66,9 @@ void check_window(const Layout& in, const Layout& out, const SparingWindow& w, b
             fits(in.width, w.padding_x, w.kernel_x, w.dilation_x, w.stride_x, out.width),
         std::string(operation) + ": output " + shape(out) + " does not follow from input " + shape(in)
     );
+    if (out.height == 1) w.stride_y = 1;
+    if (out.width == 1) w.stride_x = 1;
+    return w;
 }
 
 Csr read_csr(int64_t rows, int64_t width, const int32_t* starts, const int32_t* columns, const float* values) {
@@ -137,23 +141,22 @@ int sparing_convolution(
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_window(from, to, *window, false, "convolution");
+        const SparingWindow w = check_window(from, to, *window, false, "convolution");
         check_choice("activation", activation, HARDSIGMOID);
         if (residual >= 0) check_same(plan->layout(residual), to, "residual of a convolution");
         require(to.channels <= UINT16_MAX, "a convolution may have at most 65535 filters");
-        const int64_t taps = window->kernel_y * window->kernel_x;
+        const int64_t taps = w.kernel_y * w.kernel_x;
         require(taps <= UINT16_MAX, "a kernel may have at most 65535 elements, got " + std::to_string(taps));
         const int64_t width = from.channels * taps;
         check_size("the number of weights of a filter", width);
         Csr weight = read_csr(to.channels, width, starts, columns, values);
-        const SparingWindow& w = *window;
         const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels &&
                             w.padding_y == 0 && w.padding_x == 0;
         if (matrix && from.width <= FEW && width <= UINT16_MAX)
             plan->add(std::make_unique<Rows>(in, out, residual, std::move(weight), copy(bias, to.channels), activation));
         else
             plan->add(std::make_unique<Convolution>(
-                in, out, residual, *window, std::move(weight), copy(bias, to.channels), activation
+                in, out, residual, w, std::move(weight), copy(bias, to.channels), activation
             ));
         return 0;
     });
@@ -165,14 +168,14 @@ int sparing_depthwise(
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_window(from, to, *window, false, "depthwise convolution");
+        const SparingWindow w = check_window(from, to, *window, false, "depthwise convolution");
         check_choice("activation", activation, HARDSIGMOID);
         require(from.channels == to.channels, "a depthwise convolution keeps the number of channels");
-        const int64_t taps = window->kernel_y * window->kernel_x;
+        const int64_t taps = w.kernel_y * w.kernel_x;
         check_size("the size of a window", taps);
         check_size("the number of weights of a depthwise convolution", from.channels * taps);
         plan->add(std::make_unique<Depthwise>(
-            in, out, *window, copy(weight, from.channels * taps), copy(bias, from.channels), activation
+            in, out, w, copy(weight, from.channels * taps), copy(bias, from.channels), activation
         ));
         return 0;
     });
@@ -182,10 +185,10 @@ int sparing_pool(SparingPlan* plan, int in, int out, const SparingWindow* window
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
         check_choice("pooling", kind, AVERAGE_WITHOUT_PADDING);
-        check_window(from, to, *window, kind == MAXIMUM, "pooling");
+        const SparingWindow w = check_window(from, to, *window, kind == MAXIMUM, "pooling");
         require(from.channels == to.channels, "pooling keeps the number of channels");
-        check_size("the size of a window", window->kernel_y * window->kernel_x);
-        plan->add(std::make_unique<Pool>(in, out, *window, kind));
+        check_size("the size of a window", w.kernel_y * w.kernel_x);
+        plan->add(std::make_unique<Pool>(in, out, w, kind));
         return 0;
     });
 }

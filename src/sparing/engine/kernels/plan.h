@@ -157,6 +157,7 @@ class Plan {
                 if (std::find(numbers.begin(), numbers.end(), operation->writes[0]) == numbers.end()) continue;
                 writers.push_back(operation.get());
                 const int64_t shared = pitch_for(*operation->window(), layout(operation->reads[0]).width, size.second);
+                if (shared > 2 * size.second + LANES) continue;  // most lanes would be unused
                 pitches.insert({shared, (shared + 7) / 8 * 8});
             }
             int64_t best = size.second;
