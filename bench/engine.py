@@ -36,7 +36,7 @@ from sparing.files import write_text
 from sparing.latency.backends import BACKENDS, ENGINE, Backend
 from sparing.layers import find_layers
 from sparing.masks import count_kept, keep_top
-from sparing.train.run import load_run
+from sparing.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,8 +123,8 @@ def efficientnet_lite0(rule, sparsity):
 
 def trained(run):
     """Return the network of a finished run."""
-    model, _, data = load_run(run, "dense")
-    return model, data["input_size"]
+    opened = Run.open(run)
+    return opened.model("dense"), opened.resolved.input_size
 
 
 def method(run):

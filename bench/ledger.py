@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sparing.files import write_text
 from sparing.train.recipe import load_recipe
-from sparing.train.run import train_run
+from sparing.train.training import train_run
 
 ROOT = Path(__file__).parent.parent
 

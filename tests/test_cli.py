@@ -286,7 +286,7 @@ def sparse_run(place):
 @pytest.mark.parametrize("shrink", [[], ["--shrink"]])
 def test_export_to_engine_writes_a_file_with_matching_outputs(sparse_run, shrink):
     from sparing import engine
-    from sparing.train.run import load_run
+    from sparing.train.run import Run
 
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("the engine requires a C++ compiler")
@@ -297,8 +297,9 @@ def test_export_to_engine_writes_a_file_with_matching_outputs(sparse_run, shrink
     assert output["path"] == str(sparse_run / "model.engine")
     assert output["bytes"] == (sparse_run / "model.engine").stat().st_size
     network = engine.load(sparse_run / "model.engine")
-    model, _, data = load_run(sparse_run, "dense")
-    x = torch.randn(3, *data["input_size"][1:])
+    run = Run.open(sparse_run)
+    model = run.model("dense")
+    x = torch.randn(3, *run.resolved.input_size[1:])
     assert output["error"] < relative_error(model, x)
     close = near(model, x)
     with torch.inference_mode():

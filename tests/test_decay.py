@@ -14,9 +14,10 @@ from sparing import STR, InputError, SparsityWarning
 from sparing.data import DATASETS, ImageData, Images
 from sparing.decay import ONSET, e_folds, weight_decay_for
 from sparing.schedules import warmup_cosine
-from sparing.train.build import warn_if_nothing_prunes
+from sparing.train.method_section import build_method
 from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.run import train_run
+from sparing.train.resolve import check_schedule, resolve, with_settings
+from sparing.train.training import train_run
 
 IMAGENET = [0.256 * warmup_cosine(epoch, 100, 5) for epoch in range(100) for _ in range(5004)]
 
@@ -140,6 +141,9 @@ def test_bad_arguments_of_the_rule_are_refused(arguments, message):
         weight_decay_for(*arguments)
 
 
+INPUT = (1, 1, 28, 28)
+
+
 def recipe(**changes):
     base = {
         "model": {"name": "resnet8", "width": 2},
@@ -152,18 +156,19 @@ def recipe(**changes):
 
 
 def test_for_sparsity_in_a_recipe_chooses_the_weight_decay_by_the_rule():
-    settled = recipe().settled(steps_an_epoch=35)
-    assert settled.method == {"name": "str", "init": -20.0}
+    settled = with_settings(recipe(), 35, INPUT)
+    assert build_method(settled.method) == STR(init=-20.0)
     rates = [0.1 * warmup_cosine(step, 30 * 35) for step in range(30 * 35)]
     assert settled.learning_rates(35) == rates
     # Rounded, so that the recipe is the same on machines whose cosines differ in the last digit.
     chosen = float(f"{weight_decay_for(0.9, rates, 0.9, -20.0):.6g}")
     assert settled.optimizer.threshold_weight_decay == chosen
-    assert settled.settled(35) is settled
-    lower = recipe(method={"name": "str", "for_sparsity": 0.9, "init": -200.0, "granularity": "filter"}).settled(35)
-    assert lower.method == {"name": "str", "init": -200.0, "granularity": "filter"}
+    assert with_settings(settled, 35, INPUT) == settled
+    asked = recipe(method={"name": "str", "for_sparsity": 0.9, "init": -200.0, "granularity": "filter"})
+    lower = with_settings(asked, 35, INPUT)
+    assert build_method(lower.method) == STR(init=-200.0, granularity="filter")
     assert lower.optimizer.threshold_weight_decay > settled.optimizer.threshold_weight_decay
-    adamw = recipe(optimizer={"name": "adamw", "lr": 0.01}).settled(35)
+    adamw = with_settings(recipe(optimizer={"name": "adamw", "lr": 0.01}), 35, INPUT)
     assert adamw.optimizer.threshold_weight_decay == pytest.approx(
         weight_decay_for(0.9, adamw.learning_rates(35), 0.0, -20.0), rel=1e-5
     )
@@ -171,9 +176,9 @@ def test_for_sparsity_in_a_recipe_chooses_the_weight_decay_by_the_rule():
 
 def test_whether_a_run_is_too_short_is_decided_by_its_steps():
     hard = recipe(method={"name": "str", "for_sparsity": 0.99}, schedule={"epochs": 1})
-    assert hard.settled(5005).optimizer.threshold_weight_decay > 0
+    assert with_settings(hard, 5005, INPUT).optimizer.threshold_weight_decay > 0
     with pytest.raises(InputError, match="50 steps are too few"):
-        hard.settled(50)
+        with_settings(hard, 50, INPUT)
 
 
 def test_learning_rates_are_those_of_the_loop_per_epoch_too():
@@ -186,8 +191,7 @@ def test_learning_rates_are_those_of_the_loop_per_epoch_too():
     ("changes", "message"),
     [
         ({"method": {"name": "str", "for_sparsity": 0.9, "sparsity": 0.5}}, "give for_sparsity, or a total"),
-        ({"method": {"name": "gmp", "for_sparsity": 0.9}}, "for_sparsity is for method 'str', not 'gmp'"),
-        ({"method": {"name": "str", "for_sparsity": 2}}, r"sparsity must be in \(0, 1\), got 2"),
+        ({"method": {"name": "gmp", "for_sparsity": 0.9}}, "method 'gmp' has no rule for for_sparsity; give sparsity"),
         ({"method": {"name": "str", "for_sparsity": 0.9, "inti": -9}}, "no argument 'inti'; did you mean 'init'"),
         (
             {"method": {"name": "str", "for_sparsity": 0.9, "init": "low"}},
@@ -215,14 +219,14 @@ def noise(monkeypatch):
 def test_a_run_saves_the_chosen_weight_decay_and_resumes(tmp_path, noise):
     asked = recipe(data=noise, schedule={"epochs": 90})
     assert train_run(asked, tmp_path / "run", stop_after=1) is None
-    assert load_recipe(tmp_path / "run" / "recipe.yaml") == asked.settled(10)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == resolve(asked)
     assert train_run(asked, tmp_path / "run", resume=True, stop_after=1) is None
 
 
 def warned(**changes):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_if_nothing_prunes(recipe(**changes), 35)
+        check_schedule(recipe(**changes), 35)
     return [str(warning.message) for warning in caught if warning.category is SparsityWarning]
 
 

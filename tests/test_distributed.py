@@ -15,13 +15,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sparing
-from sparing.train.build import build_data, build_model, build_optimizer, build_sparsifier
+from sparing.train.build import build_data, build_model, build_optimizer
 from sparing.train.checkpoint import load_checkpoint
 from sparing.train.distributed import Ranks
 from sparing.train.log import read_history
 from sparing.train.loop import backward
+from sparing.train.method_section import build_method
 from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.run import train_run
+from sparing.train.training import train_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -124,7 +125,7 @@ def twenty_steps(rank, count, folder, method):
     data = build_data(recipe.data)
     model = build_model(recipe.model, data.model_arguments())
     train = data.training(32, 0, rank, count)
-    sparsifier = build_sparsifier(recipe, model.double(), 20)
+    sparsifier = sparing.sparsify_(model.double(), build_method(recipe.method), recipe.select, 20)
     optimizer = build_optimizer(recipe.optimizer, model)
     sparsifier.attach(optimizer)
     parallel = ranks.wrap(model).train()

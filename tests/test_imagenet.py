@@ -25,7 +25,7 @@ from sparing.data.folders import EvaluationSampler
 from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unreadable
 from sparing.data.shards import read_shards
 from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.run import train_run
+from sparing.train.training import train_run
 from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sparing.export.str_release import convert
 from sparing.train.log import read_history
 from sparing.train.recipe import load_recipe
-from sparing.train.run import evaluate_file, evaluate_run, report_run
+from sparing.train.run import Run, evaluate_file
 from test_imagenet import noise_image, write_image_tree
 from test_str_release import STRConv, old_resnet, save, trained
 
@@ -106,13 +106,14 @@ def test_a_run_on_two_ranks_resumes_on_one_rank(images, tmp_path, layout, reques
     assert metrics["test_count"] == test
     assert metrics["ranks"] == 1
     assert 0.1 < metrics["sparsity"] < 1
-    evaluated, report = evaluate_run(tmp_path / "run", weights="dense")
+    run = Run.open(tmp_path / "run")
+    evaluated, report = run.evaluate(weights="dense"), run.report("dense")
     assert [line["waited_seconds"] > 0 and line["skipped"] == 0 for line in read_history(tmp_path / "run")] == [
         True
     ] * 2
     assert evaluated.correct == metrics["test_correct"]
     assert evaluated.top5_accuracy == metrics["top5_accuracy"]
-    assert report.total.nonzero == report_run(tmp_path / "run").total.nonzero == metrics["nonzero"]
+    assert report.total.nonzero == run.report().total.nonzero == metrics["nonzero"]
     classifier = 2048 * CLASSES if layout == "folders" else 1024 * CLASSES
     assert report.total.weights == {"folders": 23_454_912, "shards": 3_185_088}[layout] + classifier
 

@@ -9,7 +9,8 @@ from torch import nn
 import sparing
 from sparing import NM, Block, Filters, InputError, Unstructured
 from sparing.train.build import build_optimizer
-from sparing.train.recipe import Recipe, build_method, load_recipe
+from sparing.train.method_section import build_method
+from sparing.train.recipe import Recipe, load_recipe
 
 FILES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "sweeps"]  # test_sweep.py reads the sweep files

@@ -20,7 +20,8 @@ from sparing.data.sequence import HAR_SIGNALS, har2, har6, normalized, watch, wi
 from sparing.data.speech import NOISE, WORDS, google12, log_mel, read_wav, spoken_digits, which_split
 from sparing.rnn import ranks
 from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.run import evaluate_run, load_run, report_run, train_run
+from sparing.train.run import Run
+from sparing.train.training import train_run
 from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent
@@ -430,30 +431,29 @@ def recipe(root, **changes):
 
 def test_a_run_learns_ranks_and_reports_compact_counts(har, tmp_path):
     metrics = train_run(recipe(har), tmp_path / "run")
-    model, _, _ = load_run(tmp_path / "run")
+    model = Run.open(tmp_path / "run").model()
     found = {row.name: row.rank for row in ranks(model).rows}
     assert {name: row["rank"] for name, row in metrics["weight_ranks"].items()} == found
     assert set(found) == {"rnn.cell.input", "rnn.cell.hidden"}
     kept = sum(row["compact_parameters"] for row in metrics["weight_ranks"].values())
     assert metrics["compact_weights"] == kept + 24
     assert metrics["compact_macs"] == 128 * kept + 24
-    assert report_run(tmp_path / "run").layers[1].name == "rnn.cell.input.diagonal"
+    assert Run.open(tmp_path / "run").report().layers[1].name == "rnn.cell.input.diagonal"
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "run")]).output
     assert str(ranks(model)) in shown
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     # Two steps per epoch: the learning rate drops in the middle of the second epoch.
     assert rates == pytest.approx([0.02, 0.02, 0.002])
-    assert evaluate_run(tmp_path / "run")[0].accuracy == metrics["accuracy"]
-    assert evaluate_run(tmp_path / "run", weights="dense")[0].loss == pytest.approx(
-        evaluate_run(tmp_path / "run")[0].loss
-    )
+    run = Run.open(tmp_path / "run")
+    assert run.evaluate().accuracy == metrics["accuracy"]
+    assert run.evaluate(weights="dense").loss == pytest.approx(run.evaluate().loss)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run(har, tmp_path):
     train_run(recipe(har), tmp_path / "whole")
     train_run(recipe(har), tmp_path / "resumed", stop_after=1)
     train_run(recipe(har), tmp_path / "resumed", resume=True)
-    a, b = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "resumed"))
+    a, b = (Run.open(tmp_path / name).model().state_dict() for name in ("whole", "resumed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -492,14 +492,16 @@ RECIPES = sorted(ROOT.joinpath("recipes", "rnn").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_recipes_are_valid_and_fit_their_data(path):
+    from sparing import sparsify_
     from sparing.macs import count_applications
-    from sparing.train.build import build_model, build_sparsifier
+    from sparing.train.build import build_model
+    from sparing.train.method_section import build_method
 
     loaded = load_recipe(path)
     sizes = {"watch": (7, 6), "har2": (2, 9), "spoken_digits": (10, 32), "google12": (12, 32)}
     classes, features = sizes[loaded.data.name]
     model = build_model(loaded.model, {"num_classes": classes, "input_size": features}).to("meta")
-    build_sparsifier(loaded, model, 100)
+    sparsify_(model, build_method(loaded.method), loaded.select, 100)
     assert count_applications(model, (1, 3, features))
 
 

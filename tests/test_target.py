@@ -18,7 +18,9 @@ from sparing.schedules import cubic
 from sparing.target import LOWEST, rescale
 from sparing.train.build import build_sparsifier
 from sparing.train.recipe import Recipe
-from sparing.train.run import report_run, train_run
+from sparing.train.resolve import resolve
+from sparing.train.run import Run
+from sparing.train.training import train_run
 
 
 def layers_of(sizes, init, sparsity=0.5, std=1.0, **arguments):
@@ -293,8 +295,8 @@ def test_a_recipe_gives_steps_and_input_size():
     recipe = Recipe.model_validate(
         {"model": {"name": "resnet8"}, "data": {"name": "mnist5k"}, "method": {"name": "str", "macs": 0.25}}
     )
-    sparsifier = build_sparsifier(recipe, sparing.models.resnet8(), 500, (1, 1, 28, 28))
-    assert (sparsifier.steps, sparsifier.method.input_size) == (500, (1, 1, 28, 28))
+    sparsifier = build_sparsifier(resolve(recipe), sparing.models.resnet8())
+    assert (sparsifier.steps, sparsifier.method.input_size) == (20 * 55, (1, 1, 28, 28))
 
 
 def test_a_run_ends_on_its_macs_and_its_directory_is_read_without_data(tmp_path):
@@ -310,7 +312,7 @@ def test_a_run_ends_on_its_macs_and_its_directory_is_read_without_data(tmp_path)
     metrics = train_run(recipe, tmp_path / "run")
     # A weight of the first convolution is applied 784 times.
     assert -784 < metrics["macs"] - 0.3 * metrics["dense_macs"] <= 0.5
-    assert report_run(tmp_path / "run").total.macs == metrics["macs"]
+    assert Run.open(tmp_path / "run").report().total.macs == metrics["macs"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ from sparing.train.evaluate import evaluate
 from sparing.train.log import RunLog, read_history
 from sparing.train.loop import _is_better, backward
 from sparing.train.recipe import Recipe
-from sparing.train.run import evaluate_run, load_run, report_run, train_run
+from sparing.train.resolve import resolve
+from sparing.train.run import Run
+from sparing.train.training import train_run
 
 
 def recipe(**changes):
@@ -128,10 +130,11 @@ def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkey
         patch.setitem(DATASETS, "noise", lambda: larger)
         train_run(wanted, tmp_path / "run", stop_after=1)
     train_run(wanted, tmp_path / "run", resume=True)
-    assert report_run(tmp_path / "run").missed == ()
-    model, _, data = load_run(tmp_path / "run")
+    assert Run.open(tmp_path / "run").report().missed == ()
+    run = Run.open(tmp_path / "run")
+    model = run.model()
     layers = sparing.sparse_layers(model).values()
-    assert {layer.parametrization.clock.step for layer in layers} == {data["steps"]} == {33}
+    assert {layer.parametrization.clock.step for layer in layers} == {run.resolved.steps} == {33}
     assert sum(layer.nonzero() for layer in layers) * 4 == sum(layer.weight.numel() for layer in layers)
 
 
@@ -175,7 +178,7 @@ def test_a_run_directory_contains_all_documented_files(finished):
     assert metrics["method"] == "str"
     assert yaml.safe_load((out / "recipe.yaml").read_text())["schedule"]["update"] == "step"
     line = read_history(out)[-1]
-    assert line["layers"].keys() == {row.name for row in report_run(out).layers}
+    assert line["layers"].keys() == {row.name for row in Run.open(out).report().layers}
     assert line["sparsity"] == metrics["sparsity"]
 
 
@@ -186,22 +189,23 @@ def test_a_checkpoint_of_format_3_holds_all_sparse_state_in_the_model(finished):
     assert saved.keys() == {"format", "model", "optimizer", "scaler", "data", "progress", "random"}
     assert load_checkpoint(out / "best.pt").keys() == {"format", "model", "data", "progress"}
     clocks = [key for key in saved["model"] if key.endswith("_extra_state")]
-    assert len(clocks) == len(report_run(out).layers)
-    model, _, _ = load_run(out)
+    assert len(clocks) == len(Run.open(out).report().layers)
+    model = Run.open(out).model()
     assert {layer.parametrization.clock.step for layer in sparing.sparse_layers(model).values()} == {20}
 
 
 def test_evaluation_of_checkpoint_and_dense_file_agrees_with_the_metrics(finished):
     out, _, metrics = finished
     for which in ("last", "dense"):
-        result, counts = evaluate_run(out, "test", which)
+        run = Run.open(out)
+        result, counts = run.evaluate("test", which), run.report(which)
         assert (result.accuracy, result.correct, result.count) == (metrics["accuracy"], metrics["test_correct"], 1000)
         assert (counts.total.nonzero, counts.total.macs) == (metrics["nonzero"], metrics["macs"])
-    best, _ = evaluate_run(out, "validation", "best")
+    best = Run.open(out).evaluate("validation", "best")
     assert best.accuracy == max(line["validation_accuracy"] for line in read_history(out)[1:])
-    model, _, _ = load_run(out, "dense")
+    model = Run.open(out).model("dense")
     assert not sparing.sparse_layers(model)
-    assert evaluate_run(out / "dense")[0].accuracy == metrics["dense_accuracy"]
+    assert Run.open(out / "dense").evaluate().accuracy == metrics["dense_accuracy"]
 
 
 def test_resuming_a_finished_run_returns_its_metrics_without_training(finished):
@@ -314,11 +318,11 @@ def test_a_checkpoint_that_does_not_fit_the_recipe_is_reported(tmp_path):
         with pytest.raises(CheckpointError, match="does not fit the recipe"):
             train_run(recipe(), out, resume=True)
         with pytest.raises(CheckpointError, match="does not fit the recipe"):
-            load_run(out)
+            Run.open(out).model()
     save_checkpoint(out / "checkpoint.pt", saved)
     (out / "recipe.yaml").write_text(recipe(method={"name": "str", "init": -3.0}).to_yaml())
     with pytest.raises(CheckpointError, match="init=-4.0, this run has init=-3.0"):
-        load_run(out)
+        Run.open(out).model()
     (out / "recipe.yaml").write_text(recipe().to_yaml())
     (out / "metrics.json").write_text('{"accuracy": ')
     with pytest.raises(InputError, match=r"metrics.json: unreadable"):
@@ -357,7 +361,7 @@ def test_without_a_validation_split_the_last_epoch_is_the_best(tmp_path, monkeyp
     assert metrics["validation_accuracy"] is None
     assert metrics["test_count"] == 1000
     with pytest.raises(InputError, match="the data has no validation split"):
-        evaluate_run(tmp_path / "run", "validation")
+        Run.open(tmp_path / "run").evaluate("validation")
     assert [line["validation_accuracy"] for line in read_history(tmp_path / "run")] == [None, None]
     assert load_checkpoint(tmp_path / "run" / "best.pt")["progress"]["best"]["epoch"] == 2
 
@@ -403,22 +407,22 @@ def test_a_run_whose_last_steps_overflow_in_fp16_ends_on_its_target(tmp_path, mo
     )
     metrics = train_run(wanted, tmp_path / "run")
     assert len(taken) == 14
-    model, _, _ = load_run(tmp_path / "run")
+    model = Run.open(tmp_path / "run").model()
     layers = sparing.sparse_layers(model)
     assert {layer.parametrization.clock.step for layer in layers.values()} == {20}
     # With a target for each layer, the number of each is exact.
     sparsity = 0.5 if "nm" in str(FP16[name]) else 0.75
     total = sum(layer.weight.numel() for layer in layers.values())
     assert sum(layer.nonzero() for layer in layers.values()) == total - round(sparsity * total)
-    assert report_run(tmp_path / "run").missed == ()
-    assert evaluate_run(tmp_path / "run", weights="dense")[1].total.nonzero == metrics["nonzero"]
+    assert Run.open(tmp_path / "run").report().missed == ()
+    assert Run.open(tmp_path / "run").report("dense").total.nonzero == metrics["nonzero"]
 
 
 def test_steps_that_overflow_do_not_count_and_do_not_delay_the_learning_rate(tmp_path, monkeypatch, noise):
     overflow(monkeypatch, {1, 5, 6})
     wanted = recipe(data=noise, amp="fp16", schedule={"epochs": 2, "update": "epoch"})
     train_run(wanted, tmp_path / "run", stop_after=1)
-    model, _, _ = load_run(tmp_path / "run")
+    model = Run.open(tmp_path / "run").model()
     assert {layer.parametrization.clock.step for layer in sparing.sparse_layers(model).values()} == {7}
     rates = []
     step = torch.optim.SGD.step
@@ -436,12 +440,12 @@ def test_the_moving_average_of_a_run_whose_last_steps_overflow_meets_the_target(
     overflow(monkeypatch, {18, 19, 20})
     wanted = recipe(method=FP16["gmp"], select=["layer*"], data=noise, amp="fp16", ema=0.9)
     train_run(wanted, tmp_path / "run")
-    model, _, _ = load_run(tmp_path / "run")
+    model = Run.open(tmp_path / "run").model()
     layers = sparing.sparse_layers(model)
     total = sum(layer.weight.numel() for layer in layers.values())
     assert sum(int(layer.parametrization.mask.sum()) for layer in layers.values()) == total / 4
     assert {layer.parametrization.clock.step for layer in layers.values()} == {20}
-    assert report_run(tmp_path / "run").missed == ()
+    assert Run.open(tmp_path / "run").report().missed == ()
 
 
 # Penalties
@@ -461,7 +465,7 @@ def test_the_penalty_is_added_once_and_in_full_to_the_loss(noise, name, accumula
     )
     data = DATASETS["noise"]()
     model = build_model(wanted.model, data.model_arguments()).eval()  # without noise or batch statistics
-    sparsifier = build_sparsifier(wanted, model, 20)
+    sparsifier = build_sparsifier(resolve(wanted, data), model)
     images, labels = next(iter(data.training(4, 0)))
     expected = torch.nn.functional.cross_entropy(model(images), labels) + sparsifier.penalty()
     parameters = list(model.parameters())

@@ -1,8 +1,6 @@
 """Command line interface: `sparing train | sweep | eval | report | export | bench | budget | methods | convert`."""
 
-import inspect
 import json
-import re
 import shlex
 import sys
 import warnings
@@ -13,28 +11,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from sparing import latency
 from sparing.budget import Budget
-from sparing.errors import InputError, nearest
+from sparing.errors import InputError
 from sparing.export import str_release
 from sparing.export.runtimes import UnavailableError
-from sparing.export.shrink import shrink
 from sparing.files import atomic_write, write_text
 from sparing.formats import FORMATS
-from sparing.layers import find_layers, sparse_layers
-from sparing.macs import count_applications
-from sparing.masks import count_kept
-from sparing.method import Method
-from sparing.methods import METHODS
-from sparing.models import MODELS
-from sparing.plots import latency_bars
-from sparing.rnn import ranks
 from sparing.sweep import load_sweep, run_sweep
+from sparing.tables import budget_table, describe_methods, methods_table, results_table, sizes_line
 from sparing.train.distributed import is_first_process
 from sparing.train.recipe import load_recipe
-from sparing.train.run import evaluate_file, evaluate_run, load_run, report_run, train_run
+from sparing.train.run import Run, evaluate_file
+from sparing.train.training import train_run
 
 app = typer.Typer(
     help="Sparse training with learned per-layer sparsity.",
@@ -77,8 +67,6 @@ class Naming(str, Enum):
 
 # Made from the table of exporters, so that the command accepts exactly the formats that exist.
 Format = Enum("Format", [(name, name) for name in FORMATS], type=str)  # type: ignore[misc]
-WEIGHTS_ONLY = ("compressed", "safetensors")
-"""Formats that hold tensors but no network."""
 
 budget_app = typer.Typer(
     help="Show and extract layer-wise sparsity budgets.", no_args_is_help=True, rich_markup_mode=None
@@ -133,10 +121,11 @@ def train(
     if as_json:
         print(json.dumps(metrics))
         return
-    print(report_run(out))
-    console.print(_comparison(metrics))
-    console.print(_sizes(metrics), highlight=False, soft_wrap=True)
-    console.print(_latency(out), highlight=False, soft_wrap=True)
+    finished = Run.open(out)
+    print(finished.report())
+    console.print(results_table(metrics))
+    console.print(sizes_line(metrics), highlight=False, soft_wrap=True)
+    console.print(_latency(finished), highlight=False, soft_wrap=True)
     console.print(f"Written to {out}", highlight=False, soft_wrap=True)
 
 
@@ -170,14 +159,16 @@ def sweep(
     options = [("--trials", trials), ("--out", out), ("--storage", storage)]
     given = [argument for name, value in options if value is not None for argument in (name, str(value))]
     try:
-        result = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
+        table = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
     except KeyboardInterrupt:
         resume_command = shlex.join(["sparing", "sweep", str(sweep), *given])
         print(f"sparing: interrupted; finished trials are saved, continue with: {resume_command}", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps({"out": str(out), **result}))
+        print(json.dumps({"out": str(out), "trials": json.loads(table.to_json(orient="records"))}))
     else:
+        front = table[table["front"]].filter(regex="^(number|values|params)")
+        print(front.to_string(index=False) if len(front) else "No trial has finished: see trials.csv.")
         print(f"Written to {out}")
 
 
@@ -205,21 +196,11 @@ def eval_(
     elif set_:
         raise InputError("--set requires --recipe: the recipe of a run directory cannot be changed")
     else:
-        result, layer_report = evaluate_run(run, part.value, weights.value)
-    output = {
-        "accuracy": result.accuracy,
-        "top5_accuracy": result.top5_accuracy,
-        "loss": result.loss,
-        "correct": result.correct,
-        "count": result.count,
-        "sparsity": layer_report.total.sparsity,
-        "weights": layer_report.total.weights,
-        "nonzero": layer_report.total.nonzero,
-        "macs": layer_report.total.macs,
-        "part": part.value,
-    }
+        opened = Run.open(run)
+        result, layer_report = opened.evaluate(part.value, weights.value), opened.report(weights.value)
     if as_json:
-        print(json.dumps(output))
+        counts = {key: getattr(layer_report.total, key) for key in ("sparsity", "weights", "nonzero", "macs")}
+        print(json.dumps({**result.as_dict(), **counts, "part": part.value}))
     else:
         top5 = "" if result.top5_accuracy is None else f"top-5 {100 * result.top5_accuracy:.2f} %  "
         print(
@@ -237,7 +218,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Show sparsity, weights and MACs per layer."""
-    layer_report = report_run(run, weights.value)
+    opened = Run.open(run)
+    layer_report = opened.report(weights.value)
     for path, text in ((csv, layer_report.to_csv), (html, layer_report.to_html)):
         if path is not None:
             try:
@@ -248,7 +230,7 @@ def report(
         print(layer_report.to_json())
         return
     print(layer_report)
-    low_rank = ranks(load_run(run, weights.value)[0])
+    low_rank = opened.ranks(weights.value)
     if low_rank.rows:
         print(f"\n{low_rank}")
 
@@ -265,16 +247,7 @@ def export(
 
     The outputs of an exported network are checked against PyTorch.
     """
-    model, _, data = load_run(run, SavedWeights.dense.value)
-    if remove_filters:
-        if to.value in WEIGHTS_ONLY:
-            raise InputError(
-                f"--shrink changes the shapes of layers, but --to {to.value} writes weights without layers; "
-                f"choose another format: {', '.join(name for name in FORMATS if name not in WEIGHTS_ONLY)}"
-            )
-        model = shrink(model, data["input_size"])
-    name, save = FORMATS[to.value]
-    written = save(model, out or run / name, data["input_size"])
+    written = Run.open(run).export(to.value, out, remove_filters)
     dense = (run / "model.safetensors").stat().st_size
     if as_json:
         output = {"path": str(written.path), "bytes": written.bytes, "dense_bytes": dense, "error": written.error}
@@ -300,12 +273,7 @@ def bench(
 
     Compares the sparse model with the dense model in the installed runtimes.
     """
-    model, _, data = load_run(run, SavedWeights.dense.value)
-    measured = latency.measure(model, data["input_size"], batches=batch or (1, 16), threads=threads)
-    write_text(run / "latency.json", measured.to_json() + "\n")
-    (run / "figures").mkdir(exist_ok=True)
-    with atomic_write(run / "figures" / "latency.png") as temporary:
-        latency_bars(measured.bars()).savefig(temporary, format="png", dpi=120)
+    measured = Run.open(run).bench(tuple(batch or (1, 16)), threads)
     if as_json:
         print(measured.to_json())
         return
@@ -316,16 +284,11 @@ def bench(
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the sparsification methods."""
-    rows = [_describe(name, method) for name, method in METHODS.items()]
+    rows = describe_methods()
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "description", "source", "file"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(row["name"], row["summary"], row["source"], row["file"])
-    Console(markup=False).print(table, highlight=False)
+    Console(markup=False).print(methods_table(rows), highlight=False)
 
 
 @app.command()
@@ -387,15 +350,14 @@ def budget_show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the sparsity of each layer of a budget."""
-    is_file = Path(budget).suffix in (".json", ".csv")
-    sparsities = Budget.load(budget) if is_file else Budget.published(budget)
+    sparsities = Budget.find(budget)
     if as_json:
         print(json.dumps(dict(sparsities)))
         return
     # A published budget is named after its model.
-    name = model or (None if is_file else budget.partition("-")[0])
+    name = model or (budget.partition("-")[0] if budget in Budget.published_names() else None)
     without_counts = "\n".join(f"{layer}  {100 * sparsity:.2f} %" for layer, sparsity in sparsities.items())
-    print(without_counts if name is None else _budget_table(sparsities, name))
+    print(without_counts if name is None else budget_table(sparsities, name))
 
 
 @budget_app.command("extract")
@@ -408,9 +370,7 @@ def budget_extract(
 
     Other methods read the file with --set method.budget=FILE.
     """
-    model, _, _ = load_run(run, weights.value)
-    layers = sparse_layers(model) or find_layers(model)
-    sparsities = Budget({name: layer.sparsity() for name, layer in layers.items()})
+    sparsities = Run.open(run).budget(weights.value)
     try:
         sparsities.save(out)
     except OSError as error:
@@ -432,73 +392,15 @@ def _print_warning(message: Any, category: Any, filename: str, lineno: int, file
     print(f"sparing: warning: {message}", file=sys.stderr)
 
 
-def _describe(name: str, method: type[Method]) -> dict[str, str]:
-    """Return a method's name, description, source and file, taken from its docstrings."""
-    module = inspect.getmodule(method)
-    text = " ".join((module.__doc__ or "").split()) if module else ""
-    source = re.search(r"Source: (.*?)(?: Deviations?:|$)", text)
-    return {
-        "name": name,
-        "summary": (method.__doc__ or "").strip().splitlines()[0],
-        "source": source.group(1) if source else "",
-        "file": f"methods/{Path(inspect.getfile(method)).name}",
-    }
-
-
-def _budget_table(sparsities: Budget, name: str) -> str:
-    """Return a table of the weights and MACs that a budget keeps in a model, at 224 x 224 pixels."""
-    if name not in MODELS:
-        raise InputError(f"unknown model {name!r}; {nearest(name, MODELS)}")
-    with torch.device("meta"):
-        model = MODELS[name]()
-    layers, uses = find_layers(model), count_applications(model, (1, 3, 224, 224))
-    unknown = [layer for layer in sparsities if layer not in layers]
-    if unknown:
-        raise InputError(f"model {name!r} has no layer {unknown[0]!r}; {nearest(unknown[0], layers)}")
-    kept = {n: count_kept(layers[n].weight.numel(), sparsity) for n, sparsity in sparsities.items()}
-    macs = {n: uses[n] * count for n, count in kept.items()}
-    rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in sparsities]
-    rows.append(("total", sum(row[1] for row in rows), sum(kept.values()), sum(macs.values())))
-    lines = [f"{'layer':<24}{'weights':>12}{'nonzero':>12}{'sparsity':>11}{'MACs':>16}"]
-    for layer, weights, nonzero, layer_macs in rows:
-        sparsity = 100 * (1 - nonzero / weights)
-        lines.append(f"{layer:<24}{weights:>12,}{nonzero:>12,}{sparsity:>9.2f} %{layer_macs:>16,}")
-    return "\n".join(lines)
-
-
-def _comparison(metrics: dict[str, Any]) -> Table:
-    table = Table(title="Test results")
-    for heading in ("", "accuracy", "nonzero", "weights", "sparsity", "MACs", "seconds"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    if "dense_accuracy" in metrics:
-        table.add_row(
-            "dense", f"{100 * metrics['dense_accuracy']:.2f} %", f"{metrics['weights']:,}", f"{metrics['weights']:,}",
-            "0 %", f"{metrics['dense_macs']:,}", f"{metrics['dense_seconds']:.0f}",
-        )  # fmt: skip
-    table.add_row(
-        metrics["method"], f"{100 * metrics['accuracy']:.2f} %", f"{metrics['nonzero']:,}", f"{metrics['weights']:,}",
-        f"{100 * metrics['sparsity']:.2f} %", f"{metrics['macs']:,}", f"{metrics['seconds']:.0f}",
-    )  # fmt: skip
-    return table
-
-
-def _sizes(metrics: dict[str, Any]) -> str:
-    if "compressed_bytes" not in metrics:  # written by an older version
-        return "File size: run sparing export --to compressed"
-    dense, compressed = metrics["dense_bytes"], metrics["compressed_bytes"]
-    return f"File size: {compressed:,} bytes compressed, {dense:,} bytes dense ({dense / compressed:.1f}x smaller)"
-
-
-def _latency(run: Path) -> str:
+def _latency(run: Run) -> str:
     """Return one line with a short latency measurement, or the reason why there is none."""
     if not latency.available():
         return "Latency: not measured; pip install 'sparing[export]', then run sparing bench"
-    model, _, data = load_run(run, SavedWeights.dense.value)
     try:
-        brief = latency.measure_briefly(model, data["input_size"])
+        brief = latency.measure_briefly(run.model("dense"), run.resolved.input_size)
     except (InputError, UnavailableError) as error:
         return f"Latency: not measured: {error}"
-    return f"Latency (batch 1, one thread): {brief}; compare all backends with: sparing bench {run}"
+    return f"Latency (batch 1, one thread): {brief}; compare all backends with: sparing bench {run.path}"
 
 
 if __name__ == "__main__":

@@ -1,47 +1,48 @@
 """Build the data, model, sparsifier and optimizer of a recipe."""
 
 import inspect
-import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparing.data import DATASETS, SplitDataset
-from sparing.decay import e_folds, weight_decay_for
-from sparing.errors import InputError, SparsityWarning, nearest
-from sparing.methods import STR
+from sparing.errors import InputError, nearest
+from sparing.imports import import_object
 from sparing.models import MODELS
 from sparing.param_groups import param_groups
 from sparing.sparsifier import Sparsifier
 from sparing.sparsify import sparsify_
-from sparing.threshold import MAPS
-from sparing.train.recipe import DataSection, ModelSection, OptimizerSection, Recipe, build_method
+from sparing.train.method_section import build_method
+from sparing.train.recipe import DataSection, ModelSection, OptimizerSection, Recipe
 
 DATA_ARGUMENTS = ("num_classes", "in_channels", "input_size")
 """Arguments of models that follow from the data."""
 
-LEAST_THRESHOLD = 1e-3
-"""Thresholds below this prune almost nothing: most trained weights are larger."""
+
+def data_function(spec: DataSection) -> Callable[..., Any]:
+    """Return the function that loads the data set of a recipe, and check the names of its arguments."""
+    function = DATASETS[spec.name] if spec.name in DATASETS else _imported(spec.name, "data")
+    _check_arguments("data", spec, function)
+    return function
 
 
 def build_data(spec: DataSection) -> SplitDataset:
     """Build the data set of a recipe.
 
     Raises:
-        InputError: an argument is unknown or invalid, or the data is missing.
+        InputError: an argument is unknown or invalid, or the data is missing; an imported function fails, or returns
+            no `SplitDataset`.
     """
-    function = DATASETS[spec.name]
-    arguments = dict(spec.model_extra or {})
-    known = inspect.signature(function).parameters
-    for key in arguments:
-        if key not in known:
-            raise InputError(f"data {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
+    function, arguments = data_function(spec), dict(spec.model_extra or {})
     try:
-        return function(**arguments)
+        data = function(**arguments)
     except TypeError as error:
         raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {error}") from error
+    if not isinstance(data, SplitDataset):
+        raise InputError(f"data {spec.name!r} returned {type(data).__name__}, which is no sparing.data.SplitDataset")
+    return data
 
 
 def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
@@ -52,19 +53,21 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
         from_data: `model_arguments()` of the data set.
 
     Raises:
-        InputError: an argument is unknown or invalid, or the model does not accept inputs of this kind.
+        InputError: an argument is unknown or invalid, or the model does not accept inputs of this kind; an imported
+            function returns no module.
     """
-    function = MODELS[spec.name]
-    known = inspect.signature(function).parameters
+    own = spec.name not in MODELS
+    function: Callable[..., Any] = _imported(spec.name, "model") if own else MODELS[spec.name]
+    known = _check_arguments("model", spec, function)
     arguments = dict(spec.model_extra or {})
     for key in arguments:
-        if key not in known:
-            raise InputError(f"model {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
-        if key in DATA_ARGUMENTS:
+        if key in known and key in DATA_ARGUMENTS:
             raise InputError(f"model: {key!r} follows from the data; leave it out")
     for key, value in from_data.items():
         if key in known:
             arguments[key] = value
+        elif own:
+            continue  # resolve() compares the output with the number of classes
         elif key == "in_channels":  # models without this argument take color images
             if value != 3:
                 raise InputError(f"model {spec.name!r} takes images of 3 channels; the data has {value}")
@@ -75,53 +78,45 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
     if missing:
         raise InputError(f"model {spec.name!r} needs {missing[0]}, which the data does not have")
     try:
-        return function(**arguments)
-    except (TypeError, RuntimeError, ValueError) as error:
+        model = function(**arguments)
+    except (TypeError, RuntimeError, ValueError, MemoryError) as error:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is no torch.nn.Module")
+    return model
 
 
-def build_sparsifier(
-    recipe: Recipe, model: nn.Module, steps: int, input_size: tuple[int, ...] | None = None
-) -> Sparsifier | None:
-    """Sparsify the model by the method of the recipe, in place; return None if the recipe has no method.
+def _imported(path: str, kind: str) -> Callable[..., Any]:
+    found = import_object(path, kind)
+    if not callable(found):
+        raise InputError(f"{kind} {path!r} is {found!r}, which is no class or function")
+    return found  # type: ignore[no-any-return]
 
-    Args:
-        recipe: recipe of the run.
-        model: the dense model.
-        steps: length of the run in optimizer steps.
-        input_size: shape of a batch of one example, for a target in MACs.
-    """
+
+def _check_arguments(
+    kind: str, spec: ModelSection | DataSection, function: Callable[..., Any]
+) -> Mapping[str, inspect.Parameter]:
+    """Check that a function has the arguments of a section, and return its named parameters."""
+    try:
+        known = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some classes written in C have no signature
+        return {}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    known = {key: parameter for key, parameter in known.items() if parameter.kind not in variable}
+    for key in spec.model_extra or {}:
+        if key not in known and not takes_any:
+            raise InputError(f"{kind} {spec.name!r} has no argument {key!r}; {nearest(key, known)}")
+    return known
+
+
+def build_sparsifier(recipe: Recipe, model: nn.Module) -> Sparsifier | None:
+    """Sparsify the model by the method of a resolved recipe, in place; return None if the recipe has no method."""
     if recipe.method is None:
         return None
-    return sparsify_(model, build_method(recipe.method, input_size), recipe.select, steps)
-
-
-def warn_if_nothing_prunes(recipe: Recipe, steps_an_epoch: int) -> None:
-    """Warn if the weight decay of an STR run without a target is too small to prune any weight.
-
-    The loss only slows s down, so weight decay alone gives an upper bound on the final threshold. Values that suit a
-    large data set hardly move s on a small one, where a run has fewer steps.
-    """
-    method = build_method(recipe.method, input_size=(1,)) if recipe.method else None
-    if not isinstance(method, STR) or method.sparsity is not None or method.macs is not None:
-        return
-    spec, rates = recipe.optimizer, recipe.learning_rates(steps_an_epoch)
-    decay = spec.weight_decay if spec.threshold_weight_decay is None else spec.threshold_weight_decay
-    end = method.init * math.exp(-e_folds(rates, decay, recipe.momentum))
-    threshold = float(method.scale * MAPS[method.g](torch.tensor(end, dtype=torch.float64)))  # type: ignore[index]
-    if threshold >= LEAST_THRESHOLD:
-        return
-    try:
-        enough = f"{weight_decay_for(0.9, rates, recipe.momentum, -20.0):.2g} and method.init=-20"
-    except InputError:
-        enough = "more, over more steps than these"
-    warnings.warn(
-        f"nothing can be pruned: in the {len(rates)} steps of this run a weight decay of {decay:.3g} takes s from "
-        f"{method.init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. A sparsity of about 90 % takes "
-        f"optimizer.threshold_weight_decay={enough}. method.for_sparsity=0.9 chooses it (sparing.STR.for_schedule)",
-        SparsityWarning,
-        stacklevel=2,
-    )
+    assert recipe.resolved is not None, "resolve() the recipe first"
+    method = build_method(recipe.method, recipe.resolved.input_size)
+    return sparsify_(model, method, recipe.select, recipe.resolved.steps)
 
 
 def build_optimizer(spec: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class Evaluation:
     @property
     def top5_accuracy(self) -> float | None:
         return None if self.top5_correct is None else self.top5_correct / self.count
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the results in plain values."""
+        keys = ("accuracy", "top5_accuracy", "loss", "correct", "count")
+        return {key: getattr(self, key) for key in keys}
 
 
 @torch.no_grad()

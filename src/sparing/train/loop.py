@@ -1,30 +1,46 @@
 """The training loop."""
 
+import copy
 import math
+import random
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparing.data import SplitDataset
+from sparing.data import Batches, SplitDataset
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.sparsifier import Sparsifier
-from sparing.train.build import build_model, build_optimizer, build_sparsifier, warn_if_nothing_prunes
-from sparing.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from sparing.train.build import build_model, build_optimizer, build_sparsifier
+from sparing.train.checkpoint import (
+    checkpoint_exists,
+    digests,
+    load_newest,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
 from sparing.train.distributed import Ranks
 from sparing.train.evaluate import evaluate
+from sparing.train.interrupt import Interrupted, StopSignals
 from sparing.train.log import RunLog
 from sparing.train.recipe import Recipe
+from sparing.train.weights import load_weights
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+OPTIMIZER_STATE = {frozenset(names) for names in ((), ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))}
+"""Names of the state that the optimizers of recipes keep for a parameter."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +61,18 @@ class Fitted:
 def fit(
     recipe: Recipe, data: SplitDataset, ranks: Ranks, out: Path, console: Console, stop_after: int | None = None
 ) -> Fitted | None:
-    """Train a recipe, from the checkpoint of the run directory if there is one.
+    """Train a recipe, from the last checkpoint of the run directory if there is one.
 
-    After every epoch `checkpoint.pt` holds everything that the rest of the run depends on: model (weights, masks and
-    the count of steps), optimizer, loss scale, moving average, random state. `best.pt` holds the epoch with the highest
-    validation accuracy among those within half a percentage point of the highest sparsity so far; without that
-    condition an early, dense epoch would win.
+    `checkpoint.pt` holds everything that the rest of the run depends on: model (weights, thresholds, masks and the
+    count of steps), optimizer, loss scale, moving average, the position in the epoch and its sums so far, and the
+    state of the random generators of all ranks. It is written after every epoch, in between as the recipe says, and
+    when a signal asks to stop. A resumed run is equal to the last bit to one that was not stopped.
+
+    `best.pt` holds the epoch with the highest validation accuracy among those within half a percentage point of the
+    highest sparsity so far; without that condition an early, dense epoch would win.
 
     Args:
-        recipe: recipe of the run.
+        recipe: resolved recipe of the run.
         data: data set, on the device of this rank.
         ranks: all ranks; rank 0 writes the files. A run may be resumed with another number of ranks: the batches stay
             the same, and sums over them differ by rounding.
@@ -65,108 +84,177 @@ def fit(
         The trained model, or None if the run was stopped before its last epoch.
 
     Raises:
-        InputError: the loss is not finite; the last checkpoint is kept.
-        CheckpointError: the checkpoint cannot be read.
+        InputError: the loss is not finite; the ranks differ; a file cannot be written. The last checkpoint is kept.
+        CheckpointError: the checkpoint cannot be read, or does not fit the recipe.
+        Interrupted: a signal asked to stop; the state is saved.
     """
-    device = ranks.device
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, data.model_arguments()).to(device)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
-    validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
-    path = out / "checkpoint.pt"
-    saved = load_checkpoint(path) if path.exists() else None
-    schedule = recipe.schedule
-    steps = schedule.epochs * len(train)
-    if saved is not None:
-        # The number of batches may differ by one per epoch if the number of ranks has changed.
-        steps = saved.get("data", {}).get("steps", steps)
-    sparsifier = build_sparsifier(recipe, model, steps, data.input_size)
-    optimizer = build_optimizer(recipe.optimizer, model)
-    if sparsifier is not None:
-        sparsifier.attach(optimizer)
-    learning_rates = recipe.learning_rates(len(train))
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-    average = None
-    if recipe.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
-    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    if average is not None:
-        stateful["average"] = average
+    epochs = recipe.schedule.epochs
+    with StopSignals() as stop:
+        training = _Training(recipe, data, ranks, out, stop)
+        progress = training.progress
+        if training.resumed:
+            step = f", step {progress.step}" if progress.step else ""
+            console.print(f"continuing after epoch {progress.epoch} of {epochs}{step}")
+        log = RunLog(out, progress.epoch, recipe.tensorboard, console) if ranks.first else None
+        for epoch in range(progress.epoch + 1, min(epochs, progress.epoch + (stop_after or epochs)) + 1):
+            training.run_epoch(epoch, log)
+        if log:
+            log.close()
+    if progress.epoch < epochs:
+        return None
+    return Fitted(training.trained, progress.validation_accuracy, progress.seconds)
 
-    progress: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "best": None, "sparsest": 0.0, "validation_accuracy": 0.0}
-    if saved is None and ranks.first:
-        warn_if_nothing_prunes(recipe, len(train))
-    if saved is not None:
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: number of finished epochs.
+        step: number of batches that were taken in the epoch after them.
+        seconds: duration of the training so far.
+        epoch_seconds: duration of the epoch that is not finished, so far.
+        best: the epoch in `best.pt`.
+        sparsest: highest sparsity after an epoch so far.
+        validation_accuracy: accuracy after the last finished epoch; None without validation data.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    sparsest: float = 0.0
+    validation_accuracy: float | None = None
+
+    @classmethod
+    def read(cls, saved: dict[str, Any], epochs: int) -> "Progress":
+        """Return the progress that a checkpoint holds.
+
+        Raises:
+            ValueError: a value is missing, unknown or out of range.
+        """
         try:
-            for name, each in stateful.items():
-                each.load_state_dict(saved[name])
-            progress = saved["progress"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"checkpoint {path}: does not fit the recipe ({reason})") from error
-        console.print(f"continuing after epoch {progress['epoch']} of {schedule.epochs}")
-    parallel = ranks.wrap(model)
-    # Everything above must draw the same random numbers on every rank; what follows, such as dropout, must not.
-    if not ranks.first:
-        torch.manual_seed(recipe.seed + 1_000_003 * (ranks.rank + ranks.count * progress["epoch"]))
-    if saved is not None:
-        set_random_state(saved["random"], ranks.rank, device)
+            progress = cls(**saved)
+        except TypeError as error:
+            raise ValueError(f"progress: {error}") from error
+        for name, largest in (("epoch", epochs), ("step", None)):
+            value = getattr(progress, name)
+            if type(value) is not int or value < 0 or (largest is not None and value > largest):
+                raise ValueError(f"progress: {name} is {value!r}")
+        return progress
 
-    log = RunLog(out, progress["epoch"], recipe.tensorboard, console) if ranks.first else None
-    run_model: nn.Module = torch.compile(parallel) if recipe.compile else parallel  # type: ignore[assignment]
-    trained = model if average is None else average.module
-    clock = time.perf_counter() - progress["seconds"]
-    last = min(schedule.epochs, progress["epoch"] + (stop_after or schedule.epochs))
-    for epoch in range(progress["epoch"] + 1, last + 1):
-        train.epoch = epoch
-        rates = learning_rates[(epoch - 1) * len(train) : epoch * len(train)]
-        total_loss, examples = torch.zeros((), device=device), 0
-        began = time.perf_counter()
-        model.train()
-        batches = log.progress(train, epoch, schedule.epochs, recipe.data.batch_size) if log else train
+
+class _Training:
+    """Everything that a run trains with, in the state of the checkpoint if there is one.
+
+    Attributes:
+        model: the model.
+        trained: the model that is validated and tested: the moving average if the recipe has one.
+        progress: how far the run is.
+        resumed: whether there was a checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, data: SplitDataset, ranks: Ranks, out: Path, stop: StopSignals) -> None:
+        self.recipe, self.ranks, self.out = recipe, ranks, out
+        self._stop = stop
+        device = ranks.device
+        seed_all(recipe.seed)
+        model = build_model(recipe.model, data.model_arguments())
+        path = out / "checkpoint.pt"
+        self.resumed = checkpoint_exists(path)
+        if recipe.weights is not None and not self.resumed:
+            load_weights(model, Path(recipe.weights), recipe.resolved.weights_sha256 if recipe.resolved else None)
+        model = model.to(device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model
+        self.train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
+        self.validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
+        self.learning_rates = recipe.learning_rates(len(self.train))
+        self.sparsifier = build_sparsifier(recipe, model)
+        self.optimizer = build_optimizer(recipe.optimizer, model)
+        if self.sparsifier is not None:
+            self.sparsifier.attach(self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.average = None
+        if recipe.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+        self.trained: nn.Module = model if self.average is None else self.average.module
+        self.progress = Progress()
+        # Summed on the device: reading the loss at every step would synchronize with the GPU.
+        self._loss = torch.zeros((), device=device)
+        self._examples = 0
+
+        saved, used = load_newest(path) if self.resumed else ({}, path)
+        if self.resumed:
+            try:
+                self._restore(saved)
+            # Its checksum is right, so it was made by hand, or is of another run: any type of error is possible.
+            except Exception as error:
+                raise CheckpointError(f"checkpoint {used}: does not fit the recipe ({_reason(error)})") from error
+        if ranks.count > 1:
+            self._check_ranks()
+        if used != path and ranks.first:
+            used.replace(path)  # in place of the damaged one, which would otherwise be kept as the one before
+        parallel = ranks.wrap(model)
+        # Everything above must draw the same random numbers on every rank; what follows, such as dropout, must not.
+        if not ranks.first:
+            seed_all(recipe.seed + 1_000_003 * (ranks.rank + ranks.count * self.progress.epoch))
+        if self.resumed and ranks.rank < len(saved["ranks"]):
+            set_random_state(saved["ranks"][ranks.rank]["random"], device)
+        self._run_model: nn.Module = torch.compile(parallel) if recipe.compile else parallel  # type: ignore[assignment]
+        now = time.perf_counter()
+        self._began = now - self.progress.seconds
+        self._saved = now
+
+    def run_epoch(self, epoch: int, log: RunLog | None) -> None:
+        """Train the rest of an epoch, validate and save.
+
+        Raises:
+            InputError: the loss is not finite, or a file cannot be written.
+            Interrupted: a signal asked to stop; the state is saved.
+        """
+        recipe, progress, ranks = self.recipe, self.progress, self.ranks
+        epoch_began = time.perf_counter() - progress.epoch_seconds
+        self.model.train()
+        self.train.epoch, self.train.start = epoch, progress.step
+        rates = self.learning_rates[(epoch - 1) * len(self.train) : epoch * len(self.train)]
+        batches = log.progress(self.train, epoch, recipe.schedule.epochs, recipe.data.batch_size) if log else self.train
         # There are fewer batches than rates if no image of a batch can be read.
-        for batch, rate in zip(batches, rates, strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            # Summed on the device: reading the loss at every step would synchronize with the GPU.
-            total_loss += backward(run_model, batch, recipe, ranks, scaler, sparsifier)
-            examples += len(batch[-1])
-            if recipe.clip_grad_norm is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            if average is not None:
-                average.update_parameters(model)
+        for batch, rate in zip(batches, rates[progress.step :], strict=False):
+            self._take_step(batch, rate)
+            progress.step += 1
+            progress.epoch_seconds = time.perf_counter() - epoch_began
+            self._save_if_due(before_end=progress.step < len(self.train))
 
-        loss_sum, seen = ranks.sum(float(total_loss), examples)
-        speed = seen / (time.perf_counter() - began)
+        loss_sum, seen = ranks.sum(float(self._loss), self._examples)
+        speed = seen / (time.perf_counter() - epoch_began)
         train_loss = loss_sum / seen
         if not math.isfinite(train_loss):
             raise InputError(
                 f"the loss became {train_loss} in epoch {epoch}: lower optimizer.lr ({recipe.optimizer.lr:g}) or set "
-                "clip_grad_norm. The checkpoint of the previous epoch is kept"
+                "clip_grad_norm. The last checkpoint is kept"
             )
-        if sparsifier is not None:
-            if epoch == schedule.epochs:
+        if self.sparsifier is not None:
+            if epoch == recipe.schedule.epochs:
                 # The fp16 scaler may have skipped steps, and with them the last updates of masks or thresholds.
-                taken = sparsifier.step
-                sparsifier.finish()
-                if average is not None and sparsifier.step > taken:
-                    average.update_parameters(model)
-            sparsifier.warn_collapsed()
-        ranks.share_buffers(trained)
-        result = evaluate(trained, validation, ranks) if validation is not None else None
+                taken = self.sparsifier.step
+                self.sparsifier.finish()
+                if self.average is not None and self.sparsifier.step > taken:
+                    self.average.update_parameters(self.model)
+            self.sparsifier.warn_collapsed()
+        ranks.share_buffers(self.trained)
+        result = None
+        if self.validation is not None:
+            result = evaluate(self.trained, self._stoppable(self.validation), ranks)
         accuracy = None if result is None else result.accuracy
-        counts = report(trained)
-        progress |= {
-            "epoch": epoch,
-            "seconds": time.perf_counter() - clock,
-            "validation_accuracy": accuracy,
-        }
+        counts = report(self.trained)
+        sparsity = counts.total.sparsity
+        progress.epoch, progress.step, progress.epoch_seconds = epoch, 0, 0.0
+        progress.seconds = time.perf_counter() - self._began
+        progress.validation_accuracy = accuracy
+        self._loss, self._examples = torch.zeros((), device=ranks.device), 0
         if log:
             log.epoch(
                 {
@@ -175,37 +263,172 @@ def fit(
                     "train_loss": train_loss,
                     "validation_loss": None if result is None else result.loss,
                     "validation_accuracy": accuracy,
-                    "sparsity": counts.total.sparsity,
-                    "seconds": progress["seconds"],
+                    "sparsity": sparsity,
+                    "seconds": progress.seconds,
                     "examples_per_second": speed,
                     # Only batches read from files have these.
-                    "waited_seconds": getattr(train, "waited_seconds", 0.0),
-                    "skipped": len(getattr(train, "skipped", ())),
+                    "waited_seconds": getattr(self.train, "waited_seconds", 0.0),
+                    "skipped": len(getattr(self.train, "skipped", ())),
                     "layers": {r.name: {"threshold": r.threshold, "sparsity": r.sparsity} for r in counts.layers},
                 },
-                schedule.epochs,
+                recipe.schedule.epochs,
             )
-        candidate = {"epoch": epoch, "validation_accuracy": accuracy, "sparsity": counts.total.sparsity}
-        progress["sparsest"] = max(progress["sparsest"], counts.total.sparsity)
-        shape = {
-            "input_size": list(data.input_size),
-            "model_arguments": data.model_arguments(),
-            "steps": steps,
-        }
-        better = _is_better(candidate, progress["best"], progress["sparsest"])
+        candidate = {"epoch": epoch, "validation_accuracy": accuracy, "sparsity": sparsity}
+        progress.sparsest = max(progress.sparsest, sparsity)
+        better = _is_better(candidate, progress.best, progress.sparsest)
         if better:
-            progress["best"] = candidate
-        random = ranks.gather(random_state(device))
-        if ranks.first and better:
-            save_checkpoint(out / "best.pt", {"model": trained.state_dict(), "data": shape, "progress": progress})
-        if ranks.first:
-            states = {name: each.state_dict() for name, each in stateful.items()}
-            save_checkpoint(path, {**states, "data": shape, "progress": progress, "random": random})
-    if log:
-        log.close()
-    if progress["epoch"] < schedule.epochs:
-        return None
-    return Fitted(trained, progress["validation_accuracy"], progress["seconds"])
+            progress.best = candidate
+        self._save(better)
+        self._leave_if(ranks.max(self._stop.received)[0])
+
+    def _take_step(self, batch: tuple[Tensor, ...], rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        self._loss += backward(self._run_model, batch, self.recipe, self.ranks, self.scaler, self.sparsifier)
+        self._examples += len(batch[-1])
+        if self.recipe.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _save_if_due(self, before_end: bool) -> None:
+        """Save after a step if it is time to, or if a signal asked to stop. At the end of an epoch it is saved anyway.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is saved.
+        """
+        section = self.recipe.checkpoint
+        minutes = (time.perf_counter() - self._saved) / 60
+        by_steps = section.steps is not None and self._steps_taken % section.steps == 0
+        by_time = section.minutes is not None and minutes >= section.minutes
+        # Clocks and signals differ between ranks, and all must do the same.
+        due, signal = self.ranks.max(int(before_end and (by_steps or by_time)), self._stop.received)
+        if due or signal:
+            self._save()
+        self._leave_if(signal)
+
+    @property
+    def _steps_taken(self) -> int:
+        return self.progress.epoch * len(self.train) + self.progress.step
+
+    def _leave_if(self, signal: int) -> None:
+        if signal:
+            raise Interrupted(signal)
+
+    def _stoppable(self, batches: Batches) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the batches of an evaluation. One rank alone can leave it at once; it is repeated when the run goes on.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state before the evaluation is saved.
+        """
+        for batch in batches:
+            if self._stop.received and self.ranks.count == 1:
+                self._save()
+                raise Interrupted(self._stop.received)
+            yield batch
+
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint, and `best.pt` if the last epoch is the best so far."""
+        if self.ranks.count > 1:
+            self._check_ranks()
+        self.progress.seconds = time.perf_counter() - self._began
+        own = {
+            "random": random_state(self.ranks.device),
+            "loss": self._loss.cpu(),
+            "examples": self._examples,
+            "skipped": dict(getattr(self.train, "skipped", {})),
+        }
+        ranks = self.ranks.gather(own)
+        self.ranks.run_on_first(lambda: self._write(ranks, best))
+        self._saved = time.perf_counter()
+
+    def _write(self, ranks: list[dict[str, Any]], best: bool) -> None:
+        progress = vars(self.progress)
+        if best:
+            save_checkpoint(self.out / "best.pt", {"model": self.trained.state_dict(), "progress": progress})
+        states = {name: each.state_dict() for name, each in self._stateful().items()}
+        content = {**states, "progress": progress, "ranks": ranks}
+        save_checkpoint(self.out / "checkpoint.pt", content, self.recipe.checkpoint.keep)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Raises:
+            Exception: it is not a checkpoint of this recipe.
+        """
+        self.progress = Progress.read(saved["progress"], self.recipe.schedule.epochs)
+        before = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
+        _check_numbers(self.scaler.state_dict(), saved["scaler"])
+        for name, each in self._stateful().items():
+            each.load_state_dict(saved[name])
+        _check_optimizer(self.optimizer, before)
+        rank, count = self.ranks.rank, self.ranks.count
+        parts = saved["ranks"][rank::count]  # of several, if there are fewer ranks now
+        for part in parts:
+            self._loss = part["loss"].to(self._loss) if part is parts[0] else self._loss + part["loss"].to(self._loss)
+            self._examples += int(part["examples"])
+            getattr(self.train, "skipped", {}).update(part["skipped"])
+        if self._loss.shape != ():
+            raise ValueError(f"the loss has shape {tuple(self._loss.shape)}")
+        if rank < len(saved["ranks"]):
+            set_random_state(saved["ranks"][rank]["random"], self.ranks.device)
+
+    def _stateful(self) -> dict[str, Any]:
+        stateful: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return stateful if self.average is None else {**stateful, "average": self.average}
+
+    def _check_ranks(self) -> None:
+        """Check that weights, thresholds, masks and the clock are equal on all ranks; statistics of batches differ.
+
+        Raises:
+            InputError: they differ.
+        """
+        buffers = {name for name, _ in self.model.named_buffers()}
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in buffers}
+        self.ranks.check_same("weights or masks", digests(state))
+
+
+def seed_all(seed: int) -> None:
+    """Seed the random generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _check_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Check that a state of plain numbers has the keys of ours, and finite values."""
+    for name in ours | theirs:
+        value = theirs.get(name)
+        if name not in ours or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"scaler: {name} is {value!r}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    """Check what `Optimizer.load_state_dict` takes over unchecked: settings of the groups, shapes of the state."""
+    for group, ours in zip(optimizer.state_dict()["param_groups"], before, strict=True):
+        for name in ours | group:
+            if name != "lr" and (name not in group or name not in ours or group[name] != ours[name]):
+                raise ValueError(f"optimizer: {name} is {group.get(name)!r}, this run has {ours.get(name)!r}")
+    names: set[frozenset[str]] = set()
+    for parameter, state in optimizer.state.items():
+        names.add(frozenset(state))
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                raise ValueError(f"optimizer: {name} has shape {tuple(value.shape)}")
+            if not isinstance(value, Tensor) and value is not None:
+                raise ValueError(f"optimizer: {name} is {value!r}")
+    if names - OPTIMIZER_STATE:
+        raise ValueError(f"optimizer: its state has {', '.join(sorted(map(str, set().union(*names))))}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return (str(error) or type(error).__name__).splitlines()[-1].strip()
 
 
 def backward(

@@ -1,8 +1,5 @@
 """Recipes: all settings of a run, in one YAML file."""
 
-import copy
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sparing.data import DATASETS
 from sparing.errors import InputError, nearest
-from sparing.method import Method
-from sparing.methods import STR, find_method
+from sparing.imports import PATH
 from sparing.models import MODELS
-from sparing.patterns import NM, Block, Filters, Pattern, Unstructured
 from sparing.schedules import warmup_cosine, warmup_drops
+from sparing.train.method_section import check_method
+from sparing.train.reading import explain, override, read_mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -31,7 +28,11 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """`name` of `sparing.models`; the other keys are the arguments of that function."""
+    """`name` of `sparing.models`, or an import path such as `my_package.nets:MyNet`; the other keys are its arguments.
+
+    An imported class or function returns a module from inputs to logits. Of `num_classes`, `in_channels` and
+    `input_size` it receives those that it has as named arguments.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -40,11 +41,14 @@ class ModelSection(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _one_of(name, MODELS)
+        return _check_name(name, MODELS)
 
 
 class DataSection(Section):
-    """`name` of `sparing.data`; the other keys are the arguments of that function."""
+    """`name` of `sparing.data`, or an import path such as `my_package.data:load`; the other keys are its arguments.
+
+    An imported function returns a `sparing.data.SplitDataset`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -57,7 +61,7 @@ class DataSection(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _one_of(name, DATASETS)
+        return _check_name(name, DATASETS)
 
 
 class OptimizerSection(Section):
@@ -92,7 +96,7 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """Length of the run and learning rate schedule: linear warm-up, then a cosine to zero or drops."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=20, ge=1, le=100_000)
     warmup_epochs: NotNegative = 0
     update: Literal["step", "epoch"] = "step"
     """How often the learning rate changes; the STR paper changes it once per epoch."""
@@ -142,17 +146,36 @@ class CheckpointSection(Section):
     """Number of checkpoints to keep. If the newest one is damaged, a run continues from the one before it."""
 
 
+class ResolvedSection(Section):
+    """What a run depends on beside its settings, see `sparing.train.resolve`."""
+
+    steps: int = Field(ge=1)
+    """Length of the run in optimizer steps."""
+    input_size: Annotated[tuple[int, ...], Field(strict=False)]
+    """Shape of a batch of one example."""
+    model_arguments: dict[str, int]
+    """Arguments of the model that follow from the data."""
+    weights_sha256: str | None = None
+    """Checksum of the file of starting weights."""
+    versions: dict[str, str]
+    """Versions of Python, torch and sparing with which the run was started."""
+
+
 class Recipe(Section):
     """All settings of a run. The same recipe and commit give the same weights on the same machine."""
 
     model: ModelSection
     data: DataSection
+    weights: str | None = None
+    """File of starting weights, for fine-tuning: .safetensors, or a checkpoint of PyTorch with weights only. Its tensors
+    must have the names and shapes of the model before it is made sparse."""
     method: dict[str, Any] | None = None
     """`name` of `sparing.METHODS`, or an import path such as `my_package.methods:TopKAST`, and the arguments of the
-    method; left out for dense training. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`.
+    method; left out for dense training. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`; a
+    budget is a rule, a file, the name of a published budget, or a mapping from layer to sparsity.
 
     With `{name: str, for_sparsity: 0.9}`, `STR.for_schedule` chooses the weight decay of the thresholds for about
-    that sparsity at the end of the run; `init` may be given as well.
+    that sparsity at the end of the run; other arguments may be given as well.
     """
     select: list[str] | None = None
     """Names or shell patterns of the layers to sparsify; defaults to all layers with weights."""
@@ -180,13 +203,14 @@ class Recipe(Section):
     """Train the same recipe without its method first, in the folder `dense` of the run."""
     tensorboard: bool = True
     """Log to the folder `tensorboard` of the run, if the package is installed."""
+    resolved: ResolvedSection | None = None
+    """What follows from recipe and data, in the recipe.yaml of a run; `sparing train` computes it for a new run."""
 
     @field_validator("method")
     @classmethod
     def _check_method(cls, method: dict[str, Any] | None) -> dict[str, Any] | None:
-        if method is not None and "for_sparsity" not in method:
-            # The real input size follows from the data; errors that do not depend on it are found here.
-            build_method(method, input_size=(1,))
+        if method is not None:
+            check_method(method)
         return method
 
     @model_validator(mode="after")
@@ -197,8 +221,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_for_sparsity(self) -> "Recipe":
-        # Many steps, so that only errors that do not depend on the length of the run are found here.
-        self._settled([self.optimizer.lr] * 10**6)
+        chooses_decay = self.method is not None and "for_sparsity" in self.method
+        if chooses_decay and self.optimizer.threshold_weight_decay is not None:
+            raise ValueError("method.for_sparsity decides optimizer.threshold_weight_decay; leave one of them out")
         return self
 
     def learning_rates(self, steps_an_epoch: int) -> list[float]:
@@ -210,92 +235,13 @@ class Recipe(Section):
         """Momentum that acts on weight decay: that of SGD, and 0 for AdamW, whose weight decay is decoupled."""
         return self.optimizer.momentum if self.optimizer.name == "sgd" else 0.0
 
-    def settled(self, steps_an_epoch: int) -> "Recipe":
-        """Return the recipe with `for_sparsity` replaced by the init and weight decay that follow from it.
-
-        Raises:
-            InputError: the method is not STR; the weight decay is given as well; a value is out of
-                range, or the run is too short.
-        """
-        return self._settled(self.learning_rates(steps_an_epoch))
-
-    def _settled(self, rates: list[float]) -> "Recipe":
-        if self.method is None or "for_sparsity" not in self.method:
-            return self
-        spec = dict(self.method)
-        sparsity = spec.pop("for_sparsity")
-        if spec.get("name") != STR.name:
-            raise InputError(f"method: for_sparsity is for method 'str', not {spec.get('name')!r}; give sparsity")
-        if self.optimizer.threshold_weight_decay is not None:
-            raise InputError("method.for_sparsity decides optimizer.threshold_weight_decay; leave one of them out")
-        if spec.keys() & {"sparsity", "macs"}:
-            raise InputError("method: give for_sparsity, or a total (sparsity or macs), not both")
-        init = {"init": spec["init"]} if "init" in spec else {}
-        method, decay = STR.for_schedule(sparsity, rates, self.momentum, **init)
-        spec |= {"init": method.init}
-        build_method(spec, input_size=(1,))
-        optimizer = self.optimizer.model_copy(update={"threshold_weight_decay": float(f"{decay:.6g}")})
-        return self.model_copy(update={"method": spec, "optimizer": optimizer})
-
     def dense(self) -> "Recipe":
         """Return the same recipe without its method."""
         return self.model_copy(update={"method": None, "select": None, "dense_baseline": False})
 
     def to_yaml(self) -> str:
-        """Return the resolved recipe as YAML: every key, defaults filled in."""
+        """Return the recipe as YAML: every key, defaults filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-PATTERNS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "block": Block, "nm": NM, "filters": Filters}
-"""Patterns by the name that a recipe uses."""
-
-
-def build_method(spec: Mapping[str, Any], input_size: tuple[int, ...] | None = None) -> Method:
-    """Build the method that the section `method` of a recipe describes.
-
-    Args:
-        spec: name and arguments of the method.
-        input_size: shape of one input, for a target in MACs; `input_size` in the recipe itself takes precedence.
-
-    Raises:
-        InputError: the name is missing or unknown; an argument is missing, unknown or invalid.
-    """
-    arguments = dict(spec)
-    name = arguments.pop("name", None)
-    if not isinstance(name, str):
-        raise InputError("method needs a name, such as str or gmp; `sparing methods` lists them")
-    method = find_method(name)
-    fields = {field.name: field for field in dataclasses.fields(method) if field.init}
-    for key in arguments:
-        if key not in fields:
-            raise InputError(f"method {name!r} has no argument {key!r}; {nearest(key, fields)}")
-    missing = [key for key, field in fields.items() if key not in arguments and not _has_default(field)]
-    if missing:
-        raise InputError(f"method {name!r} needs {missing[0]}=")
-    if arguments.get("macs") is not None and "input_size" in fields:
-        arguments.setdefault("input_size", input_size)
-    if "pattern" in arguments:
-        arguments["pattern"] = _build_pattern(arguments["pattern"])
-    try:
-        return method(**arguments)
-    except TypeError as error:
-        raise InputError(f"method {name!r} cannot be built from {arguments}: {error}") from error
-
-
-def _has_default(field: "dataclasses.Field[Any]") -> bool:
-    return not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
-
-
-def _build_pattern(spec: Any) -> Pattern:
-    arguments = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
-    name = arguments.pop("name", None)
-    if not isinstance(name, str) or name not in PATTERNS:
-        raise InputError(f"method.pattern: unknown pattern {name!r}; {nearest(str(name), PATTERNS)}")
-    known = [field.name for field in dataclasses.fields(PATTERNS[name])]  # type: ignore[arg-type]
-    for key in arguments:
-        if key not in known:
-            raise InputError(f"method.pattern: {name!r} has no argument {key!r}; {nearest(str(key), known)}")
-    return PATTERNS[name](**arguments)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -324,100 +270,13 @@ def build_recipe(content: dict[str, Any], overrides: Sequence[str] = (), where: 
     Raises:
         InputError: a key, value or override is invalid, as for `load_recipe`.
     """
-    for override in overrides:
-        content = _override(content, override)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(override(content, overrides))
     except ValidationError as error:
         raise InputError(f"{where}: {explain(error, Recipe)}") from error
 
 
-def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        path: the file.
-        kind: "recipe" or "sweep", for error messages.
-
-    Raises:
-        InputError: the file is missing, not valid YAML, or does not hold a mapping.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{kind} {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{kind} {path}: is not a text file") from error
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{kind} {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(content).__name__}")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Loader that reads 1e-4 as a number; YAML 1.1 reads it as a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {override!r}: write key=value, such as optimizer.lr=0.05")
-    raw = copy.deepcopy(raw)
-    *parents, last = key.split(".")
-    section = raw
-    for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
-            raise InputError(f"--set {override!r}: {parent!r} is not a mapping")
-    try:
-        section[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
-    return raw
-
-
-def explain(error: ValidationError, root: type[Section]) -> str:
-    """Return all validation errors as one line, with the nearest known key for each unknown one.
-
-    Args:
-        error: raised by pydantic.
-        root: class that was validated.
-    """
-    return "; ".join(_explain(each, root) for each in error.errors())
-
-
-def _explain(error: Any, root: type[Section]) -> str:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        *parents, last = error["loc"]
-        return f"unknown key {where!r}; {nearest(str(last), _keys_at(root, parents))}"
-    if error["type"] == "missing":
-        return f"the key {where!r} is missing"
-    if error["type"] == "value_error":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _keys_at(root: type[Section], location: list[Any]) -> list[str]:
-    section: Any = root
-    for key in location:
-        section = section.model_fields[key].annotation
-    return list(section.model_fields)
-
-
-def _one_of(name: str, table: Mapping[str, Any]) -> str:
-    if name not in table:
-        raise InputError(f"unknown name {name!r}; {nearest(name, table)}")
+def _check_name(name: str, table: Mapping[str, Any]) -> str:
+    if name not in table and not PATH.fullmatch(name):
+        raise InputError(f"unknown name {name!r}; {nearest(name, table)}, or an import path module:Name")
     return name

@@ -1,0 +1,147 @@
+"""Read the YAML files of recipes and sweeps, and explain what is wrong with their values.
+
+A file may come from somebody else, so reading it executes nothing and takes no more memory than the file deserves:
+aliases (`*name`), which can unfold a short file into gigabytes, deep nesting and large files are refused.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sparing.errors import InputError, nearest
+
+MAX_BYTES = 2**22
+"""Maximum size of a file. The largest recipes hold a budget with one number per layer."""
+MAX_DEPTH = 20
+"""Maximum depth of nested mappings and lists."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader without aliases and deep nesting that reads 1e-4 as a number; YAML 1.1 reads it as a string."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError("aliases (*name) are not supported; write the values out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} nested levels")
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        ValueError: the text is not valid YAML, or holds what `_Loader` refuses; the message is one line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # Values such as impossible dates, and whole numbers of thousands of digits, raise errors of other types.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: the file.
+        kind: "recipe" or "sweep", for error messages.
+
+    Raises:
+        InputError: the file is missing, too large or not valid YAML, or does not hold a mapping.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{kind} {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{kind} {path}: is not a text file") from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{kind} {path}: is larger than {MAX_BYTES:,} bytes")
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{kind} {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(values).__name__}")
+    return values
+
+
+def override(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a mapping with changes applied in order.
+
+    Args:
+        content: keys and values.
+        changes: `key=value`; the key in dotted form, the value as YAML, such as `optimizer.lr=0.05`.
+
+    Raises:
+        InputError: a change has another form.
+    """
+    content = copy.deepcopy(content)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {change!r}: write key=value, such as optimizer.lr=0.05")
+        *parents, last = key.split(".")
+        section = content
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise InputError(f"--set {change!r}: {parent!r} is not a mapping")
+        try:
+            section[last] = parse_yaml(value)
+        except ValueError as error:
+            raise InputError(f"--set {change!r}: the value is not valid YAML") from error
+    return content
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Return all validation errors as one line, with the nearest known key for each unknown one.
+
+    Args:
+        error: raised by pydantic.
+        root: class that was validated.
+    """
+    return "; ".join(_explain(each, root) for each in error.errors())
+
+
+def _explain(error: Any, root: type[BaseModel]) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        *parents, last = error["loc"]
+        return f"unknown key {where!r}; {nearest(str(last), _keys_at(root, parents))}"
+    if error["type"] == "missing":
+        return f"the key {where!r} is missing"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _keys_at(root: type[BaseModel], location: list[Any]) -> list[str]:
+    section: Any = root
+    for key in location:
+        annotation = section.model_fields[key].annotation
+        # A section that may be left out has the type `Section | None`.
+        section = next((each for each in get_args(annotation) if each is not type(None)), annotation)
+    return list(section.model_fields)
