@@ -10,6 +10,7 @@ from torch import Tensor
 from sparing.errors import InputError
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Self = TypeVar("Self", bound="SplitDataset")
 
 
@@ -21,6 +22,9 @@ class Batches(Protocol):
 
     epoch: int
     """Set it before each pass: order and augmentation depend only on the seed and the epoch."""
+
+    start: int
+    """Set it before each pass: number of batches to leave out at the beginning; a resumed run has had them."""
 
     def __len__(self) -> int:
         """Return the number of batches per pass."""
@@ -69,6 +73,14 @@ class SplitDataset(ABC):
     @abstractmethod
     def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> Batches:
         """Return batches of a split in order, without augmentation; each example appears once over all ranks."""
+
+    def fingerprint(self) -> dict[str, object]:
+        """Return what tells this data from other data. All ranks must have the same."""
+        return {
+            **{f"{split} examples": self.size(split) for split in SPLITS},
+            **self.model_arguments(),
+            "input_size": self.input_size,
+        }
 
 
 def check_split(split: str) -> Split:

@@ -277,6 +277,7 @@ class TrainingSampler:
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, ranks: int) -> None:
         self.epoch = 0
+        self.start = 0
         self._count = count
         self._batch_size = batch_size
         self._seed = seed
@@ -291,7 +292,7 @@ class TrainingSampler:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(hash_seed(self._seed, epoch))
         order = torch.randperm(self._count, generator=generator)
-        for batch in order.split(self._batch_size)[: len(self)]:
+        for batch in order.split(self._batch_size)[self.start : len(self)]:
             yield [(epoch, index) for index in batch.tensor_split(self._ranks)[self._rank].tolist()]
 
 
@@ -305,7 +306,7 @@ class EvaluationSampler:
     """
 
     def __init__(self, count: int, rank: int, ranks: int) -> None:
-        self.epoch = 0
+        self.epoch = self.start = 0
         self._share = torch.arange(count).tensor_split(ranks)[rank]
 
     def __len__(self) -> int:

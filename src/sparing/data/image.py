@@ -244,6 +244,7 @@ class ImageBatches:
         self.rank = rank
         self.ranks = ranks
         self.epoch = 0
+        self.start = 0
         self._mean = torch.tensor(mean, device=device).reshape(-1, 1, 1)
         self._std = torch.tensor(std, device=device).reshape(-1, 1, 1)
 
@@ -259,7 +260,7 @@ class ImageBatches:
         offsets = torch.randint(0, 2 * self.shift + 1, (2, count), generator=generator) if self.shift else None
         flipped = torch.rand(count, generator=generator) < 0.5 if self.flip else None
         device = self.images.pixels.device
-        for batch in torch.arange(count).split(self.batch_size)[: len(self)]:
+        for batch in torch.arange(count).split(self.batch_size)[self.start : len(self)]:
             own = batch.tensor_split(self.ranks)[self.rank]
             if not len(own):  # possible in evaluation only
                 return

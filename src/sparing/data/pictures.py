@@ -70,6 +70,7 @@ class HasEpoch(Protocol):
     """Object that orders or augments examples depending on the epoch."""
 
     epoch: int
+    start: int
 
 
 class ImageLoader:
@@ -79,7 +80,7 @@ class ImageLoader:
 
     Args:
         batches: iterable of decoded batches, such as a `torch.utils.data.DataLoader`.
-        source: object whose `epoch` is set before each pass.
+        source: object whose `epoch` and `start` are set before each pass.
         steps: batches per pass.
         device: device of the batches.
         split: "train", "validation" or "test", for messages.
@@ -88,6 +89,7 @@ class ImageLoader:
 
     Attributes:
         epoch: epoch of the next pass; set it before each training pass.
+        start: number of batches that the next pass leaves out at the beginning.
         skipped: file name → reason, for every unreadable image so far.
         waited_seconds: time the last pass waited for the worker processes, in seconds. GPU work is asynchronous,
             so on a GPU this is an upper bound of its idle time.
@@ -124,6 +126,14 @@ class ImageLoader:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._source.epoch = epoch
+
+    @property
+    def start(self) -> int:
+        return self._source.start
+
+    @start.setter
+    def start(self, start: int) -> None:
+        self._source.start = start
 
     def __len__(self) -> int:
         return self._steps

@@ -116,6 +116,7 @@ class SequenceBatches:
         self.rank = rank
         self.ranks = ranks
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.sequences), self.batch_size)
@@ -126,7 +127,7 @@ class SequenceBatches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self.sequences)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in order.split(self.batch_size)[self.start : len(self)]:
             own = batch.tensor_split(self.ranks)[self.rank]
             if not len(own):  # possible in evaluation only
                 return

@@ -248,6 +248,7 @@ class TrainingShards(IterableDataset[DecodedBatch]):
     ) -> None:
         # In shared memory, so that persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._start = torch.zeros((), dtype=torch.int64).share_memory_()
         self._shards = shards
         self._sizes = sizes
         self._transform = transform
@@ -266,20 +267,32 @@ class TrainingShards(IterableDataset[DecodedBatch]):
     def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
+    @property
+    def start(self) -> int:
+        return int(self._start)
+
+    @start.setter
+    def start(self, start: int) -> None:
+        self._start.fill_(start)
+
     def __iter__(self) -> Iterator[DecodedBatch]:
         return errors_as_batches(self._batches())
 
     def _batches(self) -> Iterator[DecodedBatch]:
         worker, workers = _worker()
-        epoch = self.epoch
+        epoch, start = self.epoch, self.start
+        # The DataLoader takes batches from its workers in turn, beginning with the first one.
+        worker = (worker + start) % workers
         generator = torch.Generator().manual_seed(hash_seed(self._seed, epoch))
         order = torch.randperm(len(self._shards), generator=generator).tolist()
         own = [self._shards[index] for index in order][self._rank :: self._ranks][worker::workers]
         samples = self._samples(own, epoch, random.Random(hash_seed(self._seed, epoch, self._rank, worker)))
         examples = decode_samples(samples, self._transform, self._num_classes, self._max_replacements)
-        # The DataLoader takes batches from its workers in turn.
-        for size in self._sizes[worker::workers]:
-            yield collate(list(itertools.islice(examples, size)))
+        for number in range(worker, len(self._sizes), workers):
+            # Decoded also if it is left out: which examples replace unreadable ones depends on it.
+            batch = collate(list(itertools.islice(examples, self._sizes[number])))
+            if number >= start:
+                yield batch
 
     def _samples(self, shards: list[str], epoch: int, rng: random.Random) -> Iterator[Sample]:
         """Repeat the shuffled examples of the shards forever, each with the seed of its augmentation."""
@@ -306,7 +319,7 @@ class EvaluationShards(IterableDataset[DecodedBatch]):
     """
 
     def __init__(self, shards: list[str], transform: Transform, num_classes: int) -> None:
-        self.epoch = 0
+        self.epoch = self.start = 0
         self._shards = shards
         self._transform = transform
         self._num_classes = num_classes
