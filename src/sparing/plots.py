@@ -85,25 +85,6 @@ def latency_bars(groups: Mapping[str, Mapping[str, tuple[float, float, float, st
     return figure
 
 
-def pareto_front(points: Sequence[tuple[float, float]], front: Sequence[tuple[float, float]], cost: str) -> "Figure":
-    """Plot cost against validation accuracy for the trials of a sweep, with the Pareto front as steps.
-
-    Args:
-        points: cost and validation accuracy in [0, 1] of each trial.
-        front: the points of the Pareto front, in order of increasing cost.
-        cost: "nonzero" or "macs".
-    """
-    figure = _figure()
-    axes = figure.subplots()
-    costs, accuracies = zip(*points, strict=True)
-    axes.scatter(costs, accuracies, color=_shade(1, 2), label="trials")
-    costs, accuracies = zip(*front, strict=True)
-    axes.step(costs, accuracies, where="post", color=_shade(0, 2), marker="o", label="Pareto front")
-    axes.set(xlabel=AXIS_LABELS[cost], ylabel="validation accuracy", xscale="log")
-    axes.legend(frameon=False)
-    return figure
-
-
 def _figure() -> "Figure":
     # pyplot would keep every figure in a global list.
     from matplotlib.figure import Figure
