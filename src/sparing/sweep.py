@@ -1,0 +1,302 @@
+"""Hyperparameter sweeps: train one recipe with many settings and find the Pareto front.
+
+A sweep is an Optuna study that minimizes the nonzero weights or the MACs and maximizes the validation accuracy. Any
+number of workers (processes) share the study's database, and train each trial in its own run directory. Workers send
+heartbeats to the database; if they stop, the next free worker continues the trial. Requires `sparing[sweep]`.
+"""
+
+import functools
+import json
+import socket
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError
+from rich.console import Console
+
+from sparing.errors import InputError
+from sparing.files import atomic_write, write_text
+from sparing.plots import AXIS_LABELS
+from sparing.train.build import build_data
+from sparing.train.distributed import from_torchrun
+from sparing.train.reading import explain, read_mapping
+from sparing.train.recipe import DataSection, Recipe, Section, build_recipe
+from sparing.train.resolve import differing_keys, resolve, what_is_computed
+from sparing.train.training import train_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from optuna import Study
+    from optuna.trial import BaseTrial, FrozenTrial, Trial
+
+HEARTBEAT_INTERVAL = 30
+"""Seconds between two heartbeats of a worker. After four missed heartbeats its trial is given to another worker."""
+MAX_RETRIES = 2
+"""How often a trial is tried again after its worker died."""
+POLL_INTERVAL = 5
+"""Seconds between two checks of the trials of other workers, if no trial is left to start."""
+
+# The database stores every parameter as a double, which holds integers up to 2**53 exactly.
+Number = Annotated[int | float, Field(ge=-(2**53), le=2**53)]
+
+
+class Range(Section):
+    """Search range with inclusive bounds. It holds integers if `low`, `high` and `step` are integers."""
+
+    low: Number
+    high: Number
+    log: bool = False
+    """Sample uniformly on a logarithmic scale."""
+    step: Number | None = None
+    """Restrict the values to `low`, `low + step`, `low + 2 * step`, ..."""
+
+
+# With a discriminator, because pydantic reports an error in a plain union once for each of its types.
+Space = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[list[JsonValue], Tag("list"), Field(min_length=1)],
+    Discriminator(lambda space: "list" if isinstance(space, list) else "range"),
+]
+
+
+class Sweep(Section):
+    """Recipe, search space and objective of a sweep."""
+
+    recipe: dict[str, Any]
+    """The recipe. A sweep file may give its path instead, relative to the sweep file."""
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+    """Recipe keys, in dotted form, and the values they have in every trial."""
+    search: dict[str, Space] = Field(min_length=1)
+    """Recipe keys to search, in dotted form, each with a range or a list of values."""
+    objective: Literal["nonzero", "macs"] = "nonzero"
+    """Cost to minimize: nonzero weights or MACs."""
+    trials: int = Field(default=20, ge=1)
+    """Total number of trials of all workers."""
+
+    def recipe_of(self, trial: "BaseTrial") -> Recipe:
+        """Return the recipe of a trial: the values that Optuna suggests, and no dense baseline."""
+        changes = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
+        for key in sorted(self.search, key=lambda key: key.count(".")):  # `method` would overwrite `method.init`
+            space = self.search[key]
+            if isinstance(space, list):  # as text, because Optuna's choices are scalars
+                value: Any = trial.suggest_categorical(key, [json.dumps(choice) for choice in space])
+            elif all(isinstance(number, int) for number in (space.low, space.high, space.step or 1)):
+                value = trial.suggest_int(key, **space.model_dump(exclude_none=True))
+            else:
+                value = trial.suggest_float(key, **space.model_dump())
+            changes.append(f"{key}={value}")
+        return build_recipe(self.recipe, [*changes, "dense_baseline=false"], "recipe of the sweep")
+
+    def check(self) -> dict[str, Any]:
+        """Check that both ends of every range and every listed value can be trained, without training anything.
+
+        Returns:
+            The settings that must be equal for all trials of a study.
+
+        Raises:
+            InputError: a value cannot be trained with the first value of all other keys.
+        """
+        from optuna.trial import FixedTrial
+
+        build = functools.cache(lambda section: build_data(DataSection.model_validate_json(section)))
+        ends = {
+            key: [space.low, space.high] if isinstance(space, Range) else [json.dumps(choice) for choice in space]
+            for key, space in self.search.items()
+        }
+        first = {key: values[0] for key, values in ends.items()}
+        for key, value in [(key, value) for key, values in ends.items() for value in values]:
+            try:
+                recipe = self.recipe_of(FixedTrial(first | {key: value}))
+                data = build(recipe.data.model_dump_json())
+                resolve(recipe, data)
+                if not data.size("validation"):
+                    raise InputError(f"data {recipe.data.name!r} has no validation set to compare trials with")
+            except ValueError as error:  # an InputError, or Optuna refuses the range
+                raise InputError(f"search.{key} = {value}: {error}") from error
+        computed = what_is_computed(self.recipe_of(FixedTrial(first)))
+        return {**self.model_dump(mode="json", include={"search", "objective"}), "recipe": computed}
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep from a YAML file; raise `InputError` if it or its recipe file is not valid."""
+    content = read_mapping(path, "sweep")
+    if isinstance(content.get("recipe"), str):
+        content["recipe"] = read_mapping(Path(path).parent / content["recipe"], "recipe")
+    try:
+        return Sweep.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"sweep {path}: {explain(error, Sweep)}") from error
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | Path,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    console: Console | None = None,
+) -> "pd.DataFrame":
+    """Run trials of a sweep until all trials are finished, including those of other workers.
+
+    Args:
+        sweep: recipe, search space and objective.
+        out: the study directory. Its last component is the name of the study in the database.
+        storage: URL of the database. None uses the SQLite file `study.db` in the study directory.
+        trials: total number of trials; replaces the sweep's own number.
+        console: console to print to; None prints nothing.
+
+    Returns:
+        Optuna's dataframe of the trials, as in `trials.csv`. Its column "front" is True on the Pareto front.
+
+    Raises:
+        InputError: Optuna is not installed; a value of the search space cannot be trained; the database
+            cannot be reached, or contains a study of another sweep under this name.
+
+    Reference: multi-objective tree-structured Parzen estimator; Akiba et al., "Optuna", KDD 2019.
+    """
+    if from_torchrun():
+        raise InputError("sweeps do not run under torchrun: start `sparing sweep` once for each GPU")
+    try:
+        import optuna
+        import pandas as pd  # noqa: F401 - Optuna's dataframe
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError as error:
+        raise InputError("sweeps require Optuna and pandas: pip install 'sparing[sweep]'") from error
+    out, identity, verbosity = Path(out), sweep.check(), optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the worker prints the same information
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            out.mkdir(parents=True, exist_ok=True)
+            study = _open_study(out, storage or f"sqlite:///{out.resolve() / 'study.db'}", sweep, identity)
+            return _work(study, out, sweep, trials or sweep.trials, console or Console(quiet=True))
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        raise InputError(f"the database of {out}: {_first_line(error.__cause__ or error)}") from error
+    except OSError as error:
+        raise InputError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _open_study(out: Path, url: str, sweep: Sweep, identity: dict[str, Any]) -> "Study":
+    """Create the study that is named after the directory, or open it and check that it belongs to the sweep."""
+    import optuna
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy import NullPool
+    from sqlalchemy.exc import ArgumentError, DBAPIError
+
+    # Without a pool, because an idle connection can time out during a long trial.
+    options = {"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
+    for last_try in (False, False, False, False, True):
+        try:
+            storage = RDBStorage(
+                url, options, heartbeat_interval=HEARTBEAT_INTERVAL, grace_period=4 * HEARTBEAT_INTERVAL,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+            )  # fmt: skip
+            break
+        except DBAPIError:  # another worker may create the tables at the same time
+            if last_try:
+                raise
+            time.sleep(0.5)
+        except (ArgumentError, ImportError, RuntimeError) as error:
+            raise InputError(
+                f"--storage: {_first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
+                "(pip install 'psycopg[binary]')"
+            ) from error
+    study = optuna.create_study(
+        storage=storage, study_name=out.resolve().name, directions=["minimize", "maximize"], load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(constant_liar=True),  # avoids the settings that other workers are trying
+    )  # fmt: skip
+    if different := differing_keys(study.user_attrs.get("sweep", identity), identity):
+        raise InputError(
+            f"{out} contains a study of another sweep (they differ in {', '.join(different)}); "
+            "choose another directory with --out"
+        )
+    study.set_user_attr("sweep", identity)
+    study.set_metric_names([sweep.objective, "validation_accuracy"])
+    return study
+
+
+class _SurplusTrialError(Exception):
+    """Raised for a trial that exceeds the total because another worker started the last one at the same time."""
+
+
+def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console) -> "pd.DataFrame":
+    """Run trials until none is left, then wait for other workers and take over the trials of dead ones."""
+    from optuna import TrialPruned
+    from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
+
+    # A failed trial does not count: its worker died or was interrupted, and another trial takes its place.
+    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING)
+
+    def states() -> list[TrialState]:
+        return [trial.state for trial in study.get_trials(deepcopy=False)]
+
+    def train(trial: "Trial") -> tuple[float, float]:
+        run = trial.user_attrs.get("run", trial.number)  # a trial that is tried again has that of its first attempt
+        if run == trial.number and sum(state in counted for state in states()[:run]) >= total:
+            raise _SurplusTrialError
+        trial.set_user_attr("run", run)
+        trial.set_user_attr("host", socket.gethostname())
+        try:
+            metrics = train_run(sweep.recipe_of(trial), out / "trials" / f"{run:04d}", resume=True)
+        except (InputError, torch.OutOfMemoryError) as error:
+            # Pruned instead of failed, because the sampler learns from pruned trials.
+            trial.set_user_attr("error", f"{type(error).__name__}: {_first_line(error)}")
+            raise TrialPruned from error
+        except KeyboardInterrupt:
+            RetryHeartbeatStaleTrialCallback()(study, study.get_trials()[trial.number])
+            raise
+        assert metrics is not None
+        for key in ("sparsity", "weights", "nonzero", "macs", "seconds"):  # the test accuracy must not select a trial
+            trial.set_user_attr(key, metrics[key])
+        return metrics[sweep.objective], metrics["validation_accuracy"]
+
+    def show(study: "Study", trial: "FrozenTrial") -> None:
+        if trial.values:
+            result = f"{sweep.objective} {trial.values[0]:,.0f}  validation accuracy {100 * trial.values[1]:.2f} %"
+        else:
+            result = trial.user_attrs.get("error", "not trained, because another worker started the last trial")
+        console.print(f"trial {trial.number}: {result}", highlight=False, soft_wrap=True)
+        _write_results(study, out)
+
+    while True:
+        fail_stale_trials(study)
+        if TrialState.WAITING in states() or sum(state in counted for state in states()) < total:
+            try:
+                study.optimize(train, callbacks=[show, MaxTrialsCallback(total, counted)], catch=_SurplusTrialError)
+            except ValueError as error:
+                if not str(error).startswith("Cannot tell"):
+                    raise
+                console.print("trial taken over by another worker, because this worker missed its heartbeats")
+        elif TrialState.RUNNING in states():
+            time.sleep(POLL_INTERVAL)
+        else:
+            return _write_results(study, out)
+
+
+def _write_results(study: "Study", out: Path) -> "pd.DataFrame":
+    """Write the table and the figure of all trials, and return the table. Every worker writes the same files."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+    from optuna.visualization.matplotlib import plot_pareto_front
+
+    front = [trial.number for trial in study.best_trials]
+    table = study.trials_dataframe(attrs=("number", "state", "values", "user_attrs", "params"))
+    table.insert(2, "front", table["number"].isin(front))
+    write_text(out / "trials.csv", table.to_csv(index=False))
+    if front:
+        with mpl.rc_context(), atomic_write(out / "front.png") as temporary:  # Optuna sets a style
+            names = [AXIS_LABELS.get(name, name.replace("_", " ")) for name in study.metric_names or ()]
+            plot_pareto_front(study, target_names=names).set(xscale="log", title="")
+            plt.savefig(temporary, format="png", dpi=120)
+            plt.close()
+    return table
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
