@@ -7,9 +7,10 @@ by torchrun is the only rank of its run, and nothing here communicates.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.train.build import pick_device
+from sparing.train.watch import Watch
 
 Value = TypeVar("Value")
 
@@ -30,11 +32,13 @@ class Ranks:
         device: device of this process.
         rank: number of this process, from 0. Rank 0 writes the run directory.
         count: number of ranks.
+        watch: finds a rank that stopped; None if this process is the only one.
     """
 
     device: torch.device
     rank: int = 0
     count: int = 1
+    watch: Watch | None = None
 
     @property
     def first(self) -> bool:
@@ -47,9 +51,36 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place."""
-        if self.count > 1:
+        if self._enter():
             dist.all_reduce(tensor)
         return tensor
+
+    def max(self, *numbers: int) -> list[int]:
+        """Return the maximum of each number over all ranks."""
+        if not self._enter():
+            return list(numbers)
+        tensor = torch.tensor(numbers)  # on the CPU, so that no rank waits for its GPU
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def check_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Check that all ranks have the same values.
+
+        Args:
+            what: what the values are, for the message.
+            values: values by name.
+
+        Raises:
+            InputError: they differ. It is raised on every rank, and names the first difference.
+        """
+        first, *others = self.gather(dict(values))
+        for rank, theirs in enumerate(others, start=1):
+            for key in first | theirs:
+                if first.get(key) != theirs.get(key):
+                    raise InputError(
+                        f"the ranks have different {what}: {key} is {first.get(key)!r} on rank 0 and "
+                        f"{theirs.get(key)!r} on rank {rank}; start all ranks with the same files and options"
+                    )
 
     def run_on_first(self, function: Callable[[], Value]) -> Value:
         """Call a function on rank 0 only, and return its result on every rank.
@@ -57,7 +88,7 @@ class Ranks:
         Raises:
             InputError: the function raised it; it is raised on every rank.
         """
-        if self.count == 1:
+        if not self._enter():
             return function()
         result: list[Any] = [None, None]
         if self.first:
@@ -73,7 +104,7 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in the order of the ranks, on every rank."""
         values: list[Any] = [value] * self.count
-        if self.count > 1:
+        if self._enter():
             dist.all_gather_object(values, value)
         return values
 
@@ -92,17 +123,24 @@ class Ranks:
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
         """Copy the buffers of rank 0, such as the statistics of batch normalization, to all ranks."""
-        if self.count > 1:
+        if self._enter():
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def _enter(self) -> bool:
+        """Count the collective operation that is about to begin, and return whether there are several ranks."""
+        if self.watch is not None:
+            self.watch.entered += 1
+        return self.count > 1
+
 
 @contextmanager
-def join(device: str) -> Iterator[Ranks]:
+def join(device: str, timeout: float = 300.0) -> Iterator[Ranks]:
     """Join the ranks that torchrun started; a process started without it is the only rank.
 
     Args:
         device: `device` of the recipe; "auto" gives each rank of a host its own GPU, or the CPU to all of them.
+        timeout: seconds after which the run ends if a rank stops; `rank_timeout` of the recipe.
 
     Raises:
         InputError: the device is not available, or a host has more ranks than GPUs.
@@ -117,12 +155,19 @@ def join(device: str) -> Iterator[Ranks]:
             raise InputError(f"rank {local} of this host has no GPU: the host has {gpus}; lower --nproc-per-node")
         own = torch.device("cuda", local)
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    # Longer than the watch waits, which names the rank. Small values are exchanged by gloo, without the GPU.
+    limit = timedelta(seconds=max(1800.0, 2 * timeout))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=limit)
+    rank, count = dist.get_rank(), dist.get_world_size()
+    watch = Watch(rank, count, timeout) if count > 1 else None
+    failed = True
     try:
-        yield Ranks(own, dist.get_rank(), dist.get_world_size())
+        yield Ranks(own, rank, count, watch)
         dist.barrier()
+        failed = False
     finally:
-        dist.destroy_process_group()
+        if watch is None or watch.leave(failed):
+            dist.destroy_process_group()
 
 
 def is_first_process() -> bool:
