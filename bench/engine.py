@@ -123,6 +123,8 @@ def efficientnet_lite0(rule, sparsity):
 
 def trained(run):
     """Return the network of a finished run."""
+    from sparing.train.run import load_run
+
     opened = Run.open(run)
     return opened.model("dense"), opened.resolved.input_size
 
