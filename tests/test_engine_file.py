@@ -16,8 +16,8 @@ import sparing
 from sparing.engine import file as module
 from sparing.engine.file import KEY, VERSION, load, save
 from sparing.engine.library import library
-from sparing.engine.plan import Count
 from sparing.engine.program import Call, Constant, Program, Ref
+from sparing.engine.shapes import Count
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import sparing
 from sparing.engine.library import library
-from sparing.engine.plan import Affine, Convolution, Copy, Count, Images, Matrix, Mean, Port, Segment, Window
+from sparing.engine.operations import Affine, Convolution, Copy, Mean
+from sparing.engine.segment import Port, Segment
+from sparing.engine.shapes import Count, Images, Matrix, Window
 from sparing.export.inputs import find_inputs
 from sparing.export.network import max_relative_error, outputs
 
@@ -665,14 +667,14 @@ IMAGES = Images(Count(1, True), 2, 4, 4)
         (lambda: segment(lambda o: replace(o, activation="elu")), "activation must be one of"),
         (lambda: segment(lambda o: replace(o, window=Window((3, 3)))), "makes 2x2 pixels"),
         (lambda: segment(lambda o: Affine(output=1, input=0, scale=torch.ones(3))), "scale must be"),
-        (lambda: segment(lambda o: Mean(output=1, input=0)), "the mean of"),
+        (lambda: segment(lambda o: Mean(output=1, input=0)), "the mean must have shape Matrix"),
         (lambda: segment(lambda o: Copy(output=1, input=0, input_first=1, output_first=0, channels=2)), "are not in"),
         (lambda: segment(lambda o: Copy(output=1, input=0, input_first=0, output_first=0, channels=1)), "is not writ"),
         (lambda: segment(tensors=(IMAGES, Matrix(Count(1, True), 2))), "not Matrix"),
         (lambda: segment(inputs=(Port(0, False, (Count(2),)),)), "cannot be Images"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),
         (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),
-        (lambda: Matrix(Count(1), 2**31), "channels must be an integer in"),
+        (lambda: Matrix(Count(1), 2**24 + 1), "channels must be an integer in"),
     ],
 )  # fmt: skip
 def test_segments_check_themselves(wrong, message):

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparing.engine import plan as engine
-from sparing.engine.plan import Count, Images, Matrix, Plans, Port, Segment, Window
+from sparing.engine import operations as engine
+from sparing.engine.plan import Plans
+from sparing.engine.segment import Port, Segment
+from sparing.engine.shapes import Count, Images, Matrix, Window
 from tolerance import tolerance
 
 ACTIVATIONS = {

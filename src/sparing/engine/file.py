@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_unflatten
 
 from sparing.engine.library import library
 from sparing.engine.module import Engine, check_threads
-from sparing.engine.plan import OPERATIONS, Count, Images, Matrix, Operation, Port, Segment, Shape, Window
+from sparing.engine.operations import OPERATIONS, Operation
 from sparing.engine.program import INTEGER_FUNCTIONS, Call, Constant, Input, Program, Ref, Run, find_function
+from sparing.engine.segment import Port, Segment
+from sparing.engine.shapes import Count, Images, Matrix, Shape, Window
 from sparing.errors import InputError, SparsityWarning
 from sparing.files import atomic_write
 
@@ -56,8 +58,6 @@ REFUSED = re.compile(
     r"|to_mkldnn|to_sparse|sparse_|rename|fused_"
 )
 """Beginning of the names of operators that read files or memory, or make other tensors than dense ones on the CPU."""
-
-OPERATION_NAMES = {kind.__name__: kind for kind in OPERATIONS}
 
 
 def save(engine: Engine, path: str | Path) -> Path:
@@ -353,7 +353,7 @@ def _decode_segment(encoded: Any, prefix: str, tensors: dict[str, Tensor]) -> Se
     """Return a segment. Its tensors are removed from `tensors`."""
     operations: list[Operation] = []
     for number, given in enumerate(_checked(encoded["operations"], list)):
-        kind = OPERATION_NAMES[given["operation"]]
+        kind = OPERATIONS[given["operation"]]
         values = {}
         for field in fields(kind):
             value = given[field.name]

@@ -8,21 +8,23 @@
 """
 
 import inspect
-import math
-import operator
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
-from sparing.engine.lower import Lowering, count, sizes
-from sparing.engine.plan import Affine, Binary, Convolution, Count, Depthwise, Images, Operation, Port, Segment, Shape
+from sparing.engine.fuse import fuse
+from sparing.engine.lowering.lowering import Lowering, count, sizes
+from sparing.engine.lowering.rules import RULES
+from sparing.engine.operations import Convolution, Operation
 from sparing.engine.program import INTEGER_FUNCTIONS, Call, Constant, Input, Program, Ref, Run, find_constants
+from sparing.engine.segment import Port, Segment
+from sparing.engine.shapes import Count, Images, Shape
+from sparing.engine.simplify import simplify
 from sparing.errors import InputError
 from sparing.export.inputs import Inputs
 from sparing.export.network import first_line
@@ -33,15 +35,6 @@ aten = torch.ops.aten
 NOTHING_SPARSE = "no convolution or linear layer next to it"
 FOLDED = 2**20
 """Maximum number of elements of a constant that is computed when compiling, unless it is as small as its inputs."""
-
-IDENTITIES = (
-    aten.alias, aten.clone, aten.contiguous, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.dropout,
-    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand,
-)  # fmt: skip
-"""Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
-
-CHECKS = ("_assert", "sym_constrain_range")
-"""Operators that check sizes. The engine checks its inputs itself."""
 
 
 def build(network: nn.Module, inputs: Inputs) -> tuple[Program, Inputs, tuple[list[Any], Any]]:
@@ -86,20 +79,17 @@ class _Builder:
     """
 
     def __init__(self, exported: "torch.export.ExportedProgram"):
-        module = exported.graph_module
-        _inline_regions(module)
-        self.graph = module.graph
+        self.graph = exported.graph_module.graph
         self.constants: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.placeholders: list[fx.Node] = []
-        self._read_signature(exported, module)
-        _simplify(self.graph)
-        _match_formulas(self.graph)
+        self._read_signature(exported)
+        simplify(self.graph)
         self._fold_constants()
         self.graph.eliminate_dead_code()
         self.counts = {node: size for node in self.graph.nodes if (size := count(node.meta.get("val"))) is not None}
 
-    def _read_signature(self, exported: "torch.export.ExportedProgram", module: fx.GraphModule) -> None:
+    def _read_signature(self, exported: "torch.export.ExportedProgram") -> None:
         """Sort the placeholders into constants and inputs."""
         signature = exported.graph_signature
         for spec in signature.output_specs:
@@ -121,8 +111,6 @@ class _Builder:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 name = node.target.name()
                 raise InputError(f"the model has control flow ({name}), which the engine does not support")
-            if node.op == "get_attr" and isinstance(value := getattr(module, str(node.target), None), Tensor):
-                self._set_constant(node, value, str(node.target))
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         kept = [
             argument
@@ -212,7 +200,7 @@ class _Builder:
         """Lower the graph. Return the nodes that the outputs need, too, without constants and sizes."""
         excluded: dict[fx.Node, str] = {}
         while True:
-            lowering = Lowering(self.constants, excluded)
+            lowering = Lowering(RULES, self.constants, excluded)
             for node in self.graph.nodes:
                 if node in self.constants or node in self.counts or node.op == "output":
                     continue
@@ -311,215 +299,6 @@ def _without_convolution(lowering: Lowering, nodes: Sequence[fx.Node]) -> list[f
         if any(isinstance(operation, Convolution) for operation in lowering.lowered[node].operations)
     }
     return [node for node in nodes if root(node) not in sparse]
-
-
-def fuse(operations: Sequence[Operation], outputs: set[int], shapes: Sequence[Shape]) -> list[Operation]:
-    """Fuse batch norm, sums and activations into the operation before them.
-
-    Args:
-        operations: in the order of execution.
-        outputs: tensors that are read outside.
-        shapes: shape of each tensor.
-    """
-    fused = list(operations)
-    while (pair := _find_pair(fused, outputs, shapes)) is not None:
-        before, after, operation = pair
-        fused[after] = operation
-        del fused[before]
-    return fused
-
-
-def _find_pair(
-    operations: Sequence[Operation], outputs: set[int], shapes: Sequence[Shape]
-) -> tuple[int, int, Operation] | None:
-    """Return the positions of two operations that are one operation, and that one; or None."""
-    uses = Counter(tensor for operation in operations for tensor in operation.reads)
-    producers = {operation.output: position for position, operation in enumerate(operations)}
-    for after, operation in enumerate(operations):
-        if not isinstance(operation, (Affine, Binary)):
-            continue
-        tensors = [t for t in set(operation.reads) if t in producers and uses[t] == 1 and t not in outputs]
-        for tensor in sorted(tensors, key=producers.__getitem__, reverse=True):
-            before = operations[producers[tensor]]
-            if isinstance(operation, Affine):
-                merged = _with_affine(before, operation)
-            else:
-                merged = _with_sum(before, operation, shapes)
-            if merged is not None:
-                return producers[tensor], after, merged
-    return None
-
-
-def _with_affine(before: Operation, after: Affine) -> Operation | None:
-    if getattr(before, "activation", None) != "identity":
-        return None
-    changes: dict[str, Any] = {"output": after.output, "activation": after.activation}
-    scale, bias = after.scale, after.bias
-    if scale is None and bias is None:
-        return replace(before, **changes)
-    if isinstance(before, Affine):
-        changes["scale"] = before.scale if scale is None else scale if before.scale is None else before.scale * scale
-    elif isinstance(before, Depthwise):
-        changes["weight"] = before.weight if scale is None else before.weight * scale[:, None, None]
-    elif isinstance(before, Convolution) and (before.residual is None or scale is None):
-        if scale is not None:
-            changes |= _scaled(before, scale)
-    else:
-        return None
-    own = before.bias
-    if own is not None and scale is not None:
-        own = own * scale
-    changes["bias"] = own if bias is None else bias if own is None else own + bias
-    return replace(before, **changes)
-
-
-def _scaled(convolution: Convolution, scale: Tensor) -> dict[str, Tensor]:
-    """Return the weights of a convolution times a factor per filter. A factor of zero removes weights."""
-    counts = convolution.starts.diff().long()
-    values = convolution.values * scale.repeat_interleave(counts)
-    kept = values != 0
-    filters = torch.arange(len(counts)).repeat_interleave(counts)[kept]
-    starts = torch.bincount(filters, minlength=len(counts)).cumsum(0).int()
-    return {
-        "values": values[kept],
-        "columns": convolution.columns[kept],
-        "starts": torch.cat([starts.new_zeros(1), starts]),
-    }
-
-
-def _with_sum(before: Operation, after: Binary, shapes: Sequence[Shape]) -> Operation | None:
-    if not isinstance(before, Convolution) or before.activation != "identity" or before.residual is not None:
-        return None
-    (residual,) = set(after.reads) - {before.output}
-    if after.kind != "add" or shapes[residual] != shapes[before.output]:
-        return None
-    return replace(before, output=after.output, residual=residual, activation=after.activation)
-
-
-# Before lowering.
-
-
-def _inline_regions(module: fx.GraphModule) -> None:
-    """Replace the regions `with torch.no_grad()` and `with torch.autocast(enabled=False)` by what is in them."""
-    graph = module.graph
-    first = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # position of the region in the arguments
-    while regions := [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in first
-    ]:
-        for node in regions:
-            name = node.target.name()  # type: ignore[union-attr]
-            if name == "wrap_with_autocast" and node.args[2]:
-                raise InputError("the model uses autocast, but the engine computes in float32; remove the autocast")
-            position = first[name]
-            region: Any
-            region, *arguments = node.args[position:]
-            inner = getattr(module, str(region.target)).graph
-            places = [n for n in inner.nodes if n.op == "placeholder"]
-            with graph.inserting_before(node):
-                results: Any = graph.graph_copy(inner, dict(zip(places, arguments, strict=True)))
-            for user in list(node.users):
-                user.replace_all_uses_with(results[user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(node)
-            if not region.users:
-                graph.erase_node(region)
-
-
-def _simplify(graph: fx.Graph) -> None:
-    """Remove operators without effect, and write others in one form."""
-    for node in list(graph.nodes):
-        target, packet = node.target, getattr(node.target, "overloadpacket", None)
-        if packet is not None and str(packet).removeprefix("aten.").startswith(CHECKS) and not node.users:
-            graph.erase_node(node)
-        elif packet in IDENTITIES and _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif target is operator.getitem and (replacement := _item(graph, node)) is not None:
-            node.replace_all_uses_with(replacement)
-            graph.erase_node(node)
-
-
-def _is_identity(node: fx.Node) -> bool:
-    source = node.args[0]
-    value, own = getattr(source, "meta", {}).get("val"), node.meta.get("val")
-    if not isinstance(value, Tensor) or not isinstance(own, Tensor):
-        return False
-    if "dropout" in str(node.target) and node.args[2]:
-        return False
-    same = (value.dtype, value.device, value.dim()) == (own.dtype, own.device, own.dim())
-    return same and all(str(one) == str(other) for one, other in zip(value.shape, own.shape, strict=True))
-
-
-def _item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """Return another form of one of several results of an operator, or None."""
-    source: Any = node.args[0]
-    packet, index = getattr(source.target, "overloadpacket", None), cast(int, node.args[1])
-    with graph.inserting_before(node):
-        if packet is aten._native_batch_norm_legit_no_training and index == 0:
-            args = (*source.args[:5], False, *source.args[5:], False)
-            replacement = graph.call_function(aten.batch_norm.default, args)
-        elif packet is aten.max_pool2d_with_indices and index == 0:
-            replacement = graph.call_function(aten.max_pool2d.default, source.args)
-        elif packet in (aten.split, aten.split_with_sizes, aten.chunk):
-            dim = source.args[2] if len(source.args) > 2 else 0
-            parts = [value.shape[dim] for value in source.meta["val"]]
-            if not all(type(size) is int for size in parts):
-                return None
-            first = sum(parts[:index])
-            replacement = graph.call_function(aten.slice.Tensor, (source.args[0], dim, first, first + parts[index]))
-        else:
-            return None
-    replacement.meta["val"] = node.meta["val"]
-    return replacement
-
-
-# Formulas of activations: "x", a number, or an operator and its arguments.
-SILU = (aten.mul, "x", (aten.sigmoid, "x"))
-_CUBIC = (aten.mul, 0.044715, (aten.pow, "x", 3.0))
-_TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
-GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
-
-
-def _match_formulas(graph: fx.Graph) -> None:
-    """Replace formulas that other libraries write for SiLU and GELU by the operator of PyTorch."""
-    for node in list(graph.nodes):
-        for pattern, name in ((SILU, "silu"), (GELU_TANH, "gelu")):
-            found: list[fx.Node] = []
-            if _matches(pattern, node, found) and len(set(found)) == 1:
-                with graph.inserting_before(node):
-                    if name == "silu":
-                        replacement = graph.call_function(aten.silu.default, (found[0],))
-                    else:
-                        replacement = graph.call_function(aten.gelu.default, (found[0],), {"approximate": "tanh"})
-                replacement.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(replacement)
-                graph.erase_node(node)
-                break
-
-
-def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
-    if pattern == "x":
-        found.append(argument)
-        return isinstance(argument, fx.Node)
-    if isinstance(pattern, float):
-        return isinstance(argument, (int, float)) and math.isclose(pattern, argument, rel_tol=1e-6)
-    packet, *operands = pattern
-    if not isinstance(argument, fx.Node) or getattr(argument.target, "overloadpacket", None) is not packet:
-        return False
-    if len(argument.args) != len(operands) or argument.kwargs:
-        return False
-    orders = [operands, operands[::-1]] if packet in (aten.mul, aten.add) else [operands]
-    for order in orders:
-        trial: list[fx.Node] = []
-        if all(_matches(one, other, trial) for one, other in zip(order, argument.args, strict=True)):
-            found += trial
-            return True
-    return False
-
-
-# Interface of the program.
 
 
 def _call_arguments(network: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], int]:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.engine.plan import Count, Segment
+from sparing.engine.segment import Segment
+from sparing.engine.shapes import Count
 from sparing.errors import InputError
 
 INTEGER_FUNCTIONS = {

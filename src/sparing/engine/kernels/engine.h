@@ -12,7 +12,7 @@ struct SparingWindow {
     int64_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
 };
 
-// The numbers are the order of ACTIVATIONS in plan.py.
+// The numbers are the order of ACTIVATIONS in operations.py.
 enum SparingActivation { IDENTITY, RELU, RELU6, GELU, GELU_TANH, SILU, SIGMOID, TANH, HARDSWISH, HARDSIGMOID };
 enum SparingPool { MAXIMUM, AVERAGE, AVERAGE_WITHOUT_PADDING };
 enum SparingBinary { ADD, MULTIPLY };

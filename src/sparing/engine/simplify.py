@@ -1,0 +1,114 @@
+"""Simplify a graph of torch.export before lowering."""
+
+import math
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+IDENTITIES = (
+    aten.alias, aten.clone, aten.contiguous, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.dropout,
+    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand,
+)  # fmt: skip
+"""Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
+
+CHECKS = ("_assert", "sym_constrain_range")
+"""Operators that check sizes. The engine checks its inputs itself."""
+
+# Formulas of activations: "x", a number, or an operator and its arguments.
+SILU = (aten.mul, "x", (aten.sigmoid, "x"))
+_CUBIC = (aten.mul, 0.044715, (aten.pow, "x", 3.0))
+_TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
+GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Remove operators without effect, and write others in one form."""
+    _replace_operators(graph)
+    _match_formulas(graph)
+
+
+def _replace_operators(graph: fx.Graph) -> None:
+    """Remove operators without effect, and write others in one form."""
+    for node in list(graph.nodes):
+        target, packet = node.target, getattr(node.target, "overloadpacket", None)
+        if packet is not None and str(packet).removeprefix("aten.").startswith(CHECKS) and not node.users:
+            graph.erase_node(node)
+        elif packet in IDENTITIES and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif target is operator.getitem and (replacement := _item(graph, node)) is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    source = node.args[0]
+    value, own = getattr(source, "meta", {}).get("val"), node.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+        return False
+    if "dropout" in str(node.target) and node.args[2]:
+        return False
+    same = (value.dtype, value.device, value.dim()) == (own.dtype, own.device, own.dim())
+    return same and all(str(one) == str(other) for one, other in zip(value.shape, own.shape, strict=True))
+
+
+def _item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Return another form of one of several results of an operator, or None."""
+    source: Any = node.args[0]
+    packet, index = getattr(source.target, "overloadpacket", None), cast(int, node.args[1])
+    with graph.inserting_before(node):
+        if packet is aten._native_batch_norm_legit_no_training and index == 0:
+            args = (*source.args[:5], False, *source.args[5:], False)
+            replacement = graph.call_function(aten.batch_norm.default, args)
+        elif packet in (aten.split, aten.split_with_sizes, aten.chunk):
+            dim = source.args[2] if len(source.args) > 2 else 0
+            parts = [value.shape[dim] for value in source.meta["val"]]
+            if not all(type(size) is int for size in parts):
+                return None
+            first = sum(parts[:index])
+            replacement = graph.call_function(aten.slice.Tensor, (source.args[0], dim, first, first + parts[index]))
+        else:
+            return None
+    replacement.meta["val"] = node.meta["val"]
+    return replacement
+
+
+def _match_formulas(graph: fx.Graph) -> None:
+    """Replace formulas that other libraries write for SiLU and GELU by the operator of PyTorch."""
+    for node in list(graph.nodes):
+        for pattern, name in ((SILU, "silu"), (GELU_TANH, "gelu")):
+            found: list[fx.Node] = []
+            if _matches(pattern, node, found) and len(set(found)) == 1:
+                with graph.inserting_before(node):
+                    if name == "silu":
+                        replacement = graph.call_function(aten.silu.default, (found[0],))
+                    else:
+                        replacement = graph.call_function(aten.gelu.default, (found[0],), {"approximate": "tanh"})
+                replacement.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(replacement)
+                graph.erase_node(node)
+                break
+
+
+def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
+    if pattern == "x":
+        found.append(argument)
+        return isinstance(argument, fx.Node)
+    if isinstance(pattern, float):
+        return isinstance(argument, (int, float)) and math.isclose(pattern, argument, rel_tol=1e-6)
+    packet, *operands = pattern
+    if not isinstance(argument, fx.Node) or getattr(argument.target, "overloadpacket", None) is not packet:
+        return False
+    if len(argument.args) != len(operands) or argument.kwargs:
+        return False
+    orders = [operands, operands[::-1]] if packet in (aten.mul, aten.add) else [operands]
+    for order in orders:
+        trial: list[fx.Node] = []
+        if all(_matches(one, other, trial) for one, other in zip(order, argument.args, strict=True)):
+            found += trial
+            return True
+    return False
