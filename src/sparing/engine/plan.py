@@ -20,6 +20,9 @@ from sparing.errors import InputError
 CACHE = 8 * 2**20
 """Bytes of the tensors of a plan, beyond which a large batch runs in parts."""
 
+ROWS = 16
+"""The rows of a matrix are computed in vectors of up to so many. Parts of a large batch fill them."""
+
 PLANS = 4
 """Maximum number of batch sizes whose plans are kept."""
 
@@ -90,7 +93,9 @@ class Plans:
             return batch
         if not self._bytes:
             self._bytes = self._find(1).bytes
-        return min(batch, max(self.threads, CACHE // self._bytes))
+        parts = -(-batch // max(self.threads, CACHE // self._bytes))
+        step = -(-batch // parts)
+        return step if step < ROWS else -(-step // ROWS) * ROWS
 
     def _find(self, batch: int) -> "Plan":
         if batch not in self._plans:
