@@ -22,6 +22,7 @@ from sparing.formats import FORMATS
 from sparing.sweep import load_sweep, run_sweep
 from sparing.tables import budget_table, describe_methods, methods_table, results_table, sizes_line
 from sparing.train.distributed import is_first_process
+from sparing.train.interrupt import SAVED, Interrupted
 from sparing.train.recipe import load_recipe
 from sparing.train.run import Run, evaluate_file
 from sparing.train.training import train_run
@@ -108,8 +109,12 @@ def train(
     resume_command = shlex.join(["sparing", "train", str(recipe), *changes, "--out", str(out), "--resume", "auto"])
     try:
         metrics = train_run(loaded, out, resume=resume is Resume.auto, stop_after=stop_after, console=console)
+    except Interrupted as stop:
+        if is_first_process():
+            print(f"sparing: {stop}, continue with: {resume_command}", file=sys.stderr)
+        raise typer.Exit(SAVED) from None
     except KeyboardInterrupt:
-        print(f"sparing: interrupted; finished epochs are saved, continue with: {resume_command}", file=sys.stderr)
+        print(f"sparing: interrupted; continue with: {resume_command}", file=sys.stderr)
         raise typer.Exit(130) from None
     if not is_first_process():
         return
@@ -160,10 +165,10 @@ def sweep(
     given = [argument for name, value in options if value is not None for argument in (name, str(value))]
     try:
         table = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resume_command = shlex.join(["sparing", "sweep", str(sweep), *given])
         print(f"sparing: interrupted; finished trials are saved, continue with: {resume_command}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(SAVED if isinstance(stop, Interrupted) else 130) from None
     if as_json:
         print(json.dumps({"out": str(out), "trials": json.loads(table.to_json(orient="records"))}))
     else:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -47,3 +48,26 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes have left in a folder and the folders directly in it.
+
+    Files of a process that still runs on this host are kept. The caller makes sure that no other host writes there.
+    """
+    own = f".{socket.gethostname()}."
+    for pattern in (".*", "*/.*"):
+        for path in Path(folder).glob(pattern):
+            found = re.fullmatch(r"\..+\.(\d+)\.[0-9a-f]{8}", path.name)
+            if found and path.is_file() and not (own in path.name and _is_running(int(found[1]))):
+                path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to another user
+        pass
+    return True

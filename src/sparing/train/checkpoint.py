@@ -43,7 +43,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any], keep: int = 1) ->
     try:
         with atomic_write(path) as temporary:
             with open(temporary, "wb+") as writer.file:
-                torch.save({"format": FORMAT, **content}, writer)
+                torch.save({"format": FORMAT, **content}, writer)  # type: ignore[arg-type]
                 writer.file.seek(-2, os.SEEK_END)  # the length of the comment, which is 0 so far
                 end = writer.file.tell()
                 writer.file.write(_END.pack(_DIGEST_SIZE, _digest(writer.file, end)))
@@ -146,12 +146,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return a short hash of the bytes of each tensor."""
-    return {
-        name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=8
-        ).hexdigest()
-        for name, tensor in tensors.items()
-    }
+    return {name: _hash(tensor) for name, tensor in tensors.items()}
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=8).hexdigest()
 
 
 class _DamagedError(CheckpointError):

@@ -6,7 +6,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-STATUS = 75
+SAVED = 75
 """Exit status of a command that a signal stopped after it saved everything: EX_TEMPFAIL, "try again later"."""
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]

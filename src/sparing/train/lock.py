@@ -53,7 +53,7 @@ class RunLock:
                 file.close()
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     warnings.warn(
-                        f"{self._out} cannot be locked ({error.strerror}): make sure that only one process trains in it",
+                        f"{self._out} cannot be locked ({error.strerror}): only one process may train in it",
                         SparsityWarning,
                         stacklevel=2,
                     )

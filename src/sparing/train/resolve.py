@@ -112,14 +112,15 @@ def what_is_computed(recipe: Recipe) -> dict[str, Any]:
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the keys, in dotted form, in which two nested mappings differ."""
-    before, now = _flatten(before), _flatten(now)
+    before, now = flatten(before), flatten(now)
     return sorted(key for key in (now | before) if before.get(key) != now.get(key))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -14,17 +14,18 @@ from torch import nn
 import sparing
 from sparing.data import SplitDataset
 from sparing.errors import InputError
-from sparing.files import atomic_write, write_text
+from sparing.files import atomic_write, remove_temporaries, write_text
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.rnn import compact_, ranks
 from sparing.train.build import build_data
 from sparing.train.distributed import Ranks, join
 from sparing.train.evaluate import Evaluation, evaluate
+from sparing.train.lock import RunLock
 from sparing.train.log import read_history
 from sparing.train.loop import Fitted, fit
 from sparing.train.recipe import Recipe
-from sparing.train.resolve import check_schedule, differing_keys, resolve, what_is_computed
+from sparing.train.resolve import check_schedule, differing_keys, flatten, resolve, what_is_computed
 from sparing.train.run import Run
 from sparing.train.weights import write_weights
 
@@ -50,16 +51,37 @@ def train_run(
         The content of `metrics.json`, or None if the run was stopped before its last epoch.
 
     Raises:
-        InputError: the directory is not empty and `resume` is not set, or it holds a run of another recipe; the recipe
-            does not fit its data.
+        InputError: the directory is not empty and `resume` is not set, or it holds a run of another recipe; another
+            process trains in it; a file cannot be written; the recipe does not fit its data; the ranks differ.
+        Interrupted: a signal (Ctrl-C, SIGTERM, SIGUSR1) stopped the run after its state was saved.
     """
     out = Path(out)
     console = console or Console(quiet=True)
-    with join(recipe.device) as ranks:
+    with join(recipe.device, recipe.rank_timeout) as ranks:
         # Resolved before anything is written, so that an invalid recipe leaves no directory behind.
         data = build_data(recipe.data)
         recipe = resolve(recipe, data, ranks.count)
-        return _train(recipe, data, out, ranks, resume, stop_after, console if ranks.first else Console(quiet=True))
+        _check_ranks(recipe, data, ranks, {"--resume": resume, "--stop-after": stop_after})
+        try:
+            return _train(recipe, data, out, ranks, resume, stop_after, console if ranks.first else Console(quiet=True))
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or out}: {error.strerror or error}; the last checkpoint is kept, continue with "
+                "--resume auto"
+            ) from error
+
+
+def _check_ranks(recipe: Recipe, data: SplitDataset, ranks: Ranks, options: dict[str, Any]) -> None:
+    """Check that all ranks train the same recipe on the same data, with the same versions.
+
+    Raises:
+        InputError: they differ.
+    """
+    if ranks.count == 1:
+        return
+    versions = recipe.resolved.versions if recipe.resolved is not None else {}
+    ranks.check_same("recipes or options", {**flatten(what_is_computed(recipe)), **options, **versions})
+    ranks.check_same("data", data.fingerprint())
 
 
 def _train(
@@ -71,30 +93,31 @@ def _train(
     stop_after: int | None,
     console: Console,
 ) -> dict[str, Any] | None:
-    recipe, finished = ranks.run_on_first(lambda: _prepare_directory(out, recipe, data, resume))
-    if finished is not None:
-        console.print(f"{out} is finished")
-        return finished
+    with RunLock(out) as lock:
+        recipe, finished = ranks.run_on_first(lambda: _prepare_directory(out, recipe, data, resume, lock))
+        if finished is not None:
+            console.print(f"{out} is finished")
+            return finished
 
-    dense: dict[str, Any] | None = None
-    if recipe.dense_baseline:
-        console.print("dense:")
-        dense = _train(recipe.dense(), data, out / "dense", ranks, True, stop_after, console)
-        if dense is None:
+        dense: dict[str, Any] | None = None
+        if recipe.dense_baseline:
+            console.print("dense:")
+            dense = _train(recipe.dense(), data, out / "dense", ranks, True, stop_after, console)
+            if dense is None:
+                return None
+            console.print(f"{recipe.method['name'] if recipe.method else ''}:")
+        on_device = data.to(ranks.device)
+        fitted = fit(recipe, on_device, ranks, out, console, stop_after)
+        if fitted is None:
             return None
-        console.print(f"{recipe.method['name'] if recipe.method else ''}:")
-    on_device = data.to(ranks.device)
-    fitted = fit(recipe, on_device, ranks, out, console, stop_after)
-    if fitted is None:
-        return None
-    test = evaluate(fitted.model, on_device.evaluation("test", ranks.rank, ranks.count), ranks)
-    return ranks.run_on_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
+        test = evaluate(fitted.model, on_device.evaluation("test", ranks.rank, ranks.count), ranks)
+        return ranks.run_on_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
 def _prepare_directory(
-    out: Path, recipe: Recipe, data: SplitDataset, resume: bool
+    out: Path, recipe: Recipe, data: SplitDataset, resume: bool, lock: RunLock
 ) -> tuple[Recipe, dict[str, Any] | None]:
-    """Create the run directory, or check that it holds a run of this recipe.
+    """Create the run directory, or check that it holds a run of this recipe; lock it and clean it up.
 
     Returns:
         The recipe to train, and the metrics if the run is finished.
@@ -106,8 +129,11 @@ def _prepare_directory(
         if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
             check_schedule(recipe, len(data.training(recipe.data.batch_size, recipe.seed)))
             out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "recipe.yaml", recipe.to_yaml())
-            return recipe, None
+            lock.acquire()
+            if not (out / "recipe.yaml").exists():  # another process may have started the run meanwhile
+                remove_temporaries(out)
+                write_text(out / "recipe.yaml", recipe.to_yaml())
+                return recipe, None
     except OSError as error:
         raise InputError(f"{out} cannot be created: {error.strerror}; choose another directory with --out") from error
     if not resume:
@@ -121,6 +147,9 @@ def _prepare_directory(
             f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
             "choose another directory with --out"
         )
+    if run.metrics is None:
+        lock.acquire()
+        remove_temporaries(out)
     # The length of the run stays as it was, also on another number of ranks; the data may have moved.
     recipe = recipe.model_copy(update={"resolved": run.resolved})
     if recipe != run.recipe:
