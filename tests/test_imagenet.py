@@ -24,6 +24,7 @@ from sparing.data import DATASETS
 from sparing.data.folders import EvaluationSampler
 from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unreadable
 from sparing.data.shards import read_shards
+from sparing.train.evaluate import evaluate
 from sparing.train.recipe import Recipe, load_recipe
 from sparing.train.training import train_run
 from tolerance import tolerance
@@ -758,13 +759,14 @@ def test_labels_out_of_range_are_rejected(shards, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["truncated in an image", "empty", "not a tar file", "missing"])
+@pytest.mark.parametrize("damage", ["truncated in an image", "cut between images", "not a tar file", "missing"])
 def test_a_damaged_shard_raises_input_error(shards, tmp_path, damage, workers):
     path = tmp_path / "train.tar"
     write_shard(path, uniform_images(0, 10))
     data = webdataset(shards, train=str(path), train_examples=10, workers=workers)
     whole = path.read_bytes()
-    damages = {"truncated in an image": whole[: 4 * 1024 + 700], "empty": b"", "not a tar file": b"no tar " * 1000}
+    damages = {"truncated in an image": whole[: 4 * 1024 + 700], "not a tar file": b"no tar " * 1000}
+    damages["cut between images"] = whole[: 4 * 1024]
     path.unlink() if damage == "missing" else path.write_bytes(damages[damage])
     with pytest.raises(
         InputError, match=rf"^data webdataset: shard {re.escape(str(path))} cannot be read \([^\n]*\)$"
@@ -777,6 +779,15 @@ def test_a_shard_without_examples_raises_input_error(shards, tmp_path):
     write_shard(tmp_path / "none.tar", [])
     with pytest.raises(InputError, match="no examples in .*none.tar"):
         one_pass(webdataset(shards, train=f"{tmp_path}/none.tar", train_examples=10).training(5, 0))
+
+
+def test_fewer_examples_than_promised_raise_input_error(shards):
+    """The shards hold 120 examples for training and 35 for the test, counted when all are read to their end."""
+    data = webdataset(shards, train_examples=121, test_examples=36)
+    with pytest.raises(InputError, match="of train have 120 examples, but train_examples is 121"):
+        one_pass(data.training(121, 0))
+    with pytest.raises(InputError, match="has 35 examples to evaluate, but 36 were promised"):
+        evaluate(torch.nn.Flatten(), data.evaluation("test"))
 
 
 def test_write_shards_keeps_images_and_labels(textures, tmp_path):
@@ -804,7 +815,6 @@ class SilentHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_on_a_web_server(shards, workers):
     with http.server.ThreadingHTTPServer(

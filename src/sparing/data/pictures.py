@@ -86,10 +86,13 @@ class ImageLoader:
         split: "train", "validation" or "test", for messages.
         examples: number of images in the split.
         max_corrupt: maximum fraction of unreadable images in the split.
+        after_pass: called at the end of each pass, for checks.
 
     Attributes:
         epoch: epoch of the next pass; set it before each training pass.
         start: number of batches that the next pass leaves out at the beginning.
+        examples: number of images in the split, over all ranks.
+        unreadable: number of unreadable images in the last pass.
         skipped: file name → reason, for every unreadable image so far.
         waited_seconds: time the last pass waited for the worker processes, in seconds. GPU work is asynchronous,
             so on a GPU this is an upper bound of its idle time.
@@ -105,7 +108,10 @@ class ImageLoader:
         split: str,
         examples: int,
         max_corrupt: float,
+        after_pass: Callable[[], None] = lambda: None,
     ) -> None:
+        self.examples = examples
+        self.unreadable = 0
         self.skipped: dict[str, str] = {}
         self.waited_seconds = 0.0
         self._batches = batches
@@ -113,8 +119,8 @@ class ImageLoader:
         self._steps = steps
         self._device = device
         self._split = split
-        self._examples = examples
         self._max_corrupt = max_corrupt
+        self._after_pass = after_pass
         # Scaled to pixels from 0 to 255.
         self._mean = 255 * torch.tensor(MEAN, device=device).reshape(-1, 1, 1)
         self._std = 255 * torch.tensor(STD, device=device).reshape(-1, 1, 1)
@@ -140,15 +146,18 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited_seconds = 0.0
+        self.unreadable = 0
         clock = time.perf_counter()
         batches = iter(self._batches)
         while True:
             batch = next(batches, None)
             self.waited_seconds += time.perf_counter() - clock
             if batch is None:
+                self._after_pass()
                 return
             if batch.error is not None:
                 raise InputError(batch.error)
+            self.unreadable += len(batch.unreadable)
             for unreadable in batch.unreadable:
                 self._skip(unreadable)
             if batch.pixels is not None:
@@ -163,11 +172,11 @@ class ImageLoader:
         if unreadable.file in self.skipped:
             return
         self.skipped[unreadable.file] = unreadable.reason
-        limit, count = max_unreadable(self._max_corrupt, self._examples), len(self.skipped)
+        limit, count = max_unreadable(self._max_corrupt, self.examples), len(self.skipped)
         which = f"{unreadable.file} ({unreadable.reason})"
         if count > limit:
             raise InputError(
-                f"{count} of {self._examples} images of the {self._split} split cannot be read, the last one is "
+                f"{count} of {self.examples} images of the {self._split} split cannot be read, the last one is "
                 f"{which}; max_corrupt={self._max_corrupt:g} allows {limit}: repair the files or raise max_corrupt"
             )
         if count <= MAX_WARNINGS:
@@ -203,6 +212,8 @@ def decode(file: str | BinaryIO) -> "Image":
     """
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise ValueError("not a regular file")  # reading a pipe could wait for ever
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about damaged metadata, which is not used.
         try:

@@ -2,14 +2,20 @@
 
 import glob
 import itertools
+import math
 import os
 import random
 import re
 import tarfile
+import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from http.client import HTTPException
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.error import HTTPError, URLError
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -35,10 +41,22 @@ from sparing.data.pictures import (
     seeded,
     training_transform,
 )
+from sparing.data.tar import read_tar
 from sparing.errors import InputError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """File name extensions of images in a shard, by priority."""
+
+URL = re.compile(r"https?://", re.IGNORECASE)
+
+MAX_SHARDS = 10**6
+"""Maximum number of shards that braces expand to."""
+
+TIMEOUT_SECONDS = 60
+"""Time after which a web server that sends nothing counts as failed."""
+
+RETRY_SECONDS = (1, 5)
+"""Waiting times before a shard is requested again, if the server fails or does not answer."""
 
 Sample = Mapping[str, Any]
 """`__key__`, `__url__` and the bytes of each file of an example, by extension."""
@@ -61,7 +79,7 @@ def webdataset(
 
     An example is an image `<key>.jpg` (or .jpeg, .png, .webp) and its label `<key>.cls`, a decimal number. Shards
     are given as paths with braces (`train-{000..146}.tar`) or wildcards (`train-*.tar`), or as http or https URLs
-    with braces, which the program `curl` downloads.
+    with braces.
 
     Each worker of each rank reads its own shards. In training, the shards are assigned at random every epoch, and
     the worker shuffles examples in a buffer. A worker that reaches the end of its shards before the epoch has its
@@ -90,7 +108,8 @@ def webdataset(
 
     Raises:
         InputError: torchvision or webdataset is not installed; a shard is missing, or is in two splits; an argument
-            is out of range. While reading: a shard is damaged, or a label is not in the range of the classes.
+            is out of range. While reading: a shard is damaged, a server does not answer, the shards have fewer images
+            than promised (in evaluation also if they have more), or a label is not in the range of the classes.
 
     Examples:
         >>> data = webdataset("train-{000..146}.tar", "val-*.tar", 1281167, 50000, 1000)  # doctest: +SKIP
@@ -214,8 +233,17 @@ class ShardData(SplitDataset):
         )
         return ImageLoader(
             loader, dataset, steps, device=self.device, split=split, examples=self.examples[split],
-            max_corrupt=self.max_corrupt,
+            max_corrupt=self.max_corrupt, after_pass=partial(self._check_count, dataset, split),
         )  # fmt: skip
+
+    def _check_count(self, dataset: "TrainingShards | EvaluationShards", split: Split) -> None:
+        """Check the number of training examples, once every shard was read to its end."""
+        found = dataset.count_examples() if isinstance(dataset, TrainingShards) else None
+        if found is not None and found < self.examples[split]:
+            raise InputError(
+                f"data webdataset: the shards of train have {found} examples, but train_examples is "
+                f"{self.examples[split]}: add the missing shards, or correct train_examples"
+            )
 
 
 class TrainingShards(IterableDataset[DecodedBatch]):
@@ -249,6 +277,7 @@ class TrainingShards(IterableDataset[DecodedBatch]):
         # In shared memory, so that persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._counts = torch.full((len(shards),), -1, dtype=torch.int64).share_memory_()
         self._shards = shards
         self._sizes = sizes
         self._transform = transform
@@ -275,6 +304,10 @@ class TrainingShards(IterableDataset[DecodedBatch]):
     def start(self, start: int) -> None:
         self._start.fill_(start)
 
+    def count_examples(self) -> int | None:
+        """Return the number of examples of all shards, or None until this rank has read all of them to their end."""
+        return None if bool((self._counts < 0).any()) else int(self._counts.sum())
+
     def __iter__(self) -> Iterator[DecodedBatch]:
         return errors_as_batches(self._batches())
 
@@ -285,7 +318,7 @@ class TrainingShards(IterableDataset[DecodedBatch]):
         worker = (worker + start) % workers
         generator = torch.Generator().manual_seed(hash_seed(self._seed, epoch))
         order = torch.randperm(len(self._shards), generator=generator).tolist()
-        own = [self._shards[index] for index in order][self._rank :: self._ranks][worker::workers]
+        own = order[self._rank :: self._ranks][worker::workers]
         samples = self._samples(own, epoch, random.Random(hash_seed(self._seed, epoch, self._rank, worker)))
         examples = decode_samples(samples, self._transform, self._num_classes, self._max_replacements)
         for number in range(worker, len(self._sizes), workers):
@@ -294,19 +327,28 @@ class TrainingShards(IterableDataset[DecodedBatch]):
             if number >= start:
                 yield batch
 
-    def _samples(self, shards: list[str], epoch: int, rng: random.Random) -> Iterator[Sample]:
-        """Repeat the shuffled examples of the shards forever, each with the seed of its augmentation."""
+    def _samples(self, own: list[int], epoch: int, rng: random.Random) -> Iterator[Sample]:
+        """Repeat the shuffled examples of some shards forever, each with the seed of its augmentation."""
         import webdataset
 
         for repetition in itertools.count():
             empty = True
             # One buffer per repetition, so that no image appears twice before each has appeared once.
             shuffled = webdataset.shuffle(self._shuffle, initial=self._shuffle, rng=rng)
-            for sample in shuffled(read_shards(shards)):
+            for sample in shuffled(self._read(own)):
                 empty = False
                 yield {**sample, "seed": (self._seed, epoch, repetition, sample["__key__"])}
             if empty:
-                raise InputError(f"data webdataset: no examples in {', '.join(shards)}")
+                names = ", ".join(self._shards[index] for index in own)
+                raise InputError(f"data webdataset: no examples in {names}")
+
+    def _read(self, own: list[int]) -> Iterator[Sample]:
+        for index in own:
+            count = 0
+            for sample in read_shards([self._shards[index]]):
+                count += 1
+                yield sample
+            self._counts[index] = count
 
 
 class EvaluationShards(IterableDataset[DecodedBatch]):
@@ -360,42 +402,98 @@ def expand_shards(split: str, shards: str | list[str]) -> list[str]:
         InputError: webdataset is not installed; a shard is missing, or is neither a path nor an http(s) URL.
     """
     try:
-        from webdataset.shardlists import expand_urls
+        import webdataset  # noqa: F401 (reading needs it)
+        from braceexpand import braceexpand
     except ImportError as error:
         raise InputError(f"data webdataset needs webdataset ({error}): pip install 'sparing[imagenet]'") from error
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
+        if _max_expansion(pattern) > MAX_SHARDS:
+            raise InputError(
+                f"data webdataset: {split} shards {pattern!r} cannot be expanded (more than {MAX_SHARDS:,} names)"
+            )
         try:
-            names = expand_urls(os.path.expanduser(pattern))
-        except (ValueError, AssertionError) as error:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
             raise InputError(f"data webdataset: {split} shards {pattern!r} cannot be expanded ({error})") from error
         for name in names:
-            scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", name)
-            if scheme is not None and scheme[1].lower() not in ("http", "https"):
-                # webdataset supports more schemes; with "pipe:", a recipe could run any program.
-                raise InputError(f"data webdataset: {split} shard {name!r} must be a path or an http: or https: URL")
-            matching = sorted(glob.glob(name)) if scheme is None and glob.has_magic(name) else [name]
-            if not matching or (scheme is None and not os.path.isfile(matching[0])):
+            if URL.match(name):
+                found.append(name)
+                continue
+            if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):
+                raise InputError(
+                    f"data webdataset: {split} shard {name!r} must be a path or an http: or https: URL; "
+                    f"write ./{name} for a file whose name begins with {scheme[0]}"
+                )
+            path = os.path.expanduser(name)
+            matching = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+            if not matching or not os.path.isfile(matching[0]):
                 raise InputError(f"data webdataset: {split} shard {name} not found")
-            found += matching
+            # An absolute path is never taken for a URL, whatever the name of the file.
+            found += map(os.path.abspath, matching)
     return found
+
+
+def _max_expansion(pattern: str) -> float:
+    """Return an upper bound of the number of names that the braces of a pattern expand to."""
+    total = 1.0
+    while group := re.search(r"\{([^{}]*)\}", pattern):
+        bounds = re.match(r"(-?\d{1,18})\.\.(-?\d{1,18})(?!\d)", group[1])
+        if bounds:
+            total *= abs(int(bounds[2]) - int(bounds[1])) + 1
+        elif ".." in group[1]:  # from letter to letter, or numbers that are too large
+            total *= math.inf if re.search(r"\d{19}", group[1]) else 52
+        else:
+            total *= group[1].count(",") + 1
+        pattern = pattern[: group.start()] + pattern[group.end() :]
+    return total
 
 
 def read_shards(shards: Iterable[str]) -> Iterator[Sample]:
     """Yield the encoded examples of tar files in order.
 
     Raises:
-        InputError: a shard is missing, truncated or not a tar file.
+        InputError: a shard is missing, truncated, damaged or not a tar file, or a server does not answer.
     """
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     for shard in shards:
         try:
-            with gopen(shard) as stream:
-                yield from group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            with open_shard(shard) as stream:
+                files = read_tar(stream, _is_wanted)
+                yield from group_by_keys({"__url__": shard, "fname": name, "data": data} for name, data in files)
+        except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError) as error:
             raise InputError(f"data webdataset: shard {shard} cannot be read ({_describe(error)})") from error
+
+
+def _is_wanted(name: str) -> bool:
+    """Return whether a file belongs to an example. webdataset reserves the names `__...__`."""
+    return name.lower().endswith((".cls", *(f".{each}" for each in IMAGE_EXTENSIONS))) and not name.startswith("__")
+
+
+def open_shard(shard: str) -> BinaryIO:
+    """Open a local file, or request an http or https URL.
+
+    Raises:
+        OSError, HTTPException: the file cannot be read; the server fails, or sends nothing for `TIMEOUT_SECONDS`.
+    """
+    if not URL.match(shard):
+        return open(shard, "rb")
+    opener = urllib.request.OpenerDirector()
+    for handler in (  # those of urlopen without file:, ftp: and data:, to which a server could redirect
+        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    for seconds in RETRY_SECONDS:
+        try:
+            return opener.open(shard, timeout=TIMEOUT_SECONDS)  # type: ignore[no-any-return]
+        except OSError as error:
+            if isinstance(error, HTTPError) and error.code < 500:
+                raise
+            time.sleep(seconds)
+    return opener.open(shard, timeout=TIMEOUT_SECONDS)  # type: ignore[no-any-return]
 
 
 def decode_samples(
@@ -446,12 +544,15 @@ def _encoded_image(sample: Sample) -> bytes:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, HTTPError):
+        return f"the server answers with status {error.code}"
+    if isinstance(error, URLError):
+        error = error.reason if isinstance(error.reason, Exception) else error
+    if isinstance(error, TimeoutError):
+        return f"the server sends nothing for {TIMEOUT_SECONDS} seconds"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # webdataset appends to `args`; the first is the message. For curl, it is the whole command.
-    message = str(error.args[0])
-    status = re.search(r"'curl'.*exit (\d+)", message)
-    return f"curl failed with exit status {status[1]}" if status else message
+    return one_line(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
 
 
 def _worker() -> tuple[int, int]:

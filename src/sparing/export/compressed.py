@@ -319,7 +319,7 @@ def _gaps(positions: Tensor, elements: int) -> Tensor:
     gaps = torch.full((int(ends[-1]),), ESCAPE, dtype=torch.uint8)
     gaps[ends - 1] = (zeros % ESCAPE).to(torch.uint8)
     coder = compressobj(9, DEFLATED, MAX_WBITS, 9, Z_HUFFMAN_ONLY)
-    return torch.frombuffer(bytearray(coder.compress(gaps.numpy()) + coder.flush()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(coder.compress(gaps.numpy()) + coder.flush()), dtype=torch.uint8)  # type: ignore[arg-type]
 
 
 def _positions(coded: Tensor, values: int, elements: int) -> Tensor:
@@ -335,7 +335,7 @@ def _positions(coded: Tensor, values: int, elements: int) -> Tensor:
         zlib.error: they are not compressed by zlib.
     """
     decoder = decompressobj()
-    content = bytearray(decoder.decompress(coded.numpy(), MAX_EXPANSION * coded.numel()))
+    content = bytearray(decoder.decompress(coded.numpy(), MAX_EXPANSION * coded.numel()))  # type: ignore[arg-type]
     if not decoder.eof or decoder.unused_data:
         raise ValueError(f"the gaps are truncated, or a byte of them expands to more than {MAX_EXPANSION}")
     gaps = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparing.errors import InputError
 from sparing.train.distributed import Ranks
 
 
@@ -51,6 +52,9 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ran
         model: returns logits of shape (N, classes).
         batches: batches `(*inputs, labels)`; with several ranks, the share of this rank.
         ranks: with several ranks, all of them: every rank returns the result over all examples.
+
+    Raises:
+        InputError: there are no examples, or not as many as the data set promised.
     """
     training = model.training
     model.eval()
@@ -64,7 +68,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ran
         top5 += int((logits.topk(min(5, classes)).indices == labels[:, None]).sum())
         count += len(labels)
     model.train(training)
+    unreadable = getattr(batches, "unreadable", 0)
     if ranks is not None:
-        loss, *counts = ranks.sum(loss, correct, top5, count)
-        correct, top5, count = map(int, counts)
+        loss, *counts = ranks.sum(loss, correct, top5, count, unreadable)
+        correct, top5, count, unreadable = map(int, counts)
+    promised = getattr(batches, "examples", count + unreadable)
+    if count + unreadable != promised:
+        raise InputError(f"the data has {count + unreadable} examples to evaluate, but {promised} were promised")
+    if count == 0:
+        raise InputError("there are no examples to evaluate")
     return Evaluation(loss / count, correct, count, top5 if classes > 5 else None)
