@@ -167,7 +167,7 @@ def test_report_writes_text_csv_html_and_json(place):
             ["eval", "runs/recipe/model.safetensors", "--recipe", "recipe.yaml", "--set", "model.width=3"],
             "does not fit the recipe's resnet8",
         ),
-        (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: unreadable or truncated"),
+        (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: is damaged"),
         (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
         (["report", "runs/recipe", "--csv", "/dev/null"], "/dev/null cannot be written: not a regular file"),

@@ -126,6 +126,23 @@ def test_splits_classes_and_shapes(colors):
     assert all(pixels.dtype == torch.float32 and labels.dtype == torch.int64 for pixels, labels in batches)
 
 
+def test_an_image_folder_may_have_a_test_split_of_its_own(small):
+    def load(**arguments):
+        return DATASETS["image_folder"](str(small), size=32, workers=0, **arguments)
+
+    def sizes(data):
+        return [data.size(split) for split in ("train", "validation", "test")]
+
+    assert sizes(load(validation_per_class=2)) == [6, 4, 4]  # held out of train, and val
+    shutil.copytree(small / "val", small / "test")
+    next((small / "test").rglob("*.JPEG")).unlink()
+    assert sizes(load()) == [10, 4, 3]
+    assert sizes(imagenet(small)) == [8, 2, 4]  # the images in test/ of ImageNet have no labels
+    shutil.rmtree(next(path for path in (small / "test").iterdir()))
+    with pytest.raises(InputError, match="1 classes of .*/train/ are not in test/"):
+        load()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_training_yields_each_image_once_per_epoch_over_all_ranks(colors, ranks):
     data = imagenet(colors)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sparing.budget import Budget
 from sparing.errors import InputError, nearest
+from sparing.files import printable
 from sparing.layers import find_layers
 from sparing.macs import count_applications
 from sparing.masks import count_kept
@@ -70,7 +71,7 @@ def budget_table(budget: Budget, name: str) -> str:
     lines = [f"{'layer':<24}{'weights':>12}{'nonzero':>12}{'sparsity':>11}{'MACs':>16}"]
     for layer, weights, nonzero, layer_macs in rows:
         sparsity = 100 * (1 - nonzero / weights)
-        lines.append(f"{layer:<24}{weights:>12,}{nonzero:>12,}{sparsity:>9.2f} %{layer_macs:>16,}")
+        lines.append(f"{printable(layer):<24}{weights:>12,}{nonzero:>12,}{sparsity:>9.2f} %{layer_macs:>16,}")
     return "\n".join(lines)
 
 

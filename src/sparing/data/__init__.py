@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from sparing.data.base import Batches, Split, SplitDataset, check_split
 from sparing.data.cifar import cifar10, cifar10_jpeg
-from sparing.data.folders import imagenet
+from sparing.data.folders import image_folder, imagenet
 from sparing.data.image import ImageBatches, ImageData, Images, fashion_mnist, mnist5k
 from sparing.data.sequence import SequenceBatches, SequenceData, Sequences, har2, har6, watch
 from sparing.data.shards import webdataset
@@ -32,6 +32,7 @@ DATASETS: dict[str, Callable[..., SplitDataset]] = {
         cifar10,
         cifar10_jpeg,
         imagenet,
+        image_folder,
         webdataset,
         har2,
         har6,

@@ -74,21 +74,63 @@ def imagenet(
         >>> data.size("train"), data.size("validation"), data.size("test")  # doctest: +SKIP
         (1271167, 10000, 50000)
     """
-    check_arguments("imagenet", size, workers, max_corrupt)
-    check_count("imagenet", "validation_per_class", validation_per_class, least=0)
+    return _load("imagenet", root, size, validation_per_class, workers, max_corrupt, has_test=False)
+
+
+def image_folder(
+    root: str,
+    size: int = 224,
+    validation_per_class: int = 10,
+    workers: int | None = None,
+    max_corrupt: float = 0.001,
+) -> "FolderData":
+    """Load your own images, with one folder per class: `root/train/<class>/*.jpg`, `root/val/...`, `root/test/...`.
+
+    With a folder `test`, `val` is the validation split and `test` the test split. Without it, `val` is the test split,
+    and the validation split is held out of `train`, as for `imagenet`. Everything else is as for `imagenet`.
+
+    Args:
+        root: folder that contains `train`, `val` and possibly `test`.
+        size: height and width of the network input, in pixels.
+        validation_per_class: images per class held out of `train` if there is no folder `test`.
+        workers: number of decoding processes, see `imagenet`.
+        max_corrupt: maximum fraction of unreadable images in a split, see `imagenet`.
+
+    Raises:
+        InputError: as for `imagenet`.
+
+    Examples:
+        >>> image_folder("flowers").classes  # doctest: +SKIP
+        ('daisy', 'rose', 'tulip')
+    """
+    has_test = (Path(root).expanduser() / "test").is_dir()
+    return _load("image_folder", root, size, validation_per_class, workers, max_corrupt, has_test)
+
+
+def _load(
+    name: str, root: str, size: int, validation_per_class: int, workers: int | None, max_corrupt: float, has_test: bool
+) -> "FolderData":
+    check_arguments(name, size, workers, max_corrupt)
+    check_count(name, "validation_per_class", validation_per_class, least=0)
     base = Path(root).expanduser()
     if not base.is_dir():
         raise InputError(
-            f"data imagenet: root {root} is not a directory; set data.root to the folder that contains train/ and val/"
+            f"data {name}: root {root} is not a directory; set data.root to the folder that contains train/ and val/"
         )
-    for name in ("train", "val"):
-        if not (base / name).is_dir():
-            raise InputError(f"data imagenet: {root} has no directory {name}/; {_contents(base)}")
-    require_torchvision("imagenet")
+    for folder in ("train", "val"):
+        if not (base / folder).is_dir():
+            raise InputError(f"data {name}: {root} has no directory {folder}/; {_contents(base)}")
+    require_torchvision(name)
     classes = _classes(base / "train")
-    _check_same_classes(classes, _classes(base / "val"), base)
-    train, test = ImageFiles.scan(base / "train", classes), ImageFiles.scan(base / "val", classes)
-    train, validation = _hold_out(train, classes, validation_per_class)
+    files = {"train": ImageFiles.scan(base / "train", classes)}
+    for folder in ("val", "test") if has_test else ("val",):
+        _check_same_classes(classes, _classes(base / folder), base, folder)
+        files[folder] = ImageFiles.scan(base / folder, classes)
+    if has_test:
+        train, validation, test = files["train"], files["val"], files["test"]
+    else:
+        train, validation = _hold_out(files["train"], classes, validation_per_class)
+        test = files["val"]
     return FolderData(
         splits={"train": train, "validation": validation, "test": test},
         classes=classes,
@@ -133,9 +175,7 @@ class ImageFiles:
             names = [classes[label] for label in empty]
             hidden = [name for name in names if not os.access(folder / name, os.R_OK | os.X_OK)]
             why = f"; no permission to read {_first_few(hidden)}" if hidden else ""
-            raise InputError(
-                f"data imagenet: {len(empty)} classes of {folder} have no images: {_first_few(names)}{why}"
-            )
+            raise InputError(f"images: {len(empty)} classes of {folder} have no images: {_first_few(names)}{why}")
         prefix = os.path.join(folder, "")
         encoded = [os.fsencode(path.removeprefix(prefix)) for path, _ in samples]
         return cls(folder, np.array(encoded, dtype=np.bytes_), labels)
@@ -152,7 +192,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class FolderData(SplitDataset):
-    """Image data set with one folder per class, returned by `imagenet`.
+    """Image data set with one folder per class, returned by `imagenet` and `image_folder`.
 
     The images of a training step and their crops and flips depend only on (seed, epoch), not on the number of
     workers or ranks.
@@ -328,28 +368,28 @@ def _classes(folder: Path) -> tuple[str, ...]:
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as error:
-        raise InputError(f"data imagenet: {folder} cannot be read ({error.strerror})") from error
+        raise InputError(f"images: {folder} cannot be read ({error.strerror})") from error
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     loose = sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
     if loose:
         raise InputError(
-            f"data imagenet: {folder} has {len(loose)} images outside of class folders ({_first_few(loose)}) and "
+            f"images: {folder} has {len(loose)} images outside of class folders ({_first_few(loose)}) and "
             f"{len(classes)} class folders; move every image to {folder.name}/<class>/. For ImageNet's val, the page "
             "ImageNet of the documentation has a shell command that does this with LOC_val_solution.csv"
         )
     if not classes:
-        raise InputError(f"data imagenet: {folder} has no class folders; {_contents(folder)}")
+        raise InputError(f"images: {folder} has no class folders; {_contents(folder)}")
     return tuple(classes)
 
 
-def _check_same_classes(train: tuple[str, ...], test: tuple[str, ...], base: Path) -> None:
+def _check_same_classes(train: tuple[str, ...], test: tuple[str, ...], base: Path, folder: str) -> None:
     for here, there, names in (
-        ("train/", "val/", sorted(set(train) - set(test))),
-        ("val/", "train/", sorted(set(test) - set(train))),
+        ("train/", f"{folder}/", sorted(set(train) - set(test))),
+        (f"{folder}/", "train/", sorted(set(test) - set(train))),
     ):
         if names:
             raise InputError(
-                f"data imagenet: {len(names)} classes of {base}/{here} are not in {there} ({_first_few(names)}); "
+                f"images: {len(names)} classes of {base}/{here} are not in {there} ({_first_few(names)}); "
                 "both folders must have the same classes"
             )
 
@@ -366,7 +406,7 @@ def _hold_out(files: ImageFiles, classes: tuple[str, ...], per_class: int) -> tu
     if counts.min() <= per_class:
         least = int(counts.argmin())
         raise InputError(
-            f"data imagenet: class {classes[least]} has {counts[least]} images in train/, but "
+            f"images: class {classes[least]} has {counts[least]} images in train/, but "
             f"validation_per_class={per_class}; it must be smaller, so that training images are left"
         )
     hashes = np.array([hash_seed(bytes(name)) for name in files.names])

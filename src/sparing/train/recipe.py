@@ -167,8 +167,8 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     weights: str | None = None
-    """File of starting weights, for fine-tuning: .safetensors, or a checkpoint of PyTorch with weights only. Its tensors
-    must have the names and shapes of the model before it is made sparse."""
+    """File of starting weights, for fine-tuning: .safetensors, or a checkpoint of PyTorch with weights only. Names and
+    shapes of its tensors must be those of the model before it is made sparse."""
     method: dict[str, Any] | None = None
     """`name` of `sparing.METHODS`, or an import path such as `my_package.methods:TopKAST`, and the arguments of the
     method; left out for dense training. A pattern is `{name: block, n: 4}`, `{name: nm, n: 2, m: 4}` or `filters`; a
