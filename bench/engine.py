@@ -36,7 +36,6 @@ from sparing.files import write_text
 from sparing.latency.backends import BACKENDS, ENGINE, Backend
 from sparing.layers import find_layers
 from sparing.masks import count_kept, keep_top
-from sparing.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,7 +122,7 @@ def efficientnet_lite0(rule, sparsity):
 
 def trained(run):
     """Return the network of a finished run."""
-    from sparing.train.run import load_run
+    from sparing.train.run import Run
 
     opened = Run.open(run)
     return opened.model("dense"), opened.resolved.input_size
