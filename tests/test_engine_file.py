@@ -13,19 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparing
+from sparing.engine import encoding
 from sparing.engine import file as module
 from sparing.engine.file import KEY, VERSION, load, save
-from sparing.engine.library import library
 from sparing.engine.program import Call, Constant, Program, Ref
 from sparing.engine.shapes import Count
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiler():
-    try:
-        library()
-    except sparing.InputError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("engine_library")
 
 
 class Model(nn.Module):
@@ -166,13 +160,13 @@ def test_arguments_survive():
         Ref(3), Constant("a.b"), Count(3, True), torch.float32, torch.bool, torch.contiguous_format, torch.strided,
         torch.device("cpu"), {"a": Ref(1), "b": []}, 0, False, 1.0,
     ]  # fmt: skip
-    decoded = module._decode(json.loads(json.dumps(module._encode(values), allow_nan=False)))
+    decoded = encoding.decode(json.loads(json.dumps(encoding.encode(values), allow_nan=False)))
     assert decoded == values
     assert [type(value) for value in decoded] == [type(value) for value in values]
-    assert module._decode(module._encode(float("nan"))) != 0
+    assert encoding.decode(encoding.encode(float("nan"))) != 0
     for wrong in (object(), "/etc/passwd", "x" * 101, torch.device("cuda"), 1j, torch.ones(1), {1: 2}):
         with pytest.raises(sparing.InputError):
-            module._encode(wrong)
+            encoding.encode(wrong)
 
 
 def parts(path):

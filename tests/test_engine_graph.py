@@ -16,20 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparing
-from sparing.engine.library import library
 from sparing.engine.operations import Affine, Convolution, Copy, Mean
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Window
 from sparing.export.inputs import find_inputs
 from sparing.export.network import max_relative_error, outputs
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiler():
-    try:
-        library()
-    except sparing.InputError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("engine_library")
 
 
 @torch.no_grad()
@@ -49,8 +42,13 @@ def sparse(model, density=0.4):
 
 
 def compiled(model, example, **options):
-    """Compile a model and compare its outputs at several batch sizes with those of the model in float64."""
+    """Compile a model and compare its outputs at several batch sizes with those of the model in float64.
+
+    The example may also be the shapes of several inputs.
+    """
     sparse(model)
+    if isinstance(example[0], tuple):
+        example = tuple(torch.randn(shape) for shape in example)
     engine = sparing.engine.compile(model, example, **options)
     inputs = find_inputs(model, example)
     for batch in (1, 2, 5):
@@ -58,7 +56,9 @@ def compiled(model, example, **options):
         double = [x.double() if x.is_floating_point() else x for x in args]
         doubles = {name: x.double() if x.is_floating_point() else x for name, x in kwargs.items()}
         expected = outputs(copy.deepcopy(model).double(), tuple(double), doubles)
-        assert max_relative_error(expected, outputs(engine, args, kwargs)) < 1e-5
+        for number, pair in enumerate(zip(expected, outputs(engine, args, kwargs), strict=True)):
+            one, other = ([leaf] for leaf in pair)
+            assert max_relative_error(one, other) < 1e-5, f"output {number}"
         assert max(float(leaf.abs().max()) for leaf in expected) > 1e-2
     return engine
 
@@ -317,23 +317,33 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("options", "folded"),
+    ("options", "in_torch"),
     [
-        ({"pad": (1, 1, 2, 2)}, True),
-        ({"pad": (0, 1, 3, 2)}, True),  # zeros at one end of the kernel make it symmetric
-        ({"pad": (2, 0), "groups": 4}, True),
-        ({"pad": (0, 2, 2, 0), "dilation": 2}, True),
-        ({"pad": (0, 1), "dilation": 2}, False),  # half a step of the kernel
-        ({"pad": (1, 1, 1, 1), "value": 1.0}, False),
-        ({"pad": (1, 1, 1, 1), "pool": True}, False),  # max pooling pads with -inf
-        ({"pad": (-1, 1)}, False),
+        (
+            [
+                {"pad": (1, 1, 2, 2)},
+                {"pad": (0, 1, 3, 2)},  # zeros at one end of the kernel make it symmetric
+                {"pad": (2, 0), "groups": 4},
+                {"pad": (0, 2, 2, 0), "dilation": 2},
+            ],
+            {},
+        ),
+        (
+            [
+                {"pad": (0, 1), "dilation": 2},  # half a step of the kernel
+                {"pad": (1, 1, 1, 1), "value": 1.0},
+                {"pad": (1, 1, 1, 1), "pool": True},  # max pooling pads with -inf
+                {"pad": (-1, 1)},
+            ],
+            {"pad": 4, "conv2d": 1},
+        ),
     ],
-    ids=str,
+    ids=["folded", "not folded"],
 )
-def test_padding_is_folded_into_the_convolution(options, folded):
-    segments, calls = kinds(compiled(Padded(**options), (1, 4, 8, 7)))
-    assert len(segments) == 1
-    assert calls.keys() == (set() if folded else {"pad", "conv2d"} if options["pad"] == (0, 1) else {"pad"})
+def test_padding_is_folded_into_the_convolution(options, in_torch):
+    engine = compiled(Parallel([Padded(**one) for one in options]), ((1, 4, 8, 7),) * len(options))
+    (_,), calls = kinds(engine)
+    assert calls == in_torch
 
 
 def run(function, *layers):
@@ -350,76 +360,124 @@ def run(function, *layers):
     return Function()
 
 
+class Parallel(nn.Module):
+    """Modules that have an input and an output each: tracing one large model is faster than tracing many."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *inputs):
+        return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
 C, L = (lambda: nn.Conv2d(4, 4, 3, padding=1)), (lambda: nn.Linear(4, 4))
+PIXELS, TOKENS, ROWS = (1, 4, 6, 6), (1, 3, 4), (1, 4)
 CONSTANT = nn.Parameter(torch.rand(4) + 0.5, requires_grad=False)
 
 
+def gelu(x):
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3.0)))
+
+
 @pytest.mark.parametrize(
-    ("function", "layer", "example", "segments"),
+    "cases",
     [
-        (lambda f, x: F.leaky_relu(f(x)), C, (1, 4, 6, 6), 1),  # the sum of convolution and unknown operators
-        (lambda f, x: f(x).clamp(min=0), C, (1, 4, 6, 6), "1Convolution"),
-        (lambda f, x: f(x).clamp(0, 6), C, (1, 4, 6, 6), "1Convolution"),
-        (lambda f, x: f(x).clamp(0, 5), C, (1, 4, 6, 6), 1),
-        (lambda f, x: (y := f(x)) * torch.sigmoid(y), L, (1, 4), "1Convolution"),
-        (
-            lambda f, x: 0.5 * (y := f(x)) * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3.0))),
-            L,
-            (1, 4),
-            "1Convolution",
-        ),
-        (lambda f, x: 3 - (f(x) / 2 - 1) * CONSTANT.view(4, 1, 1), C, (1, 4, 6, 6), "1Convolution"),
-        (lambda f, x: f(x) + CONSTANT.to(x).view(4, 1), C, (1, 4, 4, 6), 1),  # along the height
-        (lambda f, x: -f(x) * CONSTANT, L, (1, 3, 4), "1Convolution"),
-        (lambda f, x: F.layer_norm(f(x), (4,)), L, (1, 3, 4), "1Convolution 1LayerNorm"),
-        (lambda f, x: F.layer_norm(f(x), (4, 6, 6)), C, (1, 4, 6, 6), 1),
-        (lambda f, x: f(x) + f(x), C, (1, 4, 6, 6), "2Convolution"),
-        (lambda f, x: (y := f(x)) + y, C, (1, 4, 6, 6), "1Binary 1Convolution"),
-        (lambda f, x: f(x).squeeze(2), lambda: nn.Conv2d(4, 4, (3, 1)), (1, 4, 3, 9), "1Convolution"),
-        (lambda f, x: f(x).flatten(1) * 2, lambda: nn.Conv2d(4, 4, 6), (1, 4, 6, 6), "1Affine 1Convolution 1Mean"),
-        (lambda f, x: f(x.mean((2, 3), keepdim=True)), C, (1, 4, 6, 6), "1Convolution 1Mean"),  # middle of the kernel
-        (lambda f, x: f(x)[:, 1:3], C, (1, 4, 6, 6), "1Convolution 1Copy"),
-        (lambda f, x: f(x)[:, :, 1:3], C, (1, 4, 6, 6), 1),
-        (lambda f, x: f(x).split([1, 3], 1)[1], C, (1, 4, 6, 6), "1Convolution 1Copy"),
-        (lambda f, x: torch.cat([x, f(x), x], -1), L, (1, 3, 4), "1Convolution 3Copy"),
-        (lambda f, x: torch.cat([x, f(x)], 1), L, (1, 3, 4), 1),
-        (lambda f, x: F.max_pool2d(f(x), 3, 2, 1, ceil_mode=True), C, (1, 4, 7, 7), "1Convolution 1Pool"),
-        (lambda f, x: F.max_pool2d(f(x), 2, 2, ceil_mode=True), C, (1, 4, 7, 7), 1),
-        (lambda f, x: F.max_pool2d(f(x), 3, 1, 1, 2), lambda: nn.Conv2d(4, 4, 1), (1, 4, 7, 7), "1Convolution 1Pool"),
-        (lambda f, x: F.avg_pool2d(f(x), 2, divisor_override=3), C, (1, 4, 6, 6), 1),
-        (lambda f, x: F.adaptive_avg_pool2d(f(x), (2, 3)), C, (1, 4, 6, 6), "1Convolution 1Pool"),
-        (lambda f, x: F.adaptive_avg_pool2d(f(x), 4), C, (1, 4, 6, 6), 1),
-        (lambda f, x: f(x).mean((1, 2)), C, (1, 4, 6, 6), 1),
-        (lambda f, x: f(x).permute(0, 2, 3, 1).mean((1, 2)), C, (1, 4, 6, 6), "1Convolution 1Mean"),
-        (lambda f, x: f(x).transpose(1, 2), L, (1, 3, 4), 1),
-        (lambda f, x: F.conv2d(f(x), x[:1]), C, (1, 4, 3, 3), 1),  # a weight that depends on the input
-        (lambda f, x: torch.addmm(CONSTANT.to(x), f(x), f.weight), L, (1, 4), "2Convolution"),
-        (lambda f, x: f(x) @ f.weight.t().reshape(4, 2, 2).flatten(1), L, (1, 3, 4), "2Convolution"),
-        (lambda f, x: f(x.double().to(f.weight)), L, (1, 4), "1Convolution"),
-        (lambda f, x: f(x).double(), L, (1, 4), 1),
-        (lambda f, x: f(x), lambda: nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3), 0),
-        (lambda f, x: f(x), lambda: nn.Conv3d(4, 4, 2), (1, 4, 3, 3, 3), 0),
-        (lambda f, x: f(x), lambda: nn.Conv2d(4, 4, 3, padding=2, padding_mode="reflect"), (1, 4, 6, 6), 1),
-        (lambda f, x: f(F.relu(x)) if x.dim() == 2 else x, lambda: nn.BatchNorm1d(4), (1, 4), 0),  # nothing sparse
-        (lambda f, x: f(F.gelu(F.instance_norm(x))), lambda: nn.Conv1d(4, 4, 3), (1, 4, 9), "1Affine 1Convolution"),
-        (lambda f, x: f(torch.tanh(x.roll(1, 1))), L, (1, 5, 5, 4), "1Affine 1Convolution"),
-        (lambda f, x: f(x).view(-1, 2), L, (1, 3, 4), 1),  # half of the channels
-        (lambda f, x: f(x.view(-1, 4)).view(x.shape[0], 3, 4), L, (1, 3, 4), "1Convolution"),
-        (lambda f, x: f(x) * f(x).mean((2, 3), True), C, (1, 4, 6, 6), "1Binary 2Convolution 1Mean"),
-        (lambda f, x: f(x) + f(x).mean((2, 3), True), C, (1, 4, 6, 6), "1Binary 2Convolution 1Mean"),
-        (lambda f, x: f(x) * f(x).mean((1, 3), True), C, (1, 4, 6, 6), 1),
-        (lambda f, x: x[:0].sum() + f(x), C, (1, 4, 6, 6), 1),  # a tensor without elements
+        [
+            (lambda f, x: f(x).clamp(min=0), C, PIXELS, "1Convolution"),
+            (lambda f, x: f(x).clamp(0, 6), C, PIXELS, "1Convolution"),
+            (lambda f, x: (y := f(x)) * torch.sigmoid(y), L, ROWS, "1Convolution"),
+            (lambda f, x: gelu(f(x)), L, ROWS, "1Convolution"),
+            (lambda f, x: 3 - (f(x) / 2 - 1) * CONSTANT.view(4, 1, 1), C, PIXELS, "1Convolution"),
+            (lambda f, x: f(x) - CONSTANT, L, TOKENS, "1Convolution"),
+            (lambda f, x: -f(x) * CONSTANT, L, TOKENS, "1Convolution"),
+            (lambda f, x: f(x) + f(x), C, PIXELS, "2Convolution"),
+            (lambda f, x: (y := f(x)) + y, C, PIXELS, "1Binary 1Convolution"),
+            (lambda f, x: f(x) * f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
+            (lambda f, x: f(x) + f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
+            (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, "1Convolution 1LayerNorm"),
+        ],
+        [
+            (lambda f, x: F.max_pool2d(f(x), 3, 2, 1, ceil_mode=True), C, (1, 4, 7, 7), "1Convolution 1Pool"),
+            (lambda f, x: F.max_pool2d(f(x), 3, 1, 1, 2), lambda: nn.Conv2d(4, 4, 1), PIXELS, "1Convolution 1Pool"),
+            (lambda f, x: F.adaptive_avg_pool2d(f(x), (2, 3)), C, PIXELS, "1Convolution 1Pool"),
+            (lambda f, x: f(x).permute(0, 2, 3, 1).mean((1, 2)), C, PIXELS, "1Convolution 1Mean"),
+            (lambda f, x: f(x.mean((2, 3), keepdim=True)), C, PIXELS, "1Convolution 1Mean"),  # middle of the kernel
+            (lambda f, x: F.avg_pool2d(F.max_pool2d(f(x), 6), 1).mean((2, 3)), C, PIXELS, "1Convolution 1Mean 1Pool"),
+        ],
+        [
+            (lambda f, x: f(x).squeeze(2), lambda: nn.Conv2d(4, 4, (6, 1)), PIXELS, "1Convolution"),
+            (lambda f, x: f(x).flatten(1) * 2, lambda: nn.Conv2d(4, 4, 6), PIXELS, "1Affine 1Convolution 1Mean"),
+            (lambda f, x: f(x)[:, 1:3], C, PIXELS, "1Convolution 1Copy"),
+            (lambda f, x: f(x).split([1, 3], 1)[1], C, PIXELS, "1Convolution 1Copy"),
+            (lambda f, x: torch.cat([x, f(x), x], -1), L, TOKENS, "1Convolution 3Copy"),
+            (lambda f, x: torch.addmm(CONSTANT.to(x), f(x), f.weight), L, ROWS, "2Convolution"),
+            (lambda f, x: f(x) @ f.weight.t().reshape(4, 2, 2).flatten(1), L, TOKENS, "2Convolution"),
+            (lambda f, x: f(x.view(-1, 4)).view(x.shape[0], 3, 4), L, TOKENS, "1Convolution"),
+        ],
     ],
+    ids=["elementwise", "pooling", "shapes"],
 )  # fmt: skip
-def test_operators_alone(function, layer, example, segments):
-    engine = compiled(run(function, layer()), example)
+def test_operators_in_the_engine(cases):
+    engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
+    expected = Counter()
+    for *_, operations in cases:
+        expected += Counter({part.lstrip("0123456789"): int(part[0]) for part in operations.split()})
+    (segment,), calls = kinds(engine)
+    assert segment == " ".join(f"{count}{kind}" for kind, count in sorted(expected.items()))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("cases", "segments"),
+    [
+        (
+            [
+                (lambda f, x: F.leaky_relu(f(x)), C, PIXELS, "leaky_relu"),
+                (lambda f, x: f(x).clamp(0, 5), C, PIXELS, "clamp"),
+                (lambda f, x: f(x) + CONSTANT.to(x).view(4, 1), C, (1, 4, 4, 6), "add"),  # along the height
+                (lambda f, x: f(x) * f(x).mean((1, 3), True), C, PIXELS, "mean mul"),
+                (lambda f, x: F.layer_norm(f(x), (4, 6, 6)), C, PIXELS, "layer_norm"),
+                (lambda f, x: x[:0].sum() + f(x), C, PIXELS, "slice sum add"),  # a tensor without elements
+                (lambda f, x: f(x.double().to(f.weight)), L, ROWS, "_to_copy _to_copy"),
+                (lambda f, x: f(x).double(), L, ROWS, "_to_copy"),
+                (lambda f, x: f(torch.tanh(x.roll(1, 1))), L, (1, 5, 5, 4), "roll"),
+                (lambda f, x: f(F.gelu(F.instance_norm(x))), lambda: nn.Conv1d(4, 4, 3), (1, 4, 9), "instance_norm"),
+            ],
+            1,
+        ),
+        (
+            [
+                (lambda f, x: F.max_pool2d(f(x), 2, 2, ceil_mode=True), C, (1, 4, 7, 7), "max_pool2d"),
+                (lambda f, x: F.avg_pool2d(f(x), 2, divisor_override=3), C, PIXELS, "avg_pool2d"),
+                (lambda f, x: F.adaptive_avg_pool2d(f(x), 4), C, PIXELS, "adaptive_avg_pool2d"),
+                (lambda f, x: f(x).mean((1, 2)), C, PIXELS, "mean"),
+                (lambda f, x: f(x)[:, :, 1:3], C, PIXELS, "slice"),
+                (lambda f, x: torch.cat([x, f(x)], 1), L, TOKENS, "cat"),
+                (lambda f, x: f(x).transpose(1, 2), L, TOKENS, ""),
+                (lambda f, x: f(x).view(-1, 2), L, TOKENS, ""),  # half of the channels
+                (lambda f, x: F.conv2d(f(x), x[:1]), C, (1, 4, 3, 3), "slice conv2d"),  # a weight that depends on x
+                (lambda f, x: f(x), lambda: nn.Conv2d(4, 4, 3, padding=2, padding_mode="reflect"), PIXELS, "pad"),
+            ],
+            1,
+        ),
+        (
+            [
+                (lambda f, x: f(x), lambda: nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3), "conv_transpose2d"),
+                (lambda f, x: f(x), lambda: nn.Conv3d(4, 4, 2), (1, 4, 3, 3, 3), "conv3d"),
+                (lambda f, x: f(F.relu(x)), lambda: nn.BatchNorm1d(4), ROWS, "relu batch_norm"),  # nothing sparse
+            ],
+            0,
+        ),
+    ],
+    ids=["elementwise", "shapes", "nothing sparse"],
+)  # fmt: skip
+def test_operators_in_torch(cases, segments):
+    engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
     found, calls = kinds(engine)
-    if isinstance(segments, str):
-        assert found == [segments]
-        assert not calls.keys() - {"roll", "instance_norm", "_native_batch_norm_legit", "_to_copy"}
-    else:
-        assert len(found) == segments
-        assert engine.program.calls
+    assert len(found) == segments
+    assert calls == Counter(name for case in cases for name in case[3].split())
+    assert all(call.reason for call in engine.program.calls)
 
 
 def test_levels_put_parallel_branches_into_one_segment():
@@ -467,7 +525,7 @@ def test_sparsified_model_is_not_changed():
     assert "PyTorch: 1 reshape.default (a view that mixes channels and pixels, or images)" in str(engine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_converted_with_a_warning(dtype):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).to(dtype)
     with pytest.warns(sparing.SparsityWarning, match=f"computes in float32: parameters in {dtype} are converted"):
@@ -525,7 +583,7 @@ def test_models_that_cannot_be_compiled_raise():
     ]:
         with pytest.raises(sparing.InputError, match=message):
             sparing.engine.compile(model, (2, 2))
-    with pytest.raises(sparing.InputError, match="threads must be a positive integer or None, got 0"):
+    with pytest.raises(sparing.InputError, match="threads must be an integer in \\[1, 1024\\] or None, got 0"):
         sparing.engine.compile(nn.Linear(2, 2), (1, 2), threads=0)
 
 
@@ -554,32 +612,36 @@ def test_inputs_that_the_model_changes_are_not_changed():
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-def test_regions_without_gradients_are_inlined():
+def test_regions_without_gradients_are_traced():
     def function(f, x):
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             y = f(x)
         return F.relu(y)
 
-    assert kinds(compiled(run(function, C()), (1, 4, 6, 6))) == (["1Convolution"], {})
+    assert kinds(compiled(run(function, C()), PIXELS)) == (["1Convolution"], {})
 
 
-def test_plans_of_four_batch_sizes_are_kept():
-    engine = sparing.engine.compile(nn.Linear(3, 3), (1, 3))
+def test_the_plan_of_the_example_is_ready_and_four_are_kept():
+    engine = sparing.engine.compile(nn.Linear(3, 3), (2, 3))
     (plans,) = engine._plans
-    assert list(plans._plans) == []
+    assert list(plans._plans) == [2]
     for batch in (1, 2, 3, 4, 1, 5):
         engine(torch.ones(batch, 3))
     assert list(plans._plans) == [3, 4, 1, 5]
+    names = [name for name, _ in plans.profile()]
+    assert (names[0], names[-1]) == ("input", "output")
 
 
 def test_large_batches_run_in_parts(monkeypatch):
     monkeypatch.setattr(sparing.engine.plan, "CACHE", 1)
-    engine = compiled(resnet(), (1, 3, 32, 32), threads=2)
-    engine(torch.randn(5, 3, 32, 32))
-    assert set(engine._plans[0]._plans) == {1, 2}
-    tokens_first = compiled(encoder(norm_first=True), torch.randn(7, 3, 16), threads=1)
-    tokens_first(torch.randn(7, 5, 16))
-    assert 5 in tokens_first._plans[-1]._plans, "tokens of different samples alternate"
+    engine = compiled(C(), (5, 4, 6, 6), threads=2)
+    (plans,) = copy.copy(engine)._plans
+    assert not plans._plans
+    plans.prepare(5)
+    assert plans._plans.keys() == {1, 2}
+    engine = compiled(run(lambda f, x: f(x.cumsum(0)), L()), torch.randn(7, 3, 4), threads=1)
+    engine(torch.randn(7, 5, 4))
+    assert 5 in engine._plans[-1]._plans, "tokens of different samples alternate"
 
 
 def test_concurrent_calls():
@@ -684,8 +746,8 @@ def test_segments_check_themselves(wrong, message):
 
 
 FORK = """
-import os, torch, sparing
-engine = sparing.engine.compile(torch.nn.Linear(64, 64), (1, 64), threads=2)
+import os, sys, torch, sparing
+engine = sparing.engine.load(sys.argv[1], threads=2)
 x = torch.randn(50, 64)
 expected = engine(x)
 plan = engine._plans[0]._plans[50]
@@ -698,6 +760,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
-def test_a_forked_process_has_plans_of_its_own():
+def test_a_forked_process_has_plans_of_its_own(tmp_path):
+    path = sparing.engine.save(sparing.engine.compile(nn.Linear(64, 64), (1, 64)), tmp_path / "model.engine")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # PyTorch hangs in a forked process if it has threads
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-c", FORK, str(path)], check=True, timeout=120, env=environment)

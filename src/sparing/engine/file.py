@@ -1,16 +1,15 @@
 """Compiled networks in a file: safetensors with the program as JSON in the metadata.
 
 The tensors are the constants of the operators in PyTorch and, per convolution of the engine, the nonzero weights with
-their positions. Loading runs no code of the file: it builds the data classes of plan.py and program.py, which check
-themselves, and the operators of PyTorch come from a list of permitted ones.
+their positions. Loading runs no code of the file: it builds segments and a program, which check themselves, and the
+operators of PyTorch must be permitted.
 """
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -21,30 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from sparing.engine.encoding import (
+    DTYPES,
+    TEXT,
+    checked,
+    decode,
+    decode_counts,
+    decode_segment,
+    encode,
+    encode_counts,
+    encode_segment,
+    integers,
+)
 from sparing.engine.library import library
 from sparing.engine.module import Engine, check_threads
-from sparing.engine.operations import OPERATIONS, Operation
 from sparing.engine.program import INTEGER_FUNCTIONS, Call, Constant, Input, Program, Ref, Run, find_function
-from sparing.engine.segment import Port, Segment
-from sparing.engine.shapes import Count, Images, Matrix, Shape, Window
+from sparing.engine.shapes import Count
 from sparing.errors import InputError, SparsityWarning
 from sparing.files import atomic_write
 
 KEY, FORMAT, VERSION = "sparing.engine", "sparing.engine", 1
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-MEMORY_FORMATS = {
-    str(value).removeprefix("torch."): value
-    for value in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
-}
-TEXT = re.compile(r"[A-Za-z0-9_ ,.>-]{0,100}")
-"""Strings that are arguments of operators, such as "tanh", "floor" and "bij,bjk->bik"."""
 
 INTERNAL = {
     "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_adaptive_avg_pool2d", "_local_scalar_dense",
@@ -79,8 +74,8 @@ def save(engine: Engine, path: str | Path) -> Path:
             dict or tuple instead.
 
     Examples:
-        >>> fast = compile(nn.Linear(8, 4), (1, 8))  # doctest: +SKIP
-        >>> save(fast, "model.engine")  # doctest: +SKIP
+        >>> fast = sparing.engine.compile(nn.Linear(8, 4), (1, 8))
+        >>> sparing.engine.save(fast, "model.engine")
         PosixPath('model.engine')
     """
     if not isinstance(engine, Engine):
@@ -99,23 +94,23 @@ def save(engine: Engine, path: str | Path) -> Path:
     steps: list[dict[str, Any]] = []
     for number, step in enumerate(program.steps):
         if isinstance(step, Run):
-            segment = _encode_segment(step.segment, f"{number}", tensors)
+            segment = encode_segment(step.segment, f"{number}", tensors)
             steps.append({"inputs": list(step.inputs), "outputs": list(step.outputs), "segment": segment})
         else:
             _check_operator(step.name)
-            arguments = {"args": _encode(step.args), "kwargs": _encode(dict(step.kwargs))}
+            arguments = {"args": encode(step.args), "kwargs": encode(dict(step.kwargs))}
             steps.append({"call": step.name, **arguments, "output": step.output, "reason": step.reason})
     # Tied weights are views of one memory, which safetensors does not write.
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     content = {
         "inputs": [
-            {"name": one.name, "shape": _encode_counts(one.shape), "dtype": str(one.dtype).removeprefix("torch.")}
+            {"name": one.name, "shape": encode_counts(one.shape), "dtype": str(one.dtype).removeprefix("torch.")}
             for one in program.inputs
         ],
-        "arguments": _encode(dict(program.arguments)),
+        "arguments": encode(dict(program.arguments)),
         "positional": program.positional,
         "steps": steps,
-        "outputs": _encode(program.outputs),
+        "outputs": encode(program.outputs),
         "weights": program.weights,
     }
     header = {"format": FORMAT, "version": VERSION, "crc32": _checksum(content, tensors), "program": content}
@@ -138,6 +133,11 @@ def load(path: str | Path, threads: int | None = None) -> Engine:
 
     Raises:
         InputError: there is no C++ compiler; the file cannot be read, is of a newer version, or is damaged.
+
+    Examples:
+        >>> path = sparing.engine.save(sparing.engine.compile(nn.Linear(8, 4), (1, 8)), "model.engine")
+        >>> sparing.engine.load(path)(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
     """
     threads = check_threads(threads)
     library()
@@ -182,32 +182,32 @@ def _decode_program(content: Any, tensors: Mapping[str, Tensor]) -> Program:
     names = [name for name in tensors if name.startswith("constant/")]
     constants = {name.removeprefix("constant/"): remaining.pop(name) for name in names}
     steps: list[Call | Run] = []
-    for number, step in enumerate(_checked(content["steps"], list)):
+    for number, step in enumerate(checked(content["steps"], list)):
         if "segment" in step:
-            segment = _decode_segment(step["segment"], f"{number}", remaining)
-            steps.append(Run(segment, _integers(step["inputs"]), _integers(step["outputs"])))
+            segment = decode_segment(step["segment"], f"{number}", remaining)
+            steps.append(Run(segment, integers(step["inputs"]), integers(step["outputs"])))
         else:
-            name = _checked(step["call"], str)
+            name = checked(step["call"], str)
             _check_operator(name)
-            args, kwargs = _decode(step["args"]), _decode(step["kwargs"])
-            output, reason = _checked(step["output"], int), _checked(step["reason"], str)
-            _check_call(name, _checked(args, tuple), _checked(kwargs, dict))
+            args, kwargs = decode(step["args"]), decode(step["kwargs"])
+            output, reason = checked(step["output"], int), checked(step["reason"], str)
+            _check_call(name, checked(args, tuple), checked(kwargs, dict))
             steps.append(Call(name, args, kwargs, output, reason))
     if remaining:
         raise InputError(f"tensor {min(remaining)!r} belongs to nothing")
     inputs = tuple(
-        Input(_checked(one["name"], str), _decode_counts(one["shape"]), DTYPES[_checked(one["dtype"], str)])
-        for one in _checked(content["inputs"], list)
+        Input(checked(one["name"], str), decode_counts(one["shape"]), DTYPES[checked(one["dtype"], str)])
+        for one in checked(content["inputs"], list)
     )
     for one in inputs:
         if any(size.per_sample and size.factor == 0 for size in one.shape):
             raise InputError(f"input {one.name} has a size of 0 times the batch size")
-    arguments, positional = _checked(_decode(content["arguments"]), dict), _checked(content["positional"], int)
+    arguments, positional = checked(decode(content["arguments"]), dict), checked(content["positional"], int)
     found = _check_arguments(arguments)
     if sorted(found) != list(range(len(inputs))) or not 0 <= positional <= len(arguments):
         raise InputError("the arguments are not the inputs")
-    weights = _checked(content["weights"], int)
-    program = Program(inputs, arguments, positional, tuple(steps), _decode(content["outputs"]), constants, weights)
+    weights = checked(content["weights"], int)
+    program = Program(inputs, arguments, positional, tuple(steps), decode(content["outputs"]), constants, weights)
     if weights < program.nonzero:
         raise InputError(f"{program.nonzero} weights of {weights} are not zero")
     return program
@@ -254,174 +254,6 @@ def _check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         raise InputError(f"operator {name!r} does not take these arguments")
 
 
-# Arguments.
-
-
-def _encode(argument: Any) -> Any:
-    """Return an argument of an operator as JSON."""
-    if argument is None or type(argument) in (bool, int):
-        return argument
-    if type(argument) is float:
-        return argument if math.isfinite(argument) else {"float": str(argument)}
-    if isinstance(argument, str) and TEXT.fullmatch(argument):
-        return argument
-    if isinstance(argument, Ref):
-        return {"value": argument.index}
-    if isinstance(argument, Constant):
-        return {"constant": argument.name}
-    if isinstance(argument, Count):
-        return {"count": [argument.factor, argument.per_sample]}
-    if isinstance(argument, torch.dtype) and str(argument).removeprefix("torch.") in DTYPES:
-        return {"dtype": str(argument).removeprefix("torch.")}
-    if isinstance(argument, torch.memory_format) and str(argument).removeprefix("torch.") in MEMORY_FORMATS:
-        return {"memory_format": str(argument).removeprefix("torch.")}
-    if argument == torch.strided:
-        return {"layout": "strided"}
-    if argument == torch.device("cpu"):
-        return {"device": "cpu"}
-    if isinstance(argument, list):
-        return [_encode(item) for item in argument]
-    if isinstance(argument, tuple):
-        return {"tuple": [_encode(item) for item in argument]}
-    if isinstance(argument, dict):
-        return {"dict": [[_checked(key, str), _encode(value)] for key, value in argument.items()]}
-    raise InputError(f"{argument!r} of type {type(argument).__name__} cannot be written to a file")
-
-
-def _decode(argument: Any) -> Any:
-    """Return the argument that `_encode` wrote."""
-    if argument is None or type(argument) in (bool, int, float):
-        return argument
-    if isinstance(argument, str):
-        if not TEXT.fullmatch(argument):
-            raise InputError("a string is not permitted as an argument")
-        return argument
-    if isinstance(argument, list):
-        return [_decode(item) for item in argument]
-    ((kind, value),) = argument.items()
-    if kind == "float" and value in ("inf", "-inf", "nan"):
-        return float(value)
-    if kind == "value":
-        return Ref(_checked(value, int))
-    if kind == "constant":
-        return Constant(_checked(value, str))
-    if kind == "count":
-        return _decode_counts([value])[0]
-    if kind == "dtype":
-        return DTYPES[value]
-    if kind == "memory_format":
-        return MEMORY_FORMATS[value]
-    if kind == "layout" and value == "strided":
-        return torch.strided
-    if kind == "device" and value == "cpu":
-        return torch.device("cpu")
-    if kind == "tuple":
-        return tuple(_decode(item) for item in _checked(value, list))
-    if kind == "dict":
-        return {_checked(key, str): _decode(item) for key, item in _checked(value, list)}
-    raise InputError(f"unknown kind of argument {kind!r}")
-
-
-# Segments.
-
-
-def _encode_segment(segment: Segment, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a segment as JSON. Its tensors go into `tensors`."""
-    operations = []
-    for number, operation in enumerate(segment.operations):
-        encoded: dict[str, Any] = {"operation": type(operation).__name__}
-        for field in fields(operation):
-            value = getattr(operation, field.name)
-            if isinstance(value, Tensor):
-                if field.name == "columns" and (not len(value) or int(value.max()) < 2**15):
-                    value = value.to(torch.int16)
-                tensors[f"{prefix}/{number}/{field.name}"] = value
-                value = True
-            elif isinstance(value, Window):
-                value = [list(getattr(value, pair.name)) for pair in fields(Window)]
-            encoded[field.name] = value
-        operations.append(encoded)
-    return {
-        "tensors": [_encode_shape(shape) for shape in segment.tensors],
-        "operations": operations,
-        "inputs": [_encode_port(port) for port in segment.inputs],
-        "outputs": [_encode_port(port) for port in segment.outputs],
-    }
-
-
-def _decode_segment(encoded: Any, prefix: str, tensors: dict[str, Tensor]) -> Segment:
-    """Return a segment. Its tensors are removed from `tensors`."""
-    operations: list[Operation] = []
-    for number, given in enumerate(_checked(encoded["operations"], list)):
-        kind = OPERATIONS[given["operation"]]
-        values = {}
-        for field in fields(kind):
-            value = given[field.name]
-            if field.type in (Tensor, Tensor | None):
-                if value is True:
-                    value = tensors.pop(f"{prefix}/{number}/{field.name}")
-                    value = value.int() if value.dtype == torch.int16 else value
-                elif value is not None or field.type is Tensor:
-                    raise InputError(f"{field.name} of {kind.__name__} is missing")
-            elif field.type is Window:
-                value = Window(*(_pair(pair) for pair in value))
-            elif isinstance(value, (list, dict)):
-                raise InputError(f"{field.name} of {kind.__name__} must not be {value!r}")
-            values[field.name] = value
-        operations.append(kind(**values))
-    return Segment(
-        tuple(_decode_shape(shape) for shape in _checked(encoded["tensors"], list)),
-        tuple(operations),
-        tuple(_decode_port(port) for port in _checked(encoded["inputs"], list)),
-        tuple(_decode_port(port) for port in _checked(encoded["outputs"], list)),
-    )
-
-
-def _encode_counts(counts: Iterable[Count]) -> list[Any]:
-    return [[count.factor, count.per_sample] for count in counts]
-
-
-def _decode_counts(counts: Any) -> tuple[Count, ...]:
-    return tuple(Count(_checked(factor, int), _checked(per_sample, bool)) for factor, per_sample in counts)
-
-
-def _encode_shape(shape: Shape) -> list[Any]:
-    if isinstance(shape, Matrix):
-        return [*_encode_counts([shape.rows]), shape.channels]
-    return [*_encode_counts([shape.images]), shape.channels, shape.height, shape.width]
-
-
-def _decode_shape(encoded: Any) -> Shape:
-    count, *numbers = _checked(encoded, list)
-    (first,) = _decode_counts([count])
-    return Matrix(first, *numbers) if len(numbers) == 1 else Images(first, *numbers)
-
-
-def _encode_port(port: Port) -> list[Any]:
-    return [port.tensor, port.channels_last, _encode_counts(port.shape)]
-
-
-def _decode_port(encoded: Any) -> Port:
-    tensor, channels_last, shape = encoded
-    return Port(_checked(tensor, int), _checked(channels_last, bool), _decode_counts(shape))
-
-
-def _pair(numbers: Any) -> tuple[int, int]:
-    one, other = _integers(numbers)
-    return one, other
-
-
-def _integers(numbers: Any) -> tuple[int, ...]:
-    return tuple(_checked(number, int) for number in _checked(numbers, list))
-
-
-def _checked(value: Any, kind: type) -> Any:
-    """Return a value of a type. A bool is no int."""
-    if type(value) is not kind:
-        raise InputError(f"{value!r:.100} should be of type {kind.__name__}")
-    return value
-
-
 def _checksum(content: Any, tensors: Mapping[str, Tensor]) -> int:
     checksum = crc32(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -432,13 +264,9 @@ def _checksum(content: Any, tensors: Mapping[str, Tensor]) -> int:
 
 def _other_container(tree: Any) -> str | None:
     """Return the name of the first container that is not a dict, list or tuple."""
-    if isinstance(tree, Count) or not isinstance(tree, Iterable) or isinstance(tree, str):
-        return None if not hasattr(tree, "__dataclass_fields__") or _is_leaf(tree) else type(tree).__name__
-    if type(tree) not in (dict, list, tuple):
-        return type(tree).__name__
-    items = tree.values() if isinstance(tree, dict) else tree
-    return next((name for item in items if (name := _other_container(item))), None)
-
-
-def _is_leaf(tree: Any) -> bool:
-    return isinstance(tree, (Ref, Constant, Count))
+    if isinstance(tree, (Ref, Constant, Count, str)):
+        return None
+    if type(tree) in (dict, list, tuple):
+        items = tree.values() if isinstance(tree, dict) else tree
+        return next((name for item in items if (name := _other_container(item))), None)
+    return type(tree).__name__ if is_dataclass(tree) or isinstance(tree, Iterable) else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from sparing.engine.graph import build
 from sparing.engine.library import library
@@ -17,13 +17,17 @@ from sparing.errors import InputError, SparsityWarning
 from sparing.export.inputs import Example, Inputs, find_inputs
 from sparing.export.network import check_values, check_weights, max_relative_error, outputs, plain, tolerance
 
+MOST_THREADS = 1024
+"""Maximum number of threads, as in kernels/plan.cpp."""
+
 
 def compile(model: nn.Module, example: Example | Inputs, threads: int | None = None) -> "Engine":
     """Compile a sparse model for inference on the CPU, and check its outputs.
 
     The time of convolutions and linear layers follows the number of their nonzero weights. What the engine does not
     have, such as attention, runs in PyTorch; `Engine.summary` lists it. The batch size is dynamic if possible. All
-    other sizes are those of the example. The engine computes in float32.
+    other sizes are those of the example. The first call with another batch size than that of the example takes longer,
+    because it makes a plan. The engine computes in float32.
 
     Args:
         model: a sparsified or plain model on the CPU; it is not modified.
@@ -44,8 +48,8 @@ def compile(model: nn.Module, example: Example | Inputs, threads: int | None = N
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> fast = compile(model, (1, 3, 16, 16))  # doctest: +SKIP
-        >>> fast(torch.randn(5, 3, 16, 16)).shape  # doctest: +SKIP
+        >>> fast = sparing.engine.compile(model, (1, 3, 16, 16))
+        >>> fast(torch.randn(5, 3, 16, 16)).shape
         torch.Size([5, 8, 14, 14])
     """
     threads = check_threads(threads)
@@ -78,7 +82,11 @@ def compile(model: nn.Module, example: Example | Inputs, threads: int | None = N
                 f"the compiled network does not have the outputs of the model at batch size {batch}: maximum relative "
                 f"error {error:.2g}, allowed {tolerance(network):g}; the model must give the same outputs in each call"
             )
-    return copy.copy(engine)  # without the plans of the check
+    batch = _find_batch(program.inputs, tree_leaves((inputs.args, inputs.kwargs)))
+    for plans in engine._plans:
+        if plans is not None:
+            plans.prepare(batch)
+    return engine
 
 
 class Engine(nn.Module):
@@ -133,7 +141,16 @@ class Engine(nn.Module):
         return returned if structure is None else tree_unflatten(returned, structure)
 
     def summary(self) -> str:
-        """Return the segments of the engine, and the operators that run in PyTorch with the reasons."""
+        """Return the segments of the engine, and the operators that run in PyTorch with the reasons.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(64, 10), nn.Softmax(1))
+            >>> sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, begin=0, end=0))
+            >>> print(sparing.engine.compile(model, (1, 64)).summary())
+            segment 0: 1 Convolution; 64 nonzero weights
+            engine: 64 nonzero of 640 weights, sparsity 90.00%
+            PyTorch: 1 softmax.int (no such operation in the engine)
+        """
         return str(self.program)
 
     def __str__(self) -> str:
@@ -189,12 +206,12 @@ def check_threads(threads: int | None) -> int:
     """Return the number of threads.
 
     Raises:
-        InputError: it is not a positive integer.
+        InputError: it is not an integer in [1, 1024].
     """
     if threads is None:
         return torch.get_num_threads()
-    if type(threads) is not int or threads < 1:
-        raise InputError(f"threads must be a positive integer or None, got {threads!r}")
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads must be an integer in [1, {MOST_THREADS}] or None, got {threads!r}")
     return threads
 
 

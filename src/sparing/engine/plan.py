@@ -83,6 +83,16 @@ class Plans:
                 )
         return results
 
+    def prepare(self, batch: int) -> None:
+        """Make the plans that a batch size needs, and delete all others."""
+        with self._lock:
+            step = self._find_step(batch)
+            needed = {min(step, batch - first) for first in range(0, batch, step)}
+            for count in needed:
+                self._find(count)
+            for count in self._plans.keys() - needed:
+                del self._plans[count]
+
     def profile(self) -> list[tuple[str, float]]:
         """Return name and seconds of each operation in the last part of the next run, or of the last run."""
         return next(reversed(self._plans.values())).profile()
