@@ -139,9 +139,15 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
 
 
 def _keys_at(root: type[BaseModel], location: list[Any]) -> list[str]:
-    section: Any = root
+    section = root
     for key in location:
-        annotation = section.model_fields[key].annotation
-        # A section that may be left out has the type `Section | None`.
-        section = next((each for each in get_args(annotation) if each is not type(None)), annotation)
+        if key in section.model_fields:  # not a key of a mapping
+            section = _section_in(section.model_fields[key].annotation) or section
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section in a type such as `Section | None` or `dict[str, Section | list]`."""
+    if arguments := get_args(annotation):
+        return next(filter(None, map(_section_in, arguments)), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
