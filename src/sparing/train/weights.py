@@ -45,11 +45,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
+    if isinstance(found, Mapping) and any(".parametrizations." in str(key) for key in found):
+        raise CheckpointError(
+            f"checkpoint {path}: holds a sparsified model in training; give the model.safetensors of its run"
+        )
     if not isinstance(found, Mapping) or not found or not all(isinstance(each, Tensor) for each in found.values()):
-        if isinstance(found, Mapping) and any(".parametrizations." in str(key) for key in found):
-            raise CheckpointError(
-                f"checkpoint {path}: holds a sparsified model in training; give the model.safetensors of its run"
-            )
         raise CheckpointError(f"checkpoint {path}: holds no state dict, a mapping from names to tensors")
     return {str(key): tensor for key, tensor in found.items()}
 

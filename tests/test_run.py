@@ -1,0 +1,300 @@
+"""Resolved recipes, run directories that move, models and data of one's own, starting weights."""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import sparing
+from sparing import METHODS, Budget, CheckpointError, InputError
+from sparing.train import run as run_module
+from sparing.train.build import build_model
+from sparing.train.checkpoint import load_checkpoint
+from sparing.train.method_section import build_method, settings
+from sparing.train.reading import MAX_BYTES, parse_yaml
+from sparing.train.recipe import Recipe, build_recipe, load_recipe
+from sparing.train.resolve import resolve, what_is_computed
+from sparing.train.run import Run
+from sparing.train.training import train_run
+from sparing.train.weights import load_weights
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OWN = EXAMPLES / "own_model.yaml"
+SHORT = ["schedule.epochs=2", "data.count=120", "model.width=4"]
+BUDGET = {"conv1": 0.0, "conv2": 0.75, "fc": 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield
+    sys.modules.pop("own_model", None)
+
+
+def own(*changes):
+    return load_recipe(OWN, [*SHORT, *changes])
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A run that was started with relative paths, and then moved to another directory; with its metrics."""
+    here = tmp_path_factory.mktemp("here")
+    torch.manual_seed(1)
+    recipe = own("method={name: gmp, budget: b.json, every: 2}", "weights=w.safetensors")
+    start = build_model(recipe.model, {"num_classes": 4, "in_channels": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        Budget(BUDGET).save("b.json")
+        save_file(start.state_dict(), "w.safetensors")
+        train_run(recipe, "run", stop_after=1)
+        there = tmp_path_factory.mktemp("there") / "moved"
+        shutil.move("run", there)
+    shutil.rmtree(here)
+    return there
+
+
+def test_a_run_can_be_moved_and_resumed_and_read_from_anywhere(moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metrics = train_run(load_recipe(moved / "recipe.yaml"), moved, resume=True)
+    run = Run.open(moved)
+    assert run.metrics == metrics
+    assert [line["epoch"] for line in run.history] == [1, 2]
+    report = run.report()
+    assert {row.name: row.sparsity for row in report.layers} == pytest.approx(BUDGET, abs=0.02)
+    assert run.budget() == Budget({row.name: row.sparsity for row in report.layers})
+    assert run.evaluate().accuracy == metrics["accuracy"]
+    written = run.export("compressed")
+    assert written.path == moved / "compressed.safetensors"
+    assert run.model("dense").state_dict().keys() == load_file(moved / "model.safetensors").keys()
+    shutil.copytree(moved, tmp_path / "copy")
+    assert Run.open("copy").report().total == report.total
+
+
+def test_a_run_directory_holds_no_relative_path_and_all_settings(moved):
+    recipe = yaml.safe_load((moved / "recipe.yaml").read_text())
+    assert recipe["method"]["budget"] == BUDGET
+    assert Path(recipe["weights"]).is_absolute()
+    assert recipe["method"].keys() == {"name"} | {field.name for field in dataclasses.fields(METHODS["gmp"])}
+    resolved = recipe["resolved"]
+    assert (resolved["steps"], resolved["input_size"]) == (8, [1, 1, 12, 12])
+    assert resolved["model_arguments"] == {"num_classes": 4, "in_channels": 1}
+    assert len(resolved["weights_sha256"]) == 64
+    assert resolved["versions"]["torch"] == torch.__version__
+
+
+def test_nothing_is_read_twice(moved, monkeypatch):
+    read = []
+    for name in ("load_newest", "read_weights"):
+        function = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, lambda path, function=function: (read.append(path), function(path))[1])
+    run = Run.open(moved)
+    run.report()
+    run.budget()
+    assert run.model() is run.model()
+    assert len(read) == 1
+
+
+def test_resolving_again_changes_nothing_and_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    resolved = resolve(own("method.budget=global"))
+    assert resolve(resolved) == resolved
+    assert build_recipe(yaml.safe_load(resolved.to_yaml())) == resolved
+    assert what_is_computed(resolved) != what_is_computed(resolve(own("method.budget=erk")))
+    with pytest.raises(InputError, match="the run has 40,000,000 optimizer steps; it must have 1 to 10,000,000"):
+        resolve(own("schedule.epochs=100000", "data.count=600", "data.batch_size=1"))
+
+
+REQUIRED = {"alpha": 1e-3, "weight": 1e-4, "kl_weight": 1e-3, "sparsity": 0.5}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_settings_of_a_method_are_written_and_read_back(name):
+    fields = {field.name: field for field in dataclasses.fields(METHODS[name])}
+    needed = {key: value for key, value in REQUIRED.items() if key in fields}
+    method = build_method({"name": name, **needed})
+    spec = settings(name, method)
+    assert spec.keys() - {"name"} == fields.keys() - {"input_size"}
+    assert build_method(parse_yaml(yaml.safe_dump(spec))) == method
+
+
+def test_a_published_budget_is_written_out(monkeypatch):
+    method = build_method({"name": "gmp", "budget": "resnet50-str-90.23"})
+    assert settings("gmp", method)["budget"] == dict(Budget.published("resnet50-str-90.23"))
+    assert build_method({"name": "gmp", "budget": {0: 0.5, "fc": 0.9}}).budget == Budget({"0": 0.5, "fc": 0.9})
+
+
+# Models, data sets and methods by import path
+
+
+def test_the_example_of_an_own_model_is_valid():
+    recipe = load_recipe(OWN)
+    assert type(build_model(recipe.model, {"num_classes": 4, "in_channels": 1})).__module__ == "own_model"
+    assert resolve(recipe).resolved.steps == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.name=own_model:SmallNett", "model 'own_model:SmallNett' cannot be imported: .*no attribute"),
+        ("model.name=no_such:Net", "cannot be imported: No module named 'no_such'; install it, or add its directory"),
+        ("model.name=own_model:SHAPES", "which is no class or function"),
+        (
+            "model={name: own_model:stripes}",
+            "model 'own_model:stripes' returned ImageData, which is no torch.nn.Module",
+        ),
+        ("model.wdith=3", "model 'own_model:SmallNet' has no argument 'wdith'; did you mean 'width'"),
+        ("model.num_classes=3", "'num_classes' follows from the data"),
+        ("model={name: 'torch.nn:Flatten'}", r"model 'torch.nn:Flatten' returns 144 logits; the data has 4 classes"),
+        ("model={name: 'torch.nn:Identity'}", r"it returned \(1, 1, 12, 12\)"),
+        ("data={name: own_model:SmallNet, num_classes: 2, in_channels: 1}", "no sparing.data.SplitDataset"),
+        ("data.conut=3", "data 'own_model:stripes' has no argument 'conut'; did you mean 'count'"),
+        ("model.name=/tmp/net.py:Net", "unknown name '/tmp/net.py:Net'; .*or an import path module:Name"),
+        ("model.name=../net:Net", "unknown name"),
+        ("data.name=own_model", "unknown name 'own_model'"),
+        ("method.name=./own:Method", "method './own:Method' cannot be imported: write module:Name"),
+    ],
+)
+def test_an_import_path_that_does_not_fit_is_reported(change, message):
+    changes = [change] if change.startswith("data={") else [*SHORT[1:], change]
+    if change.startswith("model={"):
+        changes = [SHORT[1], "method=null", change]
+    with pytest.raises(InputError, match=message) as error:
+        resolve(load_recipe(OWN, changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_module_that_fails_and_a_function_with_free_keywords(tmp_path, monkeypatch):
+    (tmp_path / "failing_of_test_run.py").write_text("1 / 0\n")
+    (tmp_path / "free_of_test_run.py").write_text(
+        "from own_model import SmallNet\ndef net(**keywords):\n    return SmallNet(**keywords)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="cannot be imported: ZeroDivisionError: division by zero"):
+        resolve(own("model.name=failing_of_test_run:Net"))
+    free = own("model={name: 'free_of_test_run:net', num_classes: 4, in_channels: 1}")
+    assert resolve(free).resolved.steps == 8
+
+
+# Starting weights
+
+
+@pytest.fixture
+def network():
+    return build_model(own().model, {"num_classes": 4, "in_channels": 1})
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "compressed", "state dict", "checkpoint"])
+def test_starting_weights_are_loaded_from_every_kind_of_file(tmp_path, network, kind):
+    state = {key: torch.randn_like(tensor) for key, tensor in network.state_dict().items()}
+    path = tmp_path / ("w.safetensors" if kind in ("safetensors", "compressed") else "w.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "compressed":
+        sparing.export.compressed.save(state, path)
+    else:
+        torch.save(state if kind == "state dict" else {"epoch": 3, "state_dict": state}, path)
+    load_weights(network, path)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+
+
+def test_a_run_starts_from_the_weights(tmp_path, network):
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    changes = [f"weights={tmp_path}/w.safetensors", "method=null", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    train_run(own(*changes), tmp_path / "run")
+    for key, tensor in load_file(tmp_path / "run" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, network.state_dict()[key])
+    save_file({key: 2 * tensor for key, tensor in network.state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"another recipe \(they differ in resolved.weights_sha256\)"):
+        train_run(own(*changes), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("fc.bias"), "does not fit the model: it misses 'fc.bias'"),
+        (lambda state: state.update(head=torch.zeros(1)), "it has unexpected tensors 'head'"),
+        (
+            lambda state: state.update({"fc.bias": torch.zeros(9)}),
+            r"'fc.bias' has shape \(9,\), the model needs \(4,\)",
+        ),
+        (lambda state: state["fc.bias"].fill_(torch.nan), "'fc.bias' holds values that are NaN or infinite"),
+        (lambda state: state.update(evil=print), "unreadable, or no checkpoint with weights only"),
+        (lambda state: state.update(epoch=3), "holds no state dict"),
+    ],
+)
+def test_starting_weights_that_do_not_fit_are_named(tmp_path, network, change, message):
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in before.items()}
+    change(state)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_weights(network, tmp_path / "w.pt")
+    assert str(tmp_path / "w.pt") in str(error.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
+    with pytest.raises(CheckpointError, match="absent.pt: unreadable or truncated"):
+        resolve(own(f"weights={tmp_path}/absent.pt"))
+    torch.save(load_checkpoint(moved / "checkpoint.pt")["model"], tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="holds a sparsified model in training; give the model.safetensors"):
+        load_weights(network, tmp_path / "w.pt")
+
+
+# Recipes from strangers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1, 1]\nb: [*a, *a]",
+        "2026-13-45",
+        "!!int abc",
+        "9" * 5000,
+        "[" * 3000 + "]" * 3000,
+        "!!python/object/apply:os.system [id]",
+        "? [a]\n: b",
+        "{[]: 1}",
+        "a: !!binary =",
+        "!!set {a, b}: 1",
+        "- &x !!timestamp x",
+    ],
+)
+def test_a_hostile_yaml_is_refused_in_one_sentence(text, tmp_path):
+    for whole in (text, f"model: {{name: resnet8}}\nseed:\n  {text}".replace("\n", "\n  ")):
+        (tmp_path / "recipe.yaml").write_text(whole)
+        with pytest.raises(InputError) as caught:
+            load_recipe(tmp_path / "recipe.yaml")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_large_recipe_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("#" * (MAX_BYTES + 1))
+    with pytest.raises(InputError, match="is larger than 4,194,304 bytes"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_number_of_epochs_that_nobody_can_train_is_refused():
+    with pytest.raises(InputError, match="schedule.epochs: input should be less than or equal to 100000"):
+        own("schedule.epochs=10000000")
+    assert isinstance(own(), Recipe)
+
+
+def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(OWN.read_text())
+    with pytest.raises(InputError, match="its recipe.yaml was not written by sparing train"):
+        Run.open(tmp_path)
+    resolved = resolve(own()).to_yaml()
+    (tmp_path / "recipe.yaml").write_text(resolved)
+    assert (Run.open(tmp_path).metrics, Run.open(tmp_path).history) == (None, [])
+    for text in ("[1]", '{"accuracy": ', "3"):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(InputError, match=r"metrics.json: unreadable"):
+            _ = Run.open(tmp_path).metrics
