@@ -758,3 +758,44 @@ def test_a_term_of_the_loss_that_opacus_would_ignore_is_refused():
     with_privacy(model, optimizer)
     with pytest.raises(InputError, match="^dst adds a term to the loss"):
         sparsifier.penalty()
+
+
+# engine
+
+
+def assert_outputs(fast, model, **inputs):
+    """The compiled network has the outputs of the model, for all samples and for the first one."""
+    for batch in (2, 1):
+        given = {name: tensor[:batch] for name, tensor in inputs.items()}
+        with torch.no_grad():
+            expected = model(**given)
+        torch.testing.assert_close(fast(**given), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("engine_library")
+def test_the_engine_runs_all_layers_of_bert_but_attention_and_embeddings(transformers):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    sparing.sparsify_(model, ONE_SHOT)
+    inputs = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
+    fast = sparing.engine.compile(model, inputs)
+    assert_outputs(fast, model, **inputs)
+    assert [len(segment.convolutions) for segment in fast.program.segments] == [3, 6, 3, 1]
+    names = {call.name.split(".")[1] for call in fast.program.calls}
+    assert {"embedding", "scaled_dot_product_attention"} <= names
+    assert not names & {"linear", "layer_norm", "gelu", "tanh"}
+
+
+@pytest.mark.usefixtures("engine_library")
+def test_the_engine_runs_all_of_a_timm_model(timm):
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=5).eval()
+    sparing.sparsify_(model, ONE_SHOT)
+    fast = sparing.engine.compile(model, (1, 3, 32, 32))
+    assert_outputs(fast, model, x=torch.randn(2, 3, 32, 32))
+    assert len(fast.program.segments) == 1
+    assert not fast.program.calls
