@@ -1,20 +1,32 @@
 """Files, names and servers that are damaged or malicious: an error of one sentence, and nothing executed or lost."""
 
+import csv
 import functools
-import http.server
+import gzip
 import io
+import os
+import random
 import socket
 import tarfile
 import threading
 import time
+import wave
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 import sparing
-from sparing import InputError
+from sparing import Budget, InputError
 from sparing.data import shards
+from sparing.data.cifar import _read_archive, _read_binary
+from sparing.data.image import _read_idx
+from sparing.data.pictures import decode
+from sparing.data.speech import read_wav
 from sparing.data.tar import read_tar
+from sparing.export import str_release
+from sparing.files import atomic_write, escape_cell, printable, unescape_cell
 from sparing.train.evaluate import evaluate
 
 
@@ -69,8 +81,6 @@ DAMAGES = {
 @pytest.mark.parametrize("compression", ["w", "w:gz"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_archives_raise(damage, compression):
-    import gzip
-
     content = DAMAGES[damage] if compression == "w" else gzip.compress(DAMAGES[damage])
     with pytest.raises((tarfile.TarError, ValueError, EOFError)):
         list(read_tar(io.BytesIO(content), lambda name: True))
@@ -179,3 +189,162 @@ def test_patterns_with_too_many_names_raise(pattern):
 def test_no_examples_raise():
     with pytest.raises(InputError, match="there are no examples to evaluate"):
         evaluate(torch.nn.Flatten(), [])
+
+
+def test_a_small_file_of_images_that_expands_to_gigabytes_raises(tmp_path):
+    expands = gzip.compress(bytes(10**7))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(expands)
+    with pytest.raises(InputError, match="does not hold 10 items"):
+        _read_idx(tmp_path, "train", 10)
+
+
+def test_files_that_are_no_regular_files_raise(tmp_path):
+    """Reading a pipe would wait, and reading a device would never end."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode(str(tmp_path / "pipe.jpg"))
+    for target, read in (("b.json", Budget.load), ("b.bin", _read_binary)):
+        (tmp_path / target).symlink_to("/dev/zero")
+        with pytest.raises(InputError, match="not a regular file|size of 0 bytes"):
+            read(tmp_path / target)
+
+
+def mutations(content, count, first):
+    """Yield damaged copies of a file, mostly in its first bytes."""
+    rng = random.Random(0)
+    for number in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 1, 4, 20))):
+            last = first if rng.random() < 0.8 else len(changed)
+            changed[rng.randrange(last)] = rng.choice((0, 255, 127, rng.randrange(256)))
+        if number % 5 == 0:
+            del changed[rng.randrange(len(changed)) :]
+        yield bytes(changed)
+
+
+def test_random_damage_of_recordings_and_archives_raises(tmp_path):
+    recording, archive, picture = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    with wave.open(recording, "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
+        file.writeframes(bytes(4000))
+    Image.new("RGB", (32, 32)).save(picture, "JPEG")
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name in ("train/airplane/0.jpg", "test/bird/0.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture.getvalue())
+            tar.addfile(member, io.BytesIO(picture.getvalue()))
+    path, messages = tmp_path / "file", []
+    for content, first, read in (
+        (recording.getvalue(), 44, lambda path: read_wav(path, 8000)), (archive.getvalue(), 4096, _read_archive),
+    ):  # fmt: skip
+        for changed in mutations(content, 200, first):
+            path.write_bytes(changed)
+            try:
+                read(path)
+            except InputError as error:
+                messages.append(str(error))
+    assert len(messages) > 200
+    assert not [message for message in messages if "\n" in message]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.json", "[" * 50_000 + "]" * 50_000, "not a table of layer and sparsity"),
+        ("b.json", '{"\\ud800": 0.5}', "not a table of layer and sparsity"),
+        ("b.json", '{"a": 1' + "0" * 5000 + "}", "not a table of layer and sparsity"),
+        ("b.json", '{"a": 0.5, "a": 0.7}', "has layer 'a' twice"),
+        ("b.json", '{"a\\u001b[2J": 2}', r"b.json: the sparsity of layer 'a\\x1b\[2J' must be in"),
+        ("b.csv", "layer,sparsity\n" + "a" * 200_000 + ",0.5\n", "field larger than field limit"),
+        ("b.csv", "layer,sparsity\na,0.5\na,0.7\n", "has layer 'a' twice"),
+        ("b.csv", "layer,sparsity\na,0.5,0.7\n", "a row has more cells"),
+        ("b.csv", 'layer,sparsity\n"a,0.5\n', "not a table of layer and sparsity"),
+        ("b.csv", "x" * (2**25 + 1), "larger than 33,554,432 bytes"),
+    ],
+    ids=str.split("deep surrogate digits twice escape field csv_twice cells quote large"),
+)
+def test_damaged_budgets_raise(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as raised:
+        Budget.load(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+NAMES = ("=1+1", "+a", "-b", "@c", "'=d", "'e", "\tf", "plain", "")
+
+
+def test_names_are_no_formulas_in_csv_files(tmp_path):
+    assert [unescape_cell(escape_cell(name)) for name in NAMES] == list(NAMES)
+    budget = Budget(dict.fromkeys(NAMES, 0.5))
+    budget.save(tmp_path / "b.csv")
+    assert Budget.load(tmp_path / "b.csv") == budget
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in NAMES if name})
+    for text in ((tmp_path / "b.csv").read_text(), sparing.report(model).to_csv()):
+        cells = [row[0] for row in csv.reader(io.StringIO(text))]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t"))]
+
+
+def test_names_do_not_control_the_terminal():
+    table = str(sparing.report(nn.ModuleDict({"a\x1b[2J\u202eb": nn.Linear(2, 2)})))
+    assert "\x1b" not in table
+    assert "\u202e" not in table
+    assert r"a\x1b[2J\u202eb" in table
+    assert printable("90 % ± 1\tof x\n") == "90 % ± 1\tof x\n"
+
+
+@functools.cache
+def resnet18():
+    return sparing.models.resnet18().state_dict()
+
+
+def release(**changes):
+    state = {f"module.{name}": tensor for name, tensor in resnet18().items()}
+    return {"state_dict": state | {f"module.{name}": change(state) for name, change in changes.items()}}
+
+
+FIRST, FC = "module.conv1.weight", "module.fc.weight"
+THRESHOLD = "layer1.0.conv1.sparseThreshold"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("conv1.weight", lambda s: s[FIRST].to("meta"), "has no values"),
+        ("conv1.weight", lambda s: s[FIRST].to_sparse(), "layout torch.sparse_coo"),
+        ("conv1.weight", lambda s: s[FIRST].to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+        ("conv1.weight", lambda s: s[FIRST].to(torch.complex64), "dtype torch.complex64"),
+        ("conv1.weight", lambda s: s[FIRST].long(), "has dtype torch.int64, expected torch.float32"),
+        ("conv1.weight", lambda s: torch.nested.nested_tensor([s[FIRST][0]]), "'conv1.weight' has dtype"),
+        ("fc.weight", lambda s: torch.zeros(1).expand(10**12, 512), "more elements than the file has numbers"),
+        ("fc.weight", lambda s: torch.zeros(1).expand(10**9, 512, 1, 1), "more elements than the file has numbers"),
+        (THRESHOLD, lambda s: torch.full((1, 1), float("nan")), "is NaN"),
+        (THRESHOLD, lambda s: torch.ones(1, 1, device="meta"), "has no values"),
+        (THRESHOLD, lambda s: torch.ones(1, 1).to_sparse(), "layout torch.sparse_coo"),
+    ],
+    ids=str.split("meta sparse float8 complex integer nested huge huge_1x1 nan_s meta_s sparse_s"),
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_odd_tensors_in_a_checkpoint_raise(tmp_path, name, change, message):
+    torch.save(release(**{name: change}), tmp_path / "c.pth")
+    with pytest.raises(sparing.CheckpointError, match=message):
+        str_release.convert(tmp_path / "c.pth", "resnet18")
+
+
+def test_a_tensor_twice_in_a_checkpoint_raises(tmp_path):
+    content = release()
+    content["state_dict"]["conv1.weight"] = torch.ones(64, 3, 7, 7)
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(sparing.CheckpointError, match="has tensor 'conv1.weight' twice"):
+        str_release.convert(tmp_path / "c.pth", "resnet18")
+
+
+def test_every_failed_write_is_one_sentence_with_the_path(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "nowhere" / "x", tmp_path, tmp_path / "loop" / "x", "/dev/full", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=f"^{path} cannot be written: [^\n]+$"), atomic_write(path) as temporary:
+            temporary.write_text("content")
+    with pytest.raises(InputError, match="x cannot be written: .*No such file"), atomic_write(tmp_path / "x"):
+        save_file({"a": torch.ones(2)}, tmp_path / "nowhere" / "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning, nearest
-from sparing.files import write_text
+from sparing.files import escape_cell, read_text, unescape_cell, write_text
 from sparing.layers import Layer, find_layers
 from sparing.masks import Scores, count_kept, global_threshold, keep_top_together, random_scores
 from sparing.patterns import NM, Pattern, Units
@@ -38,7 +38,7 @@ class Budget(Mapping[str, float]):
     def __init__(self, sparsity: Mapping[str, float]) -> None:
         for name, value in sparsity.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise InputError(f"budget: the sparsity of layer {name!r} must be in [0, 1], got {value!r}")
+                raise InputError(f"budget: the sparsity of layer {name!r:.200} must be in [0, 1], got {value!r:.50}")
         self._sparsity = {name: float(value) for name, value in sparsity.items()}
 
     @classmethod
@@ -166,28 +166,25 @@ class Budget(Mapping[str, float]):
         """Read a budget from a .json file (an object) or a .csv file (columns layer, sparsity).
 
         Raises:
-            InputError: the file is missing, of another suffix, or not a budget.
+            InputError: the file is missing, of another suffix, or not a budget; it has a layer twice.
         """
         path = Path(path)
         parse = _reader(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"budget {path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"budget {path}: is not a text file") from error
+        text = read_text(path, f"budget {path}")
         try:
             return cls(parse(text))
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError as error:
+            raise InputError(f"budget {path}: {str(error).removeprefix('budget: ')}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
             raise InputError(f"budget {path}: not a table of layer and sparsity ({error})") from error
 
     def save(self, path: str | Path) -> None:
         """Write the budget to a .json or .csv file; `load` gives back equal numbers.
 
+        A name that spreadsheets would take for a formula, such as "=1", is written with an apostrophe in front.
+
         Raises:
-            InputError: the suffix is neither.
+            InputError: the suffix is neither, or the file cannot be written.
         """
         path = Path(path)
         _reader(path)
@@ -197,7 +194,7 @@ class Budget(Mapping[str, float]):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["layer", "sparsity"])
-        writer.writerows((name, repr(value)) for name, value in self.items())
+        writer.writerows((escape_cell(name), repr(value)) for name, value in self.items())
         write_text(path, text.getvalue())
 
     def __getitem__(self, name: str) -> float:
@@ -454,11 +451,24 @@ def _erdos_renyi_kernel(shapes: Mapping[str, Sequence[int]], sparsity: float, de
 
 
 def _reader(path: Path):  # type: ignore[no-untyped-def]
-    readers = {".json": json.loads, ".csv": _from_csv}
+    readers = {".json": partial(json.loads, object_pairs_hook=_unique), ".csv": _from_csv}
     if path.suffix not in readers:
         raise InputError(f"budget {path}: the suffix must be .json or .csv")
     return readers[path.suffix]
 
 
 def _from_csv(text: str) -> dict[str, float]:
-    return {row["layer"]: float(row["sparsity"]) for row in csv.DictReader(io.StringIO(text))}
+    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    if any(None in row for row in rows):
+        raise ValueError("a row has more cells than the header")
+    return _unique([(unescape_cell(row["layer"]), float(row["sparsity"])) for row in rows])
+
+
+def _unique(pairs: list[tuple[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has layer {name!r:.200} twice")
+        name.encode()  # UnicodeEncodeError, a ValueError: JSON can escape half of a character
+        found[name] = value
+    return found

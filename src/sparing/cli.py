@@ -17,7 +17,7 @@ from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.export import str_release
 from sparing.export.runtimes import UnavailableError
-from sparing.files import atomic_write, write_text
+from sparing.files import atomic_write, printable, write_text
 from sparing.formats import FORMATS
 from sparing.sweep import load_sweep, run_sweep
 from sparing.tables import budget_table, describe_methods, methods_table, results_table, sizes_line
@@ -227,10 +227,7 @@ def report(
     layer_report = opened.report(weights.value)
     for path, text in ((csv, layer_report.to_csv), (html, layer_report.to_html)):
         if path is not None:
-            try:
-                write_text(path, text())
-            except OSError as error:
-                raise InputError(f"{path} cannot be written: {error.strerror}") from error
+            write_text(path, text())
     if as_json:
         print(layer_report.to_json())
         return
@@ -319,11 +316,9 @@ def convert(
     state = str_release.convert(file, arch, keep_thresholds=keep_thresholds)
     if names is not Naming.sparing:
         state = str_release.with_bias(state, arch)
-    try:
-        with atomic_write(out) as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in state.items()}, temporary)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    with atomic_write(out) as temporary:
+        # Clone because safetensors rejects tensors that share memory.
+        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, temporary)
     weights = [tensor for tensor in state.values() if tensor.dim() > 1]
     output = {
         "out": str(out),
@@ -361,7 +356,7 @@ def budget_show(
         return
     # A published budget is named after its model.
     name = model or (budget.partition("-")[0] if budget in Budget.published_names() else None)
-    without_counts = "\n".join(f"{layer}  {100 * sparsity:.2f} %" for layer, sparsity in sparsities.items())
+    without_counts = "\n".join(f"{printable(layer)}  {100 * sparsity:.2f} %" for layer, sparsity in sparsities.items())
     print(without_counts if name is None else budget_table(sparsities, name))
 
 
@@ -376,10 +371,7 @@ def budget_extract(
     Other methods read the file with --set method.budget=FILE.
     """
     sparsities = Run.open(run).budget(weights.value)
-    try:
-        sparsities.save(out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    sparsities.save(out)
     print(f"Written to {out}: {len(sparsities)} layers")
 
 
@@ -389,12 +381,12 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"sparing: {error}", file=sys.stderr)
+        print(f"sparing: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
 def _print_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    print(f"sparing: warning: {message}", file=sys.stderr)
+    print(f"sparing: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _latency(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Atomic file writes."""
+"""Write files atomically; read and write text that may come from somebody else."""
 
 import errno
 import os
@@ -8,6 +8,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sparing.errors import InputError
 
 
 @contextmanager
@@ -21,13 +25,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path: the file to create or replace. If it is a symbolic link, the file it points to is replaced.
 
     Raises:
-        OSError: `path` exists and is not a regular file, or the directory is not writable.
+        InputError: `path` exists and is not a regular file, the directory is not writable, or the disk is full.
 
     Examples:
         >>> with atomic_write("notes.txt") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("complete or not at all")
     """
-    path = Path(path).resolve()  # replace the target of a symbolic link, not the link
+    try:
+        # Replace the target of a symbolic link, not the link.
+        with _replace(Path(os.path.realpath(path))) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def _replace(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     # The process id alone is not unique: workers in containers share a directory, and often an id.
@@ -48,6 +61,63 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path, where: str, max_bytes: int = 2**25) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        where: start of error messages.
+        max_bytes: maximum size.
+
+    Raises:
+        InputError: the file is missing, not a regular file, too large, or not a text file.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{where}: cannot be read: not a regular file")  # a pipe could wait, a device never end
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise InputError(f"{where}: cannot be read: larger than {max_bytes:,} bytes")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not a text file") from error
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+"""Beginnings of cells that spreadsheets run as formulas, and the mark that prevents it."""
+
+
+def escape_cell(text: str) -> str:
+    """Return a text as a cell of a CSV file that spreadsheets do not run as a formula.
+
+    Examples:
+        >>> escape_cell("=1+1"), escape_cell("conv1")
+        ("'=1+1", 'conv1')
+    """
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def unescape_cell(cell: str) -> str:
+    """Return the text of a cell that `escape_cell` wrote."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+
+
+def printable(text: str) -> str:
+    """Return a text for the terminal: control characters, which could move the cursor or hide text, are escaped.
+
+    Examples:
+        >>> printable("conv\x1b[2J")
+        'conv\\x1b[2J'
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def remove_temporaries(folder: str | Path) -> None:

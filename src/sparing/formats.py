@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparing import engine
-from sparing.errors import InputError
 from sparing.export import compressed, mnn, onnx, openvino
 from sparing.export.inputs import Example, find_inputs
 from sparing.export.network import Written, check, check_values, outputs, plain, tolerance
@@ -34,11 +33,8 @@ def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
         compressed.check_tensor(name, tensor)
     # Clone because safetensors rejects tensors that share memory.
     state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.items()}
-    try:
-        with atomic_write(path) as temporary:
-            save_file(state, temporary)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    with atomic_write(path) as temporary:
+        save_file(state, temporary)
     return Written(path, path.stat().st_size, 0.0)
 
 
@@ -48,13 +44,10 @@ def save_engine(model: nn.Module, path: Path, example: Example) -> Written:
     network = plain(model).float()  # the engine computes in float32
     example = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, example)
     args, kwargs = find_inputs(network, example).sample(3)
-    try:
-        with atomic_write(path) as temporary:
-            engine.save(fast, temporary)
-            got = outputs(engine.load(temporary), args, kwargs)
-            error = check(str(path), outputs(network, args, kwargs), got, tolerance(network))
-    except OSError as failure:
-        raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+    with atomic_write(path) as temporary:
+        engine.save(fast, temporary)
+        got = outputs(engine.load(temporary), args, kwargs)
+        error = check(str(path), outputs(network, args, kwargs), got, tolerance(network))
     return Written(path, path.stat().st_size, error)
 
 

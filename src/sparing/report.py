@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sparing.errors import SparsityWarning
+from sparing.files import escape_cell, printable
 from sparing.goal import missed_targets
 from sparing.layers import Layer, all_layers
 from sparing.macs import Example, find_applications
@@ -96,12 +97,15 @@ class Report:
         return json.dumps(self.as_dict(), indent=2)
 
     def to_csv(self) -> str:
-        """The report as CSV: a header, one row per layer, then the sums. Shapes read 64x3x7x7."""
+        """The report as CSV: a header, one row per layer, then the sums. Shapes read 64x3x7x7.
+
+        A name that spreadsheets would take for a formula has an apostrophe in front.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
         for row in (*self.layers, *self.sums):
-            writer.writerow({**row.as_dict(), "shape": _shape(row)})
+            writer.writerow({**row.as_dict(), "name": escape_cell(row.name), "shape": _shape(row)})
         return text.getvalue()
 
     def to_html(self) -> str:
@@ -129,7 +133,7 @@ class Report:
             threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
             macs = ["" if count is None else f"{count:,}" for count in (row.dense_macs, row.macs)]
             counts = [f"{row.weights:,}", f"{row.nonzero:,}", _percent(row)]
-            cells.append([row.name, row.kind, _shape(row), *counts, threshold, *macs])
+            cells.append([printable(row.name), row.kind, _shape(row), *counts, threshold, *macs])
         # Drop empty columns.
         keep = [i for i in range(len(cells[0])) if any(row[i] for row in cells[1:])]
         return [[row[i] for i in keep] for row in cells]

@@ -2,8 +2,6 @@
 
 import io
 import json
-import lzma
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparing.data.image import ImageData, Images, stratified_split
+from sparing.data.tar import read_tar
 from sparing.errors import InputError
 from sparing.files import atomic_write
 
@@ -113,13 +112,14 @@ def _build(
 
 def _read_binary(path: Path) -> Images:
     try:
+        size = path.stat().st_size
+        if not size or size % RECORD_BYTES:
+            raise InputError(
+                f"data {path}: the size of {size:,} bytes is not a multiple of {RECORD_BYTES:,}; download it again"
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"data {path}: cannot be read ({error.strerror})") from error
-    if not raw or len(raw) % RECORD_BYTES:
-        raise InputError(
-            f"data {path}: the size of {len(raw):,} bytes is not a multiple of {RECORD_BYTES:,}; download it again"
-        )
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, RECORD_BYTES)
     labels = records[:, 0].to(torch.int64)
     if int(labels.max()) >= len(CLASSES):
@@ -137,23 +137,28 @@ def _read_archive(path: Path) -> dict[str, Images]:
         raise InputError("data cifar10_jpeg needs Pillow: pip install pillow") from error
     pixels: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                split, _, rest = member.name.removeprefix("./").partition("/")
-                name, _, file = rest.partition("/")
-                if not member.isfile() or split not in ("train", "test") or name not in CLASSES:
-                    continue
-                stream = archive.extractfile(member)
-                assert stream is not None
-                with Image.open(io.BytesIO(stream.read()), formats=["JPEG"]) as image:
+        with path.open("rb") as stream:
+            for member, content in read_tar(stream, lambda member: _place(member) is not None):
+                place = _place(member)
+                assert place is not None
+                split, name, file = place
+                with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
                     if image.size != (32, 32):
-                        raise InputError(f"data {path}: {member.name} must have 32×32 pixels, got {image.size}")
+                        raise InputError(f"data {path}: {member} must have 32×32 pixels, got {image.size}")
                     raw = bytearray(image.convert("RGB").tobytes())
                 pixels[split, name][file] = torch.frombuffer(raw, dtype=torch.uint8).reshape(32, 32, 3)
-    # Pillow's error for an unreadable image is a subclass of OSError.
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # A damaged image can raise almost any type of exception.
         raise InputError(f"data {path}: damaged, or not an archive of JPEG files ({error})") from error
     return {split: _stack([pixels[split, name] for name in CLASSES]) for split in ("train", "test")}
+
+
+def _place(member: str) -> tuple[str, str, str] | None:
+    """Return split, class and file of a member `train/<class>/<file>`, or None for another one."""
+    split, _, rest = member.removeprefix("./").partition("/")
+    name, _, file = rest.partition("/")
+    return (split, name, file) if split in ("train", "test") and name in CLASSES else None
 
 
 def _stack(classes: Iterable[dict[str, Tensor]]) -> Images:
@@ -183,9 +188,9 @@ def _read_cache(archive: Path) -> dict[str, Images] | None:
             if (file.metadata() or {}).get("archive") != _signature(archive):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError):
-        return None
-    return {split: Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "test")}
+        return {split: Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in ("train", "test")}
+    except (OSError, SafetensorError, KeyError):
+        return None  # A damaged cache is made again.
 
 
 def _write_cache(archive: Path, splits: dict[str, Images]) -> None:
@@ -196,5 +201,5 @@ def _write_cache(archive: Path, splits: dict[str, Images]) -> None:
     try:
         with atomic_write(_cache_path(archive)) as temporary:
             save_file(tensors, temporary, metadata={"archive": _signature(archive)})
-    except OSError:  # The folder is not writable: decode again next time.
+    except InputError:  # The folder is not writable: decode again next time.
         return

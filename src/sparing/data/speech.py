@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparing.data.sequence import SequenceData, Sequences, normalized
 from sparing.errors import InputError
-from sparing.files import atomic_write
+from sparing.files import atomic_write, read_text
 
 FILTERS = 32
 WINDOW, STRIDE = 0.025, 0.010
@@ -203,8 +203,10 @@ def read_wav(path: Path, rate: int) -> Tensor:
     try:
         with wave.open(str(path), "rb") as file:
             found = (file.getframerate(), file.getnchannels(), 8 * file.getsampwidth())
-            raw, expected = file.readframes(file.getnframes()), file.getnframes()
-    except (OSError, EOFError, wave.Error) as error:
+            expected = file.getnframes()
+            # The header can promise more than the file has, and reading would allocate it.
+            raw = file.readframes(min(expected, path.stat().st_size)) if found == (rate, 1, 16) else b""
+    except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
         raise InputError(f"data {path}: not a readable WAV file ({error or 'unexpected end of file'})") from error
     if found != (rate, 1, 16):
         raise InputError(
@@ -247,7 +249,7 @@ def _speech_commands_splits(folder: Path) -> Callable[[Path], str]:
     if len(found) == 1:
         (absent,) = set(files.values()) - set(found)
         raise InputError(f"data google12: {absent} is missing, but {found[0].name} exists; unpack the archive again")
-    listed = {line: split for split, path in files.items() for line in path.read_text(encoding="utf-8").split()}
+    listed = {line: split for split, path in files.items() for line in read_text(path, f"data {path}").split()}
     missing = [line for line in listed if not (folder / line).is_file()]
     if missing:
         raise InputError(
@@ -308,10 +310,9 @@ def _build(
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(cache) as temporary:
                 save_file(tensors, temporary, {"key": key})
-        except OSError as error:
+        except (OSError, InputError) as error:
             raise InputError(
-                f"data {name}: cannot write the spectrograms to {cache} ({error.strerror}); set data.cache to "
-                "another file"
+                f"data {name}: cannot write the spectrograms ({error}); set data.cache to another file"
             ) from error
     splits = []
     for split, examples in clips.items():

@@ -106,11 +106,8 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
         }  # fmt: skip
         arrays |= {f"{name}/{kind}": array for kind, array in encoded.items()}
     header = json.dumps({"version": VERSION, "crc32": crc32(_canonical(entries)), "tensors": entries})
-    try:
-        with atomic_write(path) as temporary:
-            save_file(arrays, temporary, metadata={"sparing.compressed": header})
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    with atomic_write(path) as temporary:
+        save_file(arrays, temporary, metadata={"sparing.compressed": header})
 
 
 def load(path: str | Path) -> dict[str, Tensor]:

@@ -54,11 +54,8 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
         convert(source, converted)
         error = check_file(path, converted, "mnn", network, inputs)
         size = converted.stat().st_size
-        try:
-            with atomic_write(path) as temporary:
-                shutil.copyfile(converted, temporary)
-        except OSError as failure:
-            raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+        with atomic_write(path) as temporary:
+            shutil.copyfile(converted, temporary)
     return Written(Path(path), size, error)
 
 

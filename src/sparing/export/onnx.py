@@ -68,13 +68,10 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
             f"the model has {weights:,} bytes of weights, more than the {LARGEST:,} of one .onnx file; "
             "export it with sparing.export.openvino.save"
         )
-    try:
-        with atomic_write(path) as temporary:
-            program.save(temporary)
-            error = check_file(path, temporary, "onnxruntime", network, inputs)
-            size = temporary.stat().st_size
-    except OSError as failure:
-        raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+    with atomic_write(path) as temporary:
+        program.save(temporary)
+        error = check_file(path, temporary, "onnxruntime", network, inputs)
+        size = temporary.stat().st_size
     return Written(Path(path), size, error)
 
 

@@ -53,11 +53,8 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
             raise refusal("OpenVINO cannot read the network", network, failure) from failure
         error = check_file(path, converted, "openvino_fp32", network, inputs)
         size = converted.stat().st_size + converted.with_suffix(".bin").stat().st_size
-        try:
-            # Write the weights first: a reader that finds the new graph also finds the new weights.
-            for suffix in (".bin", ".xml"):
-                with atomic_write(path.with_suffix(suffix)) as temporary:
-                    shutil.copyfile(converted.with_suffix(suffix), temporary)
-        except OSError as failure:
-            raise InputError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+        # Write the weights first: a reader that finds the new graph also finds the new weights.
+        for suffix in (".bin", ".xml"):
+            with atomic_write(path.with_suffix(suffix)) as temporary:
+                shutil.copyfile(converted.with_suffix(suffix), temporary)
     return Written(path, size, error)

@@ -24,6 +24,9 @@ ARCHITECTURES = ("resnet18", "resnet50", "mobilenet_v1")
 
 THRESHOLD = ".sparseThreshold"
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
+"""dtypes of weights and statistics, and int64 for the number of batches that normalization has counted."""
+
 
 def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> dict[str, Tensor]:
     """Convert a checkpoint of the release to a state dict for the same network in `sparing.models`.
@@ -72,6 +75,8 @@ def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> di
                 f"{where}: the threshold of {name!r} must be a floating point tensor with one element, "
                 f"got {s.dtype} of shape {tuple(s.shape)}"
             )
+        if bool(s.isnan()):
+            raise CheckpointError(f"{where}: the threshold of {name!r} is NaN")
     if keep_thresholds and not thresholds:
         raise InputError(f"{where}: has no thresholds; convert it without keeping thresholds")
     for name, s in thresholds.items():
@@ -133,7 +138,28 @@ def _read(path: Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{where}: has no 'state_dict' of tensors")
-    return {str(key).removeprefix("module."): tensor.detach() for key, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = str(key).removeprefix("module.")
+        if name in tensors:
+            raise CheckpointError(f"{where}: has tensor {name!r} twice, with and without the prefix 'module.'")
+        problem = _find_problem(tensor)
+        if problem is not None:
+            raise CheckpointError(f"{where}: tensor {name!r} {problem}")
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _find_problem(tensor: Tensor) -> str | None:
+    """Return why a tensor cannot be one of a checkpoint of the release, or None if it can."""
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        return f"has dtype {tensor.dtype} and layout {tensor.layout}; the release has dense floating point tensors"
+    if tensor.is_meta:
+        return "has no values"
+    # A file of a few bytes can have a tensor of terabytes that repeats one number.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return f"of shape {tuple(tensor.shape)} has more elements than the file has numbers for it"
+    return None
 
 
 def _numpy_scalars() -> list[Any]:
@@ -182,4 +208,6 @@ def _mismatch(tensors: dict[str, Tensor], arch: str) -> str | None:
     for key, tensor in expected.items():
         if tensors[key].shape != tensor.shape:
             return f"{key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(tensor.shape)}"
+        if tensors[key].is_floating_point() != tensor.is_floating_point():
+            return f"{key!r} has dtype {tensors[key].dtype}, expected {tensor.dtype}"
     return None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparing.errors import CheckpointError, SparsityWarning
+from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.files import atomic_write
 
 FORMAT = 4
@@ -48,8 +48,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any], keep: int = 1) ->
                 end = writer.file.tell()
                 writer.file.write(_END.pack(_DIGEST_SIZE, _digest(writer.file, end)))
             _rotate(path, keep)
-    except (OSError, RuntimeError) as error:
-        cause = writer.error or error
+    except (InputError, RuntimeError) as error:
+        cause = writer.error or error.__cause__
         if not isinstance(cause, OSError):
             raise
         raise CheckpointError(
