@@ -1,4 +1,5 @@
-// The C interface of engine.h: check all arguments, then add operations to a plan.
+// The C interface of engine.h: check all arguments, then add operations to a plan. The messages are those of
+// shapes.py and operations.py.
 #include "plan.h"
 
 using namespace sparing;
@@ -26,45 +27,42 @@ auto attempt(Function function) -> decltype(function()) {
 
 constexpr int64_t LARGEST = int64_t{1} << 24;  // of a size, so that products of two fit into 64 bits
 
-void check_size(const char* name, int64_t size, int64_t least = 1) {
+void check_integer(const char* name, int64_t number, int64_t least = 1, int64_t most = LARGEST) {
     require(
-        size >= least && size <= LARGEST,
-        std::string(name) + " must be between " + std::to_string(least) + " and " + std::to_string(LARGEST) + ", got " +
-            std::to_string(size)
+        number >= least && number <= most,
+        std::string(name) + " must be an integer in [" + std::to_string(least) + ", " + std::to_string(most) +
+            "], got " + std::to_string(number)
     );
 }
 
-void check_same(const Layout& a, const Layout& b, const char* operation) {
+void check_shape(const char* name, const Layout& got, const Layout& expected) {
     require(
-        a.images == b.images && a.channels == b.channels && a.height == b.height && a.width == b.width,
-        std::string(operation) + ": shapes " + shape(a) + " and " + shape(b) + " differ"
+        got.images == expected.images && got.channels == expected.channels && got.height == expected.height &&
+            got.width == expected.width,
+        std::string(name) + " must have shape " + shape(expected) + ", got " + shape(got)
     );
-}
-
-void check_choice(const char* name, int value, int last) {
-    require(value >= 0 && value <= last, std::string(name) + " " + std::to_string(value) + " does not exist");
 }
 
 // `ceil`: the output may be larger by one, as with ceil_mode of pooling. Returns the window, with stride 1 where an
 // output of one pixel makes the stride meaningless: the kernels need memory for each pixel of a stride.
-SparingWindow check_window(const Layout& in, const Layout& out, SparingWindow w, bool ceil, const char* operation) {
-    check_size("kernel height", w.kernel_y);
-    check_size("kernel width", w.kernel_x);
-    check_size("stride", w.stride_y);
-    check_size("stride", w.stride_x);
-    check_size("dilation", w.dilation_y);
-    check_size("dilation", w.dilation_x);
-    check_size("padding", w.padding_y, 0);
-    check_size("padding", w.padding_x, 0);
-    const auto fits = [&](int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride, int64_t got) {
+SparingWindow check_window(const Layout& in, const Layout& out, SparingWindow w, bool ceil) {
+    for (const int64_t size : {w.kernel_y, w.kernel_x}) check_integer("kernel", size);
+    for (const int64_t size : {w.stride_y, w.stride_x}) check_integer("stride", size);
+    for (const int64_t size : {w.padding_y, w.padding_x}) check_integer("padding", size, 0);
+    for (const int64_t size : {w.dilation_y, w.dilation_x}) check_integer("dilation", size);
+    const auto output = [](int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
         const int64_t rest = size + 2 * padding - (kernel - 1) * dilation - 1;
-        const int64_t expected = rest < 0 ? 0 : rest / stride + 1;
+        return rest < 0 ? 0 : rest / stride + 1;
+    };
+    const auto fits = [&](int64_t expected, int64_t got) {
         return expected >= 1 && (got == expected || (ceil && got == expected + 1));
     };
+    const int64_t height = output(in.height, w.padding_y, w.kernel_y, w.dilation_y, w.stride_y);
+    const int64_t width = output(in.width, w.padding_x, w.kernel_x, w.dilation_x, w.stride_x);
     require(
-        in.images == out.images && fits(in.height, w.padding_y, w.kernel_y, w.dilation_y, w.stride_y, out.height) &&
-            fits(in.width, w.padding_x, w.kernel_x, w.dilation_x, w.stride_x, out.width),
-        std::string(operation) + ": output " + shape(out) + " does not follow from input " + shape(in)
+        in.images == out.images && fits(height, out.height) && fits(width, out.width),
+        "the window makes " + std::to_string(height) + "x" + std::to_string(width) + " pixels of " + shape(in) +
+            ", not " + shape(out)
     );
     if (out.height == 1) w.stride_y = 1;
     if (out.width == 1) w.stride_x = 1;
@@ -72,16 +70,16 @@ SparingWindow check_window(const Layout& in, const Layout& out, SparingWindow w,
 }
 
 Csr read_csr(int64_t rows, int64_t width, const int32_t* starts, const int32_t* columns, const float* values) {
-    require(starts[0] == 0, "the first row of a sparse weight must start at 0");
+    require(starts[0] == 0, "starts must ascend from 0");
+    for (int64_t row = 0; row < rows; row++) require(starts[row] <= starts[row + 1], "starts must ascend from 0");
     for (int64_t row = 0; row < rows; row++)
-        require(starts[row] <= starts[row + 1], "the rows of a sparse weight must follow one another");
-    for (int64_t row = 0; row < rows; row++)
-        for (int32_t j = starts[row]; j < starts[row + 1]; j++)
+        for (int32_t j = starts[row]; j < starts[row + 1]; j++) {
             require(
-                columns[j] >= 0 && columns[j] < width && (j == starts[row] || columns[j - 1] < columns[j]),
-                "column " + std::to_string(columns[j]) + " of a sparse weight with " + std::to_string(width) +
-                    " columns is not in range or not in order"
+                columns[j] >= 0 && columns[j] < width,
+                "columns must be in [0, " + std::to_string(width) + "), got " + std::to_string(columns[j])
             );
+            require(j == starts[row] || columns[j - 1] < columns[j], "columns of a filter must ascend");
+        }
     return {{starts, starts + rows + 1}, {columns, columns + starts[rows]}, {values, values + starts[rows]}};
 }
 
@@ -98,7 +96,7 @@ int sparing_lanes() { return LANES; }
 SparingPlan* sparing_plan(int threads) {
     SparingPlan* plan = nullptr;
     attempt([&] {
-        require(threads >= 1 && threads <= 1024, "threads must be between 1 and 1024, got " + std::to_string(threads));
+        check_integer("threads", threads, 1, 1024);
         plan = new SparingPlan(threads);
         return 0;
     });
@@ -110,7 +108,7 @@ void sparing_free(SparingPlan* plan) { delete plan; }
 int sparing_tensor(SparingPlan* plan, int64_t images, int64_t channels, int64_t height, int64_t width) {
     return attempt([&] {
         const Layout layout{images, channels, height, width};
-        for (const int64_t size : {images, channels, height, width}) check_size("every size of a tensor", size);
+        for (const int64_t size : {images, channels, height, width}) check_integer("every size of a tensor", size);
         // Tiles add at most a factor of 2 * LANES to the floats.
         require(
             static_cast<double>(images) * static_cast<double>(channels) * static_cast<double>(height) *
@@ -141,14 +139,14 @@ int sparing_convolution(
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        const SparingWindow w = check_window(from, to, *window, false, "convolution");
-        check_choice("activation", activation, HARDSIGMOID);
-        if (residual >= 0) check_same(plan->layout(residual), to, "residual of a convolution");
+        const SparingWindow w = check_window(from, to, *window, false);
+        check_integer("activation", activation, 0, HARDSIGMOID);
+        if (residual >= 0) check_shape("the residual", plan->layout(residual), to);
         require(to.channels <= UINT16_MAX, "a convolution may have at most 65535 filters");
         const int64_t taps = w.kernel_y * w.kernel_x;
         require(taps <= UINT16_MAX, "a kernel may have at most 65535 elements, got " + std::to_string(taps));
         const int64_t width = from.channels * taps;
-        check_size("the number of weights of a filter", width);
+        check_integer("the number of weights of a filter", width);
         Csr weight = read_csr(to.channels, width, starts, columns, values);
         const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels &&
                             w.padding_y == 0 && w.padding_x == 0;
@@ -168,12 +166,12 @@ int sparing_depthwise(
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        const SparingWindow w = check_window(from, to, *window, false, "depthwise convolution");
-        check_choice("activation", activation, HARDSIGMOID);
-        require(from.channels == to.channels, "a depthwise convolution keeps the number of channels");
+        const SparingWindow w = check_window(from, to, *window, false);
+        check_integer("activation", activation, 0, HARDSIGMOID);
+        require(from.channels == to.channels, "a depthwise convolution must keep the number of channels");
         const int64_t taps = w.kernel_y * w.kernel_x;
-        check_size("the size of a window", taps);
-        check_size("the number of weights of a depthwise convolution", from.channels * taps);
+        check_integer("the size of a window", taps);
+        check_integer("the number of weights of a depthwise convolution", from.channels * taps);
         plan->add(std::make_unique<Depthwise>(
             in, out, w, copy(weight, from.channels * taps), copy(bias, from.channels), activation
         ));
@@ -184,10 +182,10 @@ int sparing_depthwise(
 int sparing_pool(SparingPlan* plan, int in, int out, const SparingWindow* window, int kind) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_choice("pooling", kind, AVERAGE_WITHOUT_PADDING);
-        const SparingWindow w = check_window(from, to, *window, kind == MAXIMUM, "pooling");
-        require(from.channels == to.channels, "pooling keeps the number of channels");
-        check_size("the size of a window", w.kernel_y * w.kernel_x);
+        check_integer("kind", kind, 0, AVERAGE_WITHOUT_PADDING);
+        const SparingWindow w = check_window(from, to, *window, kind == MAXIMUM);
+        require(from.channels == to.channels, "pooling must keep the number of channels");
+        check_integer("the size of a window", w.kernel_y * w.kernel_x);
         plan->add(std::make_unique<Pool>(in, out, w, kind));
         return 0;
     });
@@ -196,7 +194,7 @@ int sparing_pool(SparingPlan* plan, int in, int out, const SparingWindow* window
 int sparing_mean(SparingPlan* plan, int in, int out) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_same({1, from.channels, 1, from.images}, to, "mean");
+        check_shape("the mean", to, {1, from.channels, 1, from.images});
         plan->add(std::make_unique<Mean>(in, out));
         return 0;
     });
@@ -205,8 +203,8 @@ int sparing_mean(SparingPlan* plan, int in, int out) {
 int sparing_affine(SparingPlan* plan, int in, int out, const float* scale, const float* bias, int activation) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_same(from, to, "affine");
-        check_choice("activation", activation, HARDSIGMOID);
+        check_shape("the output", to, from);
+        check_integer("activation", activation, 0, HARDSIGMOID);
         plan->add(std::make_unique<Affine>(in, out, copy(scale, from.channels), copy(bias, from.channels), activation));
         return 0;
     });
@@ -215,12 +213,12 @@ int sparing_affine(SparingPlan* plan, int in, int out, const float* scale, const
 int sparing_binary(SparingPlan* plan, int a, int b, int out, int kind, int activation) {
     return attempt([&] {
         const Layout &first = plan->layout(a), &second = plan->layout(b), &to = plan->layout(out);
-        check_same(first, to, "binary operation");
+        check_shape("the output", to, first);
         const bool gate = second.images == 1 && second.height == 1 && second.width == first.images &&
                           second.channels == first.channels;
-        if (!gate) check_same(first, second, "binary operation");
-        check_choice("binary operation", kind, MULTIPLY);
-        check_choice("activation", activation, HARDSIGMOID);
+        if (!gate) check_shape("the other operand", second, first);
+        check_integer("kind", kind, 0, MULTIPLY);
+        check_integer("activation", activation, 0, HARDSIGMOID);
         plan->add(std::make_unique<Binary>(a, b, out, kind, activation));
         return 0;
     });
@@ -228,16 +226,19 @@ int sparing_binary(SparingPlan* plan, int a, int b, int out, int kind, int activ
 
 int sparing_copy(SparingPlan* plan, int in, int64_t in_first, int out, int64_t out_first, int64_t channels) {
     return attempt([&] {
-        Layout from = plan->layout(in), to = plan->layout(out);
-        check_size("the number of channels", channels);
-        check_size("the first channel", in_first, 0);
-        check_size("the first channel", out_first, 0);
-        require(
-            in_first + channels <= from.channels && out_first + channels <= to.channels,
-            "copy: channels out of range of " + shape(from) + " or " + shape(to)
-        );
-        from.channels = to.channels;
-        check_same(from, to, "copy");
+        const Layout &from = plan->layout(in), &to = plan->layout(out);
+        check_shape("the output", to, {from.images, to.channels, from.height, from.width});
+        check_integer("channels", channels);
+        const auto check_range = [&](int64_t first, const Layout& layout) {
+            check_integer("the first channel", first, 0);
+            require(
+                first + channels <= layout.channels,
+                "channels [" + std::to_string(first) + ", " + std::to_string(first + channels) + ") are not in " +
+                    shape(layout)
+            );
+        };
+        check_range(in_first, from);
+        check_range(out_first, to);
         plan->add(std::make_unique<Copy>(in, in_first, out, out_first, channels), true);
         return 0;
     });
@@ -248,7 +249,7 @@ int sparing_layer_norm(
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
-        check_same(from, to, "layer norm");
+        check_shape("the output", to, from);
         plan->add(std::make_unique<LayerNorm>(in, out, copy(weight, from.channels), copy(bias, from.channels), epsilon));
         return 0;
     });
@@ -282,7 +283,7 @@ int sparing_operations(SparingPlan* plan) { return static_cast<int>(plan->operat
 const char* sparing_operation(SparingPlan* plan, int index) {
     const char* name = nullptr;
     attempt([&] {
-        check_choice("operation", index, sparing_operations(plan) - 1);
+        check_integer("operation", index, 0, sparing_operations(plan) - 1);
         name = plan->operations()[index]->name();
         return 0;
     });
@@ -291,7 +292,7 @@ const char* sparing_operation(SparingPlan* plan, int index) {
 
 double sparing_seconds(SparingPlan* plan, int index) {
     return attempt([&] {
-        check_choice("operation", index, sparing_operations(plan) - 1);
+        check_integer("operation", index, 0, sparing_operations(plan) - 1);
         return plan->seconds(index);
     });
 }
