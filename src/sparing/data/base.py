@@ -1,5 +1,6 @@
 """Interface between data sets and training."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal, Protocol, TypeVar
@@ -81,6 +82,14 @@ class SplitDataset(ABC):
             **self.model_arguments(),
             "input_size": self.input_size,
         }
+
+
+def content_hash(*tensors: Tensor) -> str:
+    """Return a short hash of the bytes of some tensors."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_split(split: str) -> Split:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.data.base import Split, SplitDataset
+from sparing.data.base import SPLITS, Split, SplitDataset, content_hash
 from sparing.errors import InputError
 
 
@@ -74,6 +74,10 @@ class ImageData(SplitDataset):
 
     def size(self, split: Split) -> int:
         return len(getattr(self, split))
+
+    def fingerprint(self) -> dict[str, object]:
+        splits = {split: getattr(self, split) for split in SPLITS}
+        return super().fingerprint() | {name: content_hash(each.pixels, each.labels) for name, each in splits.items()}
 
     def to(self, device: torch.device) -> "ImageData":
         return replace(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.data.base import Split, SplitDataset
+from sparing.data.base import SPLITS, Split, SplitDataset, content_hash
 from sparing.errors import InputError
 
 
@@ -72,6 +72,10 @@ class SequenceData(SplitDataset):
 
     def size(self, split: Split) -> int:
         return len(getattr(self, split))
+
+    def fingerprint(self) -> dict[str, object]:
+        splits = {split: getattr(self, split) for split in SPLITS}
+        return super().fingerprint() | {name: content_hash(each.values, each.labels) for name, each in splits.items()}
 
     def to(self, device: torch.device) -> "SequenceData":
         return replace(

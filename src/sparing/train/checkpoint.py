@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.files import atomic_write
@@ -142,16 +141,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return a short hash of the bytes of each tensor."""
-    return {name: _hash(tensor) for name, tensor in tensors.items()}
-
-
-def _hash(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content.data, digest_size=8).hexdigest()
 
 
 class _DamagedError(CheckpointError):

@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparing.data import Batches, SplitDataset
+from sparing.data.base import content_hash
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.sparsifier import Sparsifier
 from sparing.train.build import build_model, build_optimizer, build_sparsifier
 from sparing.train.checkpoint import (
     checkpoint_exists,
-    digests,
     load_newest,
     random_state,
     save_checkpoint,
@@ -347,7 +347,7 @@ class _Training:
         self._saved = time.perf_counter()
 
     def _write(self, ranks: list[dict[str, Any]], best: bool) -> None:
-        progress = vars(self.progress)
+        progress = dict(vars(self.progress))
         if best:
             save_checkpoint(self.out / "best.pt", {"model": self.trained.state_dict(), "progress": progress})
         states = {name: each.state_dict() for name, each in self._stateful().items()}
@@ -389,7 +389,7 @@ class _Training:
         """
         buffers = {name for name, _ in self.model.named_buffers()}
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in buffers}
-        self.ranks.check_same("weights or masks", digests(state))
+        self.ranks.check_same("weights or masks", {name: content_hash(each) for name, each in state.items()})
 
 
 def seed_all(seed: int) -> None:

@@ -1,0 +1,542 @@
+"""Checkpoints: exact at any step, stops by signals, damaged files, full disks, locks, temporaries, and several ranks."""
+
+import copy
+import hashlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sparing import CheckpointError, InputError, SparsityWarning, cli
+from sparing.data import DATASETS, Images
+from sparing.data.image import ImageData
+from sparing.files import atomic_write, remove_temporaries
+from sparing.train import distributed, loop, watch
+from sparing.train.checkpoint import load_checkpoint, load_newest, random_state, save_checkpoint, set_random_state
+from sparing.train.distributed import Ranks
+from sparing.train.interrupt import SAVED, Interrupted, StopSignals
+from sparing.train.lock import RunLock
+from sparing.train.log import read_history
+from sparing.train.recipe import Recipe
+from sparing.train.resolve import resolve
+from sparing.train.training import train_run
+
+CPU = Ranks(torch.device("cpu"))
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def noise(monkeypatch):
+    """A data set of 40 noisy images of 8x8 pixels: 10 batches of 4 per epoch."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(40) % 10)
+    data = ImageData(images, images, images, mean=(0.5,), std=(0.25,), num_classes=10, shift=1, flip=True)
+    monkeypatch.setitem(DATASETS, "noise", lambda: data)
+
+
+def recipe(ranks=1, **changes):
+    base = {
+        "model": {"name": "resnet8", "width": 1},
+        "data": {"name": "noise", "batch_size": 4},
+        "method": {"name": "str", "init": -4.0},
+        "optimizer": {"lr": 0.05, "threshold_weight_decay": 0.05},
+        "schedule": {"epochs": 2},
+        "tensorboard": False,
+        "device": "cpu",
+    }
+    return resolve(Recipe.model_validate(base | changes), ranks=ranks)
+
+
+def fit(wanted, out, ranks=CPU, **options):
+    out.mkdir(exist_ok=True)
+    return loop.fit(wanted, DATASETS["noise"](), ranks, out, QUIET, **options)
+
+
+def assert_same(first, second, where=""):
+    """Compare everything in two checkpoints to the last bit, except for durations."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first.keys() - {"seconds", "epoch_seconds"}:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def history(out):
+    durations = ("seconds", "examples_per_second", "waited_seconds")
+    return [{key: value for key, value in line.items() if key not in durations} for line in read_history(out)]
+
+
+def stop_at(monkeypatch, signals):
+    """Send signals to this process in the middle of these steps, counted over all calls of `fit`."""
+    backward, taken = loop.backward, 0
+
+    def interrupted(*arguments):
+        nonlocal taken
+        taken += 1
+        if taken in signals:
+            signal.raise_signal(signals[taken])
+        return backward(*arguments)
+
+    monkeypatch.setattr(loop, "backward", interrupted)
+
+
+RUNS = {
+    "str, sgd": {},
+    "adamw, per epoch, clipped, ema": {
+        "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.1},
+        "schedule": {"epochs": 2, "update": "epoch"},
+        "clip_grad_norm": 1.0,
+        "ema": 0.9,
+    },
+    "bf16, channels_last, accumulated": {
+        "amp": "bf16", "channels_last": True, "data": {"name": "noise", "batch_size": 4, "accumulate": 2}
+    },
+    "fp16": {"amp": "fp16", "method": {"name": "str", "sparsity": 0.75, "end": 1.0, "every": 3}},
+    "gmp": {"method": {"name": "gmp", "sparsity": 0.75, "every": 3, "end": 0.9, "budget": "global"}, "ema": 0.9},
+    "dsr": {"method": {"name": "dsr", "sparsity": 0.5, "every": 3}},
+    "snfs": {"method": {"name": "snfs", "sparsity": 0.5, "every": 3}},
+    "acdc": {"method": {"name": "acdc", "sparsity": 0.5, "begin": 2, "end": 17, "phase": 3}},
+    "spartan": {"method": {"name": "spartan", "sparsity": 0.9, "every": 3}},
+    "dst": {"method": {"name": "dst", "alpha": 1e-3}},
+    "continuous": {"method": {"name": "continuous_sparsification", "weight": 1e-4}},
+    "variational_dropout": {"method": {"name": "variational_dropout", "kl_weight": 1e-3, "init": -5.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_stopped_in_mid_epoch_ends_as_if_it_had_not_been(tmp_path, monkeypatch, name):
+    fit(recipe(**RUNS[name]), tmp_path / "straight")
+    # The third one falls on the last step of an epoch, the last one on the last step of the run.
+    stop_at(monkeypatch, {3: signal.SIGTERM, 4: signal.SIGUSR1, 10: signal.SIGINT, 20: signal.SIGTERM})
+    often = recipe(**RUNS[name], checkpoint={"steps": 3})
+    positions = []
+    for _ in range(4):
+        with pytest.raises(Interrupted, match=r"stopped by SIG(TERM|USR1|INT); the state of the run is saved"):
+            fit(often, tmp_path / "stopped")
+        progress = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["progress"]
+        positions.append((progress["epoch"], progress["step"]))
+    assert positions == [(0, 3), (0, 4), (0, 10), (1, 10)]
+    assert fit(often, tmp_path / "stopped") is not None
+    for file in ("checkpoint.pt", "best.pt"):
+        assert_same(*(load_checkpoint(tmp_path / run / file) for run in ("straight", "stopped")))
+    assert history(tmp_path / "straight") == history(tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stop_during_validation_is_not_delayed_to_its_end(tmp_path, monkeypatch):
+    fit(recipe(), tmp_path / "straight")
+    data, evaluation = DATASETS["noise"](), ImageData.evaluation
+    passes = []
+
+    def batches(self, split, rank=0, ranks=1):
+        all_batches = evaluation(self, split, rank, ranks)
+
+        class Slow:
+            def __iter__(self):
+                for batch in [*all_batches] * 2:
+                    yield batch
+                    if not passes:
+                        signal.raise_signal(signal.SIGTERM)
+                        passes.append("stopped")
+
+        return Slow() if len(passes) == 0 else all_batches
+
+    monkeypatch.setattr(ImageData, "evaluation", batches)
+    (tmp_path / "stopped").mkdir()
+    with pytest.raises(Interrupted):
+        loop.fit(recipe(), data, CPU, tmp_path / "stopped", QUIET)
+    assert load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["progress"]["step"] == 10
+    loop.fit(recipe(), data, CPU, tmp_path / "stopped", QUIET)
+    assert_same(*(load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("straight", "stopped")))
+    assert history(tmp_path / "straight") == history(tmp_path / "stopped")
+
+
+def test_checkpoints_are_written_by_steps_by_minutes_and_after_epochs(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        loop, "save_checkpoint", lambda path, content, keep=1: written.append((path.name, content, keep))
+    )
+
+    def steps(section):
+        written.clear()
+        fit(recipe(method=None, checkpoint=section), tmp_path / "run")
+        progress = [content["progress"] for name, content, keep in written if name == "checkpoint.pt" and keep == 7]
+        return [10 * each["epoch"] + each["step"] for each in progress]
+
+    assert steps({"minutes": None, "keep": 7}) == [10, 20]
+    assert steps({"steps": 4, "minutes": None, "keep": 7}) == [4, 8, 10, 12, 16, 20]
+    assert steps({"minutes": 1e-9, "keep": 7}) == list(range(1, 21))
+    assert steps({"keep": 7}) == [10, 20]
+
+
+# Signals
+
+
+def in_child(function):
+    """Run a function in a forked process, and return its exit status; minus the signal that killed it."""
+    child = os.fork()
+    if not child:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    def twice():
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            signal.raise_signal(signal.SIGINT)
+
+    assert in_child(twice) == -signal.SIGINT
+
+
+def test_signals_that_the_process_ignores_remain_ignored():
+    def ignoring():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        os._exit(10 + stop.received)
+
+    assert in_child(ignoring) == 10
+
+
+def test_the_command_line_exits_with_75_and_says_how_to_continue(tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "train_run", stopped)
+    (tmp_path / "r.yaml").write_text(recipe().to_yaml())
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == SAVED == 75
+    assert "stopped by SIGTERM; the state of the run is saved, continue with: sparing train" in result.output
+    assert result.output.rstrip().endswith("--resume auto")
+
+
+# Files
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"w": torch.arange(3.0)})
+    assert torch.equal(load_checkpoint(path)["w"], torch.arange(3.0))
+    assert torch.load(path, weights_only=True).keys() == {"format", "w"}, "it is a plain file of torch.save"
+    whole = path.read_bytes()
+    with open(path, "rb+", buffering=0) as file:
+        for position, byte in enumerate(whole):
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), position)
+                with pytest.raises(CheckpointError, match="damaged"):
+                    load_checkpoint(path)
+            os.pwrite(file.fileno(), bytes([byte]), position)
+        assert path.read_bytes() == whole
+        for size in range(len(whole) - 1, -1, -7):
+            file.truncate(size)
+            with pytest.raises(CheckpointError, match="damaged|truncated"):
+                load_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    wanted = recipe(checkpoint={"steps": 3})
+    fit(wanted, tmp_path / "straight")
+    out = tmp_path / "run"
+    fit(wanted, out, stop_after=1)
+    newest, before = out / "checkpoint.pt", out / "checkpoint.1.pt"
+    assert load_checkpoint(before)["progress"]["step"] == 9
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(SparsityWarning, match=rf"{newest}: is damaged.*Using the checkpoint before, {before}"):
+        assert fit(wanted, out) is not None
+    assert_same(*(load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("straight", "run")))
+    assert load_checkpoint(before), "the damaged file was not kept as the one before"
+    newest.unlink()  # as if the process was killed between two renames
+    with pytest.warns(SparsityWarning, match="there is no such file. Using"):
+        assert load_newest(newest)[1] == before
+    before.write_bytes(b"")
+    newest.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{newest}: is truncated; checkpoint {before}: is truncated"):
+        fit(wanted, out)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for number in range(5):
+        save_checkpoint(path, {"number": number}, keep=3)
+    assert [load_checkpoint(tmp_path / f"checkpoint{age}.pt")["number"] for age in ("", ".1", ".2")] == [4, 3, 2]
+    (tmp_path / "checkpoint.mine.pt").touch()
+    save_checkpoint(path, {"number": 5}, keep=1)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint.mine.pt", "checkpoint.pt"]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"number": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 20_000):  # of the largest file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(CheckpointError, match=r"checkpoint.pt: cannot be written \(File too large\)"):
+                save_checkpoint(path, {"w": torch.randn(10_000)}, keep=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert load_checkpoint(path)["number"] == 1
+        assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def add_checksum(path):
+    """Give a forged zip file the checksum of a checkpoint."""
+    content = path.read_bytes()[:-2] + (64).to_bytes(2, "little")
+    path.write_bytes(content + hashlib.sha256(content[:-2]).hexdigest().encode())
+
+
+def test_a_forged_file_runs_no_code_and_unfolds_into_no_memory(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'owned'}",))
+
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"model": Evil()})
+    with pytest.raises(CheckpointError, match="unreadable"):
+        load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(10**7))
+    add_checksum(path)
+    with pytest.raises(CheckpointError, match="declares more content than it has"):
+        load_checkpoint(path)
+
+
+def forge(content, where, value):
+    content = copy.deepcopy(content)
+    *parents, last = where
+    section = content
+    for key in parents:
+        section = section[key]
+    if value is None:
+        del section[last]
+    else:
+        section[last] = value
+    return content
+
+
+FORGED = [
+    (("model",), None), (("model",), 5), (("model", "fc.weight"), torch.zeros(3)), (("model", "fc.weight"), "text"),
+    (("optimizer",), {}), (("optimizer", "param_groups"), []), (("optimizer", "state", 0), 7),
+    (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)),
+    (("optimizer", "state", 0, "momentum_buffer"), "text"), (("optimizer", "state", 0, "other"), torch.zeros(())),
+    (("optimizer", "param_groups", 0, "momentum"), "0.9"), (("optimizer", "param_groups", 0, "nesterov"), None),
+    (("scaler", "scale"), "large"), (("scaler", "scale"), float("nan")), (("scaler", "growth_factor"), None),
+    (("progress", "epoch"), 99), (("progress", "epoch"), -1), (("progress", "step"), 1.5), (("progress", "x"), 1),
+    (("progress",), [1]), (("ranks",), []), (("ranks", 0, "random", "cpu"), torch.zeros(3, dtype=torch.uint8)),
+    (("ranks", 0, "random", "python"), (1, 2, 3)), (("ranks", 0, "loss"), torch.zeros(2)),
+    (("ranks", 0, "examples"), "many"), (("ranks", 0), {}), (("average", "n_averaged"), None),
+]  # fmt: skip
+
+
+def test_a_checkpoint_with_a_damaged_part_is_refused_in_one_sentence(tmp_path):
+    wanted = recipe(ema=0.9, amp="fp16")
+    fit(wanted, tmp_path, stop_after=1)
+    path = tmp_path / "checkpoint.pt"
+    content = load_checkpoint(path)
+    for where, value in FORGED:
+        save_checkpoint(path, forge(content, where, value))
+        try:
+            fit(wanted, tmp_path)
+        except CheckpointError as error:
+            message = str(error)
+        else:
+            pytest.fail(f"{where} = {value} was accepted")
+        assert message.startswith(f"checkpoint {path}: does not fit the recipe ("), where
+        assert "\n" not in message, where
+
+
+def test_the_random_generators_of_torch_python_and_numpy_are_restored(tmp_path):
+    np = pytest.importorskip("numpy")
+    save_checkpoint(tmp_path / "c.pt", random_state(torch.device("cpu")))
+    drawn = [(torch.rand(2).tolist(), random.random(), np.random.rand(3).tolist())]
+    content = load_checkpoint(tmp_path / "c.pt")
+    set_random_state(content, torch.device("cpu"))
+    drawn.append((torch.rand(2).tolist(), random.random(), np.random.rand(3).tolist()))
+    assert drawn[0] == drawn[1]
+
+
+def test_temporaries_of_killed_writes_are_removed_and_no_other_file(tmp_path):
+    def killed():
+        with atomic_write(tmp_path / "checkpoint.pt") as temporary, atomic_write(tmp_path / "figures" / "a.png"):
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    (tmp_path / "figures").mkdir()
+    assert in_child(killed) == -signal.SIGKILL
+    assert len([*tmp_path.glob(".checkpoint*"), *tmp_path.glob("figures/.a.png*")]) == 2
+    for mine in (".profile", ".notes.1234", "model.host.1.0123abcd"):
+        (tmp_path / mine).touch()
+    with atomic_write(tmp_path / "in-use") as temporary:
+        remove_temporaries(tmp_path)
+        assert temporary.exists(), "its process still runs"
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert names == {".profile", ".notes.1234", "model.host.1.0123abcd", "figures", "in-use"}
+
+
+def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path):
+    out = tmp_path / "run"
+    fit(recipe(), out, stop_after=1)
+    (out / "recipe.yaml").write_text(recipe().to_yaml())
+    (out / ".checkpoint.pt.elsewhere.1.0123abcd").touch()
+    ready, child = multiprocessing.Event(), os.fork()
+    if not child:
+        with RunLock(out) as lock:
+            lock.acquire()
+            ready.set()
+            time.sleep(60)
+    assert ready.wait(30)
+    with pytest.raises(InputError, match=rf"run is in use by process {child} on .*; wait until it ends, or choose"):
+        train_run(recipe(), out, resume=True)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert train_run(recipe(), out, resume=True)["epochs"] == 2
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")], "lock or temporaries are left"
+
+
+# Several ranks
+
+
+def on_ranks(count, folder, function, *arguments, leave=None):
+    """Run a function on forked ranks, and return the text that each wrote to its standard error, and its status.
+
+    The rank `leave` is not waited for, but killed after the others ended.
+    """
+    context = multiprocessing.get_context("fork")
+    meeting = folder / f"meeting-{random.random()}"
+
+    def run(rank):
+        with open(folder / f"stderr.{rank}", "w") as file:
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(1)
+        environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ.update(environment | {"LOCAL_RANK": str(rank)})
+        init = torch.distributed.init_process_group
+        distributed.dist.init_process_group = lambda backend, timeout: init(
+            backend, f"file://{meeting}", rank=rank, world_size=count, timeout=timeout
+        )
+        status = 0
+        try:
+            function(rank, *arguments)
+        except (InputError, Interrupted) as error:
+            os.write(2, str(error).encode())
+            status = 2
+        os._exit(status)
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 60
+    for rank, process in enumerate(processes):
+        process.join(max(0, deadline - time.monotonic()) if rank != leave else 0)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [((folder / f"stderr.{rank}").read_text(), processes[rank].exitcode) for rank in range(count)]
+
+
+def train_ranks(rank, out, changes, stop=None):
+    """Train on this rank, with another recipe or data on the second, and a signal in one of its steps."""
+    changes = changes if rank else {}
+    data = DATASETS["noise"]()
+    if changes.pop("data differs", False):
+        data.train.pixels[7, 0, 3, 3] += 1
+    if rank and stop:
+        backward, taken = loop.backward, []
+
+        def interrupted(*arguments):
+            taken.append(1)
+            if len(taken) == stop:
+                signal.raise_signal(signal.SIGTERM)
+            return backward(*arguments)
+
+        loop.backward = interrupted
+    if changes.pop("mask differs", False):
+        build = loop.build_sparsifier
+
+        def changed(*arguments):
+            sparsifier = build(*arguments)
+            mask = sparsifier.layers["conv1"].parametrization.mask
+            mask[0] = ~mask[0]
+            return sparsifier
+
+        loop.build_sparsifier = changed
+    base = {"schedule": {"epochs": 1}, "method": {"name": "rigl", "sparsity": 0.5}, "checkpoint": {"steps": 4}}
+    train_run(recipe(2, **base | changes), out, resume=True, stop_after=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": {"lr": 0.051}},
+            "the ranks have different recipes or options: optimizer.lr is 0.05 on rank 0 and",
+        ),
+        ({"schedule": {"epochs": 2}}, "different recipes or options: schedule.epochs is 1 on rank 0 and 2 on rank 1"),
+        ({"data differs": True}, "the ranks have different data: train is"),
+        ({"mask differs": True}, "different weights or masks: conv1.parametrizations.weight.0.mask is"),
+    ],
+    ids=["learning rate", "length", "data", "masks"],
+)
+def test_ranks_that_differ_stop_at_the_start_and_name_the_difference(tmp_path, changes, message):
+    for text, status in on_ranks(2, tmp_path, train_ranks, tmp_path / "run", changes):
+        assert status == 2
+        assert message in text
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
+    for text, status in on_ranks(2, tmp_path, train_ranks, tmp_path / "run", {}, 3):
+        assert status == 2
+        assert "stopped by SIGTERM" in text
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (saved["progress"]["step"], [part["examples"] for part in saved["ranks"]]) == (3, [6, 6])
+    for out in ("run", "straight"):
+        assert on_ranks(2, tmp_path, train_ranks, tmp_path / out, {}) == [("", 0)] * 2
+    assert_same(*(load_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("run", "straight")))
+    assert history(tmp_path / "run") == history(tmp_path / "straight")
+
+
+def stop_rank(rank, stopped, whole):
+    watch.INTERVAL = 0.1
+    with distributed.join("cpu", timeout=1.0) as ranks:
+        ranks.gather(rank)
+        if rank == stopped:
+            if whole:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(30)
+        ranks.gather(rank)
+
+
+@pytest.mark.parametrize(("stopped", "whole"), [(0, True), (1, True), (1, False)])
+def test_a_rank_that_stops_is_named_and_the_run_ends(tmp_path, stopped, whole):
+    text, status = on_ranks(2, tmp_path, stop_rank, stopped, whole, leave=stopped if whole else None)[1 - stopped]
+    assert status == 1
+    what = "does not answer" if whole else "does not go on: the other ranks have waited for it"
+    assert f"rank {stopped} {what} for 1 s (rank_timeout)" in text
