@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparing.engine.segment import Segment
-from sparing.engine.shapes import Count
+from sparing.engine.shapes import Count, describe
 from sparing.errors import InputError
 
 INTEGER_FUNCTIONS = {
@@ -57,7 +57,7 @@ class Input:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.name} of shape [{', '.join(map(str, self.shape))}] and dtype {self.dtype}"
+        return f"{self.name} of shape {describe(self.shape)} and dtype {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sparing.engine.checks import require
 from sparing.engine.operations import Convolution, Copy, Operation
-from sparing.engine.shapes import Count, Images, Shape, product
+from sparing.engine.shapes import Count, Images, Shape, describe, product
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Port:
     def check(self, shapes: Sequence[Shape]) -> None:
         shape = shapes[self.tensor]
         fits = product(self.shape) == shape.numel and type(self.channels_last) is bool
-        require(fits, f"a tensor of shape {self.shape} cannot be {shape}")
+        require(fits, f"a tensor of shape {describe(self.shape)} cannot be {shape}")
         require(self.channels_last or isinstance(shape, Images), "a matrix must have its channels last")
 
 

@@ -42,6 +42,11 @@ def product(counts: Sequence[Count]) -> Count | None:
     return Count(math.prod(count.factor for count in counts), per_sample == 1) if per_sample < 2 else None
 
 
+def describe(shape: Sequence[Count]) -> str:
+    """Return a shape for a message, such as [batch, 3, 32, 32]."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
 @dataclass(frozen=True)
 class Images:
     """Shape of a tensor [images, channels, height, width]."""
@@ -69,6 +74,9 @@ class Images:
         """Return images, channels, height and width at a batch size."""
         return self.images.at(batch), self.channels, self.height, self.width
 
+    def __str__(self) -> str:
+        return f"[{self.images}, {self.channels}, {self.height}, {self.width}]"
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -85,13 +93,12 @@ class Matrix:
     def numel(self) -> Count:
         return Count(self.rows.factor * self.channels, self.rows.per_sample)
 
-    @property
-    def height(self) -> int:
-        return 1
-
     def at(self, batch: int) -> tuple[int, int, int, int]:
         """Return images, channels, height and width at a batch size: one image, one pixel per row."""
         return 1, self.channels, 1, self.rows.at(batch)
+
+    def __str__(self) -> str:
+        return f"[{self.rows}, {self.channels}]"
 
 
 Shape = Images | Matrix
