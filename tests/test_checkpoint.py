@@ -1,4 +1,4 @@
-"""Checkpoints: exact at any step, stops by signals, damaged files, full disks, locks, temporaries, and several ranks."""
+"""Checkpoints: exact at any step, stops by signals, damaged files, full disks, locks, temporaries, several ranks."""
 
 import copy
 import hashlib
@@ -9,7 +9,6 @@ import resource
 import signal
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -347,7 +346,7 @@ FORGED = [
     (("optimizer",), {}), (("optimizer", "param_groups"), []), (("optimizer", "state", 0), 7),
     (("optimizer", "state", 0, "momentum_buffer"), torch.zeros(2)),
     (("optimizer", "state", 0, "momentum_buffer"), "text"), (("optimizer", "state", 0, "other"), torch.zeros(())),
-    (("optimizer", "param_groups", 0, "momentum"), "0.9"), (("optimizer", "param_groups", 0, "nesterov"), None),
+    (("optimizer", "param_groups", 0, "momentum"), "0.9"), (("optimizer", "param_groups", 0, "nesterov"), True),
     (("scaler", "scale"), "large"), (("scaler", "scale"), float("nan")), (("scaler", "growth_factor"), None),
     (("progress", "epoch"), 99), (("progress", "epoch"), -1), (("progress", "step"), 1.5), (("progress", "x"), 1),
     (("progress",), [1]), (("ranks",), []), (("ranks", 0, "random", "cpu"), torch.zeros(3, dtype=torch.uint8)),
@@ -423,12 +422,16 @@ def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path):
 
 # Several ranks
 
+RIGL = {"name": "rigl", "sparsity": 0.5}
+
 
 def on_ranks(count, folder, function, *arguments, leave=None):
     """Run a function on forked ranks, and return the text that each wrote to its standard error, and its status.
 
     The rank `leave` is not waited for, but killed after the others ended.
     """
+    recipe(method=RIGL)  # imports, once and not on each rank, much of torch
+
     context = multiprocessing.get_context("fork")
     meeting = folder / f"meeting-{random.random()}"
 
@@ -488,7 +491,7 @@ def train_ranks(rank, out, changes, stop=None):
             return sparsifier
 
         loop.build_sparsifier = changed
-    base = {"schedule": {"epochs": 1}, "method": {"name": "rigl", "sparsity": 0.5}, "checkpoint": {"steps": 4}}
+    base = {"schedule": {"epochs": 2}, "method": RIGL, "checkpoint": {"steps": 4}}
     train_run(recipe(2, **base | changes), out, resume=True, stop_after=1)
 
 
@@ -499,11 +502,10 @@ def train_ranks(rank, out, changes, stop=None):
             {"optimizer": {"lr": 0.051}},
             "the ranks have different recipes or options: optimizer.lr is 0.05 on rank 0 and",
         ),
-        ({"schedule": {"epochs": 2}}, "different recipes or options: schedule.epochs is 1 on rank 0 and 2 on rank 1"),
         ({"data differs": True}, "the ranks have different data: train is"),
         ({"mask differs": True}, "different weights or masks: conv1.parametrizations.weight.0.mask is"),
     ],
-    ids=["learning rate", "length", "data", "masks"],
+    ids=["learning rate", "data", "masks"],
 )
 def test_ranks_that_differ_stop_at_the_start_and_name_the_difference(tmp_path, changes, message):
     for text, status in on_ranks(2, tmp_path, train_ranks, tmp_path / "run", changes):

@@ -70,7 +70,7 @@ def test_a_run_of_two_ranks_resumes_on_one(recipe, tmp_path):
     assert output.count("epoch   1/2") == output.count("stopped early") == 1
     saved = load_checkpoint(out / "checkpoint.pt")
     assert saved["progress"]["epoch"] == 1
-    assert len(saved["random"]) == 2
+    assert len(saved["ranks"]) == 2
     metrics = train_run(load_recipe(recipe), out, resume=True)
     assert metrics["ranks"] == 1
     assert metrics["test_count"] == 1000
