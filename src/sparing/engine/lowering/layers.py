@@ -21,8 +21,6 @@ def convolution(low: Lowering, node: fx.Node) -> Place:
     dims = weight.dim() - 2
     if dims not in (1, 2) or given["input"].meta["val"].dim() != weight.dim():
         raise Cut(f"convolution of {given['input'].meta['val'].dim()} dimensions")
-    if given.get("transposed"):
-        raise Cut("transposed convolution")
     bias = low.constant(given["bias"]) if given["bias"] is not None else torch.zeros(len(weight))
     stride, dilation = pair(given["stride"]), pair(given["dilation"])
     original, numel = given["input"], weight.numel()

@@ -17,7 +17,7 @@ ACTIVATIONS = {
 VIEWS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.expand)
 
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.convolution), Rule(layers.convolution, axis=1)),
+    **dict.fromkeys((aten.conv1d, aten.conv2d), Rule(layers.convolution, axis=1)),
     **dict.fromkeys((aten.linear, aten.addmm, aten.mm, aten.matmul), Rule(layers.linear, axis=-1)),
     aten.max_pool1d: Rule(partial(layers.pool, dims=1, kind="maximum"), axis=1),
     aten.max_pool2d: Rule(partial(layers.pool, dims=2, kind="maximum"), axis=1),
@@ -37,7 +37,7 @@ RULES: dict[Any, Rule] = {
     aten.batch_norm: Rule(elementwise.batch_norm, axis=1),
     aten.layer_norm: Rule(elementwise.layer_norm, axis=-1),
     **dict.fromkeys(VIEWS, Rule(views.view)),
-    **dict.fromkeys((aten.permute, aten.transpose, aten.t), Rule(views.permute)),
+    **dict.fromkeys((aten.permute, aten.transpose), Rule(views.permute)),
     **dict.fromkeys((aten.slice, aten.narrow), Rule(views.slice_channels)),
     aten.cat: Rule(views.concatenate),
 }

@@ -34,7 +34,7 @@ def permute(low: Lowering, node: fx.Node) -> Place:
         order = [dim % rank for dim in given["dims"]]
     else:
         order = list(range(rank))
-        one, other = (given["dim0"] % rank, given["dim1"] % rank) if "dim0" in given else (0, rank - 1)
+        one, other = given["dim0"] % rank, given["dim1"] % rank
         order[one], order[other] = order[other], order[one]
     own, of_x = low.lowered[x].place, sizes(x)
     axis = order.index(own.axis)
