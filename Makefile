@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench wheel clean
+.PHONY: demo test lint sanitize docs bench wheel clean
 
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
@@ -18,6 +18,20 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Random plans of the engine under the sanitizers, with portable code and with that for this processor.
+SANITIZED := build/sanitize/address-generic build/sanitize/address-native build/sanitize/thread-native
+FLAGS_address := -fsanitize=address,undefined
+FLAGS_thread := -fsanitize=thread
+FLAGS_native := -march=native
+
+sanitize: $(SANITIZED)
+	for program in $^; do echo $$program; ASAN_OPTIONS=allocator_may_return_null=1 $$program 0 500 || exit 1; done
+
+build/sanitize/%: tests/engine/fuzz.cpp $(wildcard src/sparing/engine/kernels/*)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fno-access-control -ffp-contract=fast -fno-math-errno -pthread -fno-sanitize-recover=all \
+		$(foreach part,$(subst -, ,$*),$(FLAGS_$(part))) $< -o $@
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict

@@ -190,7 +190,7 @@ class Network {
         for (auto [kernel, stride, padding, dilation, size] :
              {std::make_tuple(&w.kernel_y, &w.stride_y, &w.padding_y, &w.dilation_y, in.height),
               std::make_tuple(&w.kernel_x, &w.stride_x, &w.padding_x, &w.dilation_x, in.width)}) {
-            *kernel = same ? random_.one_of<int64_t>({1, 3, 5}) : random_.one_of<int64_t>({1, 2, 3, 3, 5, 7});
+            *kernel = same ? random_.one_of<int64_t>({1, 3, 5}) : random_.one_of<int64_t>({1, 2, 3, 3, 4, 5, 7});
             *stride = same ? 1 : random_.one_of<int64_t>({1, 1, 2, 2, 3, 4});
             *dilation = random_.chance(0.8) ? 1 : random_.integer(2, 3);
             const int64_t reach = (*kernel - 1) * *dilation, least = std::max<int64_t>(0, (reach + 2 - size) / 2);
