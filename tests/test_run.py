@@ -144,16 +144,19 @@ def test_the_example_of_an_own_model_is_valid():
     [
         ("model.name=own_model:SmallNett", "model 'own_model:SmallNett' cannot be imported: .*no attribute"),
         ("model.name=no_such:Net", "cannot be imported: No module named 'no_such'; install it, or add its directory"),
-        ("model.name=own_model:SHAPES", "which is no class or function"),
         (
-            "model={name: own_model:stripes}",
-            "model 'own_model:stripes' returned ImageData, which is no torch.nn.Module",
+            "model.name=own_model:SHAPES",
+            "'own_model:SHAPES' must be a subclass of torch.nn",
         ),
+        ("model={name: own_model:stripes}", "model 'own_model:stripes' must be a subclass of .* -> Module"),
+        ("model={name: 'os:system', command: 'touch PWNED'}", "'os' is a module of Python, which has no model"),
+        ("model={name: 'torch.hub:load', repo_or_dir: '.', model: x, source: local}", "must be a subclass of .*Module"),
+        ("data={name: 'subprocess:call', args: 'touch PWNED', shell: true}", "module of Python, which has no data"),
         ("model.wdith=3", "model 'own_model:SmallNet' has no argument 'wdith'; did you mean 'width'"),
         ("model.num_classes=3", "'num_classes' follows from the data"),
         ("model={name: 'torch.nn:Flatten'}", r"model 'torch.nn:Flatten' returns 144 logits; the data has 4 classes"),
         ("model={name: 'torch.nn:Identity'}", r"it returned \(1, 1, 12, 12\)"),
-        ("data={name: own_model:SmallNet, num_classes: 2, in_channels: 1}", "no sparing.data.SplitDataset"),
+        ("data={name: own_model:SmallNet, num_classes: 2, in_channels: 1}", "-> SplitDataset"),
         ("data.conut=3", "data 'own_model:stripes' has no argument 'conut'; did you mean 'count'"),
         ("model.name=/tmp/net.py:Net", "unknown name '/tmp/net.py:Net'; .*or an import path module:Name"),
         ("model.name=../net:Net", "unknown name"),
@@ -173,7 +176,7 @@ def test_an_import_path_that_does_not_fit_is_reported(change, message):
 def test_a_module_that_fails_and_a_function_with_free_keywords(tmp_path, monkeypatch):
     (tmp_path / "failing_of_test_run.py").write_text("1 / 0\n")
     (tmp_path / "free_of_test_run.py").write_text(
-        "from own_model import SmallNet\ndef net(**keywords):\n    return SmallNet(**keywords)\n"
+        "from own_model import SmallNet\ndef net(**keywords) -> SmallNet:\n    return SmallNet(**keywords)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match="cannot be imported: ZeroDivisionError: division by zero"):

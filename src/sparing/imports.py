@@ -1,6 +1,7 @@
 """Import objects that a recipe names by an import path."""
 
 import re
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -21,8 +22,8 @@ def import_object(path: str, what: str) -> Any:
         what: kind of the object, such as "model", for error messages.
 
     Raises:
-        InputError: the path has another form; the module cannot be imported, or raises an error of any kind; it has no
-            such name.
+        InputError: the path has another form; the module belongs to Python itself, cannot be imported, or raises an
+            error of any kind; it has no such name.
 
     Examples:
         >>> import_object("torch.nn:Linear", "model")
@@ -31,6 +32,8 @@ def import_object(path: str, what: str) -> Any:
     if not PATH.fullmatch(path):
         raise InputError(f"{what} {path!r} cannot be imported: write module:Name, such as my_package.nets:MyNet")
     module, _, name = path.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:  # importing some of them opens windows or runs programs
+        raise InputError(f"{what} {path!r} cannot be imported: {module!r} is a module of Python, which has no {what}")
     try:
         found = import_module(module)
     except ModuleNotFoundError as error:

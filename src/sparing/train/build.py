@@ -1,6 +1,7 @@
 """Build the data, model, sparsifier and optimizer of a recipe."""
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ DATA_ARGUMENTS = ("num_classes", "in_channels", "input_size")
 
 def data_function(spec: DataSection) -> Callable[..., Any]:
     """Return the function that loads the data set of a recipe, and check the names of its arguments."""
-    function = DATASETS[spec.name] if spec.name in DATASETS else _imported(spec.name, "data")
+    function = DATASETS[spec.name] if spec.name in DATASETS else _imported(spec.name, "data", SplitDataset)
     _check_arguments("data", spec, function)
     return function
 
@@ -57,7 +58,7 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
             function returns no module.
     """
     own = spec.name not in MODELS
-    function: Callable[..., Any] = _imported(spec.name, "model") if own else MODELS[spec.name]
+    function: Callable[..., Any] = _imported(spec.name, "model", nn.Module) if own else MODELS[spec.name]
     known = _check_arguments("model", spec, function)
     arguments = dict(spec.model_extra or {})
     for key in arguments:
@@ -86,10 +87,24 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
     return model
 
 
-def _imported(path: str, kind: str) -> Callable[..., Any]:
+def _imported(path: str, kind: str, result: type) -> Callable[..., Any]:
+    """Import a class, or a function that says what it returns. With others, such as os.system, a recipe runs programs.
+
+    Raises:
+        InputError: the object cannot be imported, or is another one.
+    """
     found = import_object(path, kind)
-    if not callable(found):
-        raise InputError(f"{kind} {path!r} is {found!r}, which is no class or function")
+    returned = found
+    if inspect.isfunction(found):
+        try:
+            returned = typing.get_type_hints(found).get("return")
+        except Exception:  # an annotation can name what the module does not have
+            returned = None
+    if not isinstance(returned, type) or not issubclass(returned, result):
+        raise InputError(
+            f"{kind} {path!r} must be a subclass of {result.__module__}.{result.__name__}, or a function with the "
+            f"annotation -> {result.__name__}"
+        )
     return found  # type: ignore[no-any-return]
 
 
