@@ -3,7 +3,7 @@
 #
 #     sbatch slurm.sh recipes/imagenet/resnet50-str-90.23.yaml runs/str
 #
-# If it is submitted again, or restarted by SLURM after a preemption, the run continues after the last finished epoch.
+# If it is submitted again, or restarted by SLURM after a preemption, the run continues from its last checkpoint.
 #SBATCH --job-name=sparing
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

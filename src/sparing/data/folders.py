@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from sparing.data.base import Split, SplitDataset
+from sparing.data.base import Split, SplitDataset, content_hash
 from sparing.data.pictures import (
     EVALUATION_BATCH,
     DecodedImage,
@@ -25,6 +25,7 @@ from sparing.data.pictures import (
     default_workers,
     evaluation_transform,
     hash_seed,
+    ignore_stop_signals,
     max_unreadable,
     one_line,
     require_torchvision,
@@ -228,6 +229,13 @@ class FolderData(SplitDataset):
     def size(self, split: Split) -> int:
         return len(self.splits[split])
 
+    def fingerprint(self) -> dict[str, object]:
+        names = {
+            split: content_hash(torch.from_numpy(files.names.view(np.uint8)), torch.from_numpy(files.labels))
+            for split, files in self.splits.items()
+        }
+        return {**super().fingerprint(), **names}
+
     def to(self, device: torch.device) -> "FolderData":
         return replace(self, device=device)
 
@@ -261,6 +269,7 @@ class FolderData(SplitDataset):
             # A separate generator: a DataLoader draws a number per pass, which would change the global random
             # state of a resumed run.
             generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
         )
         return ImageLoader(
             loader, sampler, len(sampler), device=self.device, split=split, examples=len(dataset.files),

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -294,6 +295,13 @@ def require_torchvision(data: str) -> None:
             f"data {data}: this torchvision was not built for torch {torch.__version__} ({one_line(error)}); install "
             "torch and torchvision from the same index, see pytorch.org (CUDA wheels do not load with a CPU torch)"
         ) from error
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Let a worker process outlive the signals that stop a run: the main process ends it after it has saved the run."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def default_workers() -> int:

@@ -35,6 +35,7 @@ from sparing.data.pictures import (
     default_workers,
     evaluation_transform,
     hash_seed,
+    ignore_stop_signals,
     max_unreadable,
     one_line,
     require_torchvision,
@@ -179,6 +180,10 @@ class ShardData(SplitDataset):
     def size(self, split: Split) -> int:
         return self.examples[split]
 
+    def fingerprint(self) -> dict[str, object]:
+        names = {split: " ".join(map(os.path.basename, shards)) for split, shards in self.shards.items()}
+        return {**super().fingerprint(), **names}
+
     def to(self, device: torch.device) -> "ShardData":
         return replace(self, device=device)
 
@@ -230,6 +235,7 @@ class ShardData(SplitDataset):
             # A separate generator: a DataLoader draws a number per pass, which would change the global random
             # state of a resumed run.
             generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
         )
         return ImageLoader(
             loader, dataset, steps, device=self.device, split=split, examples=self.examples[split],
