@@ -131,9 +131,10 @@ def test_engine_that_cannot_be_built_has_a_note(monkeypatch):
         raise sparing.InputError("there is no compiler")
 
     monkeypatch.setattr("sparing.latency.backends.engine.compile", refuse)
-    measured = latency.measure(
-        nn.Linear(4, 4), (1, 4), backends=only("engine", "ONNX Runtime"), **QUICK | {"sweep": (0.5,)}
-    )
+    with pytest.warns(sparing.SparsityWarning, match="not measured at a sparsity of 0.5: there is no compiler"):
+        measured = latency.measure(
+            nn.Linear(4, 4), (1, 4), backends=only("engine", "ONNX Runtime"), **QUICK | {"sweep": (0.5,)}
+        )
     assert [row.note for row in measured.rows] == ["there is no compiler", None]
     assert measured.sweep == {}
     assert measured.verdict(1, 1).startswith("Not measured")

@@ -8,6 +8,7 @@ rounds of all backends are interleaved; see `sparing.latency.backends`.
 import copy
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.export import onnx
 from sparing.export.inputs import Example, Inputs, find_inputs
 from sparing.export.network import check_weights, plain, require
@@ -61,6 +62,9 @@ def measure(
     Raises:
         InputError: onnx or onnxscript is missing; the model cannot be exported, is quantized, has inputs in bf16, or
             has a fixed batch size that is not in `batches`.
+
+    Warns:
+        SparsityWarning: the engine could not be measured at a sparsity of the sweep.
 
     Examples:
         >>> print(measure(model, (1, 3, 224, 224), batches=[1], threads=[1]))  # doctest: +SKIP
@@ -130,13 +134,19 @@ def _sweep(
     pruned = dict(baselines)
     for sparsity in sparsities:
         path = folder / f"{sparsity}.engine"
+        pruned[str(sparsity)] = (Backend(ENGINE, path.name), path)
         try:
             write_engine(randomly_pruned(network, sparsity), inputs, path)
-        except InputError:
-            return {}
-        pruned[str(sparsity)] = (Backend(ENGINE, path.name), path)
-    timings = measure_backends(pruned, failed, network, inputs, [1], 1, rounds, turn, checked=False)
-    seconds = {row.name: row.seconds for row in timings if row.seconds is not None}
+        except InputError as error:
+            failed = {**failed, path.name: str(error)}
+    seconds: dict[str, float] = {}
+    for row in measure_backends(pruned, failed, network, inputs, [1], 1, rounds, turn, checked=False):
+        if row.seconds is not None:
+            seconds[row.name] = row.seconds
+        elif row.name not in baselines:
+            warnings.warn(
+                f"the engine was not measured at a sparsity of {row.name}: {row.note}", SparsityWarning, stacklevel=3
+            )
     dense = [seconds[name] for name in baselines if name in seconds]
     return {s: min(dense) / seconds[str(s)] for s in sparsities if dense and str(s) in seconds}
 
