@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sparing
 from sparing import METHODS, Budget, CheckpointError, InputError
+from sparing.data import DATASETS
 from sparing.train import run as run_module
 from sparing.train.build import build_model
 from sparing.train.checkpoint import load_checkpoint
@@ -19,7 +20,7 @@ from sparing.train.method_section import build_method, settings
 from sparing.train.reading import MAX_BYTES, parse_yaml
 from sparing.train.recipe import Recipe, build_recipe, load_recipe
 from sparing.train.resolve import resolve, what_is_computed
-from sparing.train.run import Run
+from sparing.train.run import Run, evaluate_file
 from sparing.train.training import train_run
 from sparing.train.weights import load_weights
 
@@ -109,6 +110,23 @@ def test_resolving_again_changes_nothing_and_paths_are_absolute(tmp_path, monkey
     assert what_is_computed(resolved) != what_is_computed(resolve(own("method.budget=erk")))
     with pytest.raises(InputError, match="the run has 40,000,000 optimizer steps; it must have 1 to 10,000,000"):
         resolve(own("schedule.epochs=100000", "data.count=600", "data.batch_size=1"))
+
+
+def test_paths_of_data_become_absolute_and_urls_stay(tmp_path, monkeypatch):
+    from own_model import stripes
+
+    def load(train, test, root="pictures", cache=None):
+        return stripes(120)
+
+    monkeypatch.setitem(DATASETS, "shards", load)
+    monkeypatch.chdir(tmp_path)
+    url = "https://example.org/{0..3}.tar"
+    resolved = resolve(own(f"data={{name: shards, train: [a.tar, '{url}'], test: ~/t.tar}}"))
+    assert resolved.data.model_extra == {
+        "train": [str(tmp_path / "a.tar"), url],
+        "test": str(Path.home() / "t.tar"),
+        "root": str(tmp_path / "pictures"),
+    }
 
 
 REQUIRED = {"alpha": 1e-3, "weight": 1e-4, "kl_weight": 1e-3, "sparsity": 0.5}
@@ -249,6 +267,12 @@ def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     torch.save(load_checkpoint(moved / "checkpoint.pt")["model"], tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="holds a sparsified model in training; give the model.safetensors"):
         load_weights(network, tmp_path / "w.pt")
+
+
+def test_a_file_with_thresholds_is_evaluated_with_a_method(tmp_path):
+    save_file({"conv1.parametrizations.weight.0.s": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="holds thresholds; give the recipe their method, such as --set 'method={name"):
+        evaluate_file(tmp_path / "w.safetensors", own("method=null"))
 
 
 # Recipes from strangers

@@ -251,7 +251,7 @@ def test_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
     images = Images(torch.randint(0, 256, (10, 3, 224, 224), dtype=torch.uint8), torch.arange(10))
     data = ImageData(images, images, images, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10)
     monkeypatch.setitem(DATASETS, "noise", lambda: data)
-    (tmp_path / "recipe.yaml").write_text("model: {name: mobilenet_v1}\ndata: {name: noise}\n")
+    (tmp_path / "recipe.yaml").write_text("model: {name: mobilenet_v1}\ndata: {name: noise}\nmethod: {name: str}\n")
     x = (images.pixels / 255 - 0.5) / 0.25
     with torch.no_grad():
         logits = net.forward(x)
