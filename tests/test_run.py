@@ -302,6 +302,17 @@ def test_a_hostile_yaml_is_refused_in_one_sentence(text, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("{a: &x [1], b: *x}", "aliases .* are not supported"), ("[" * 21 + "]" * 21, "more than 20 nested levels")],
+)
+def test_aliases_and_deep_nesting_are_refused_in_every_value(value, message):
+    with pytest.raises(ValueError, match=message):
+        parse_yaml(value)
+    with pytest.raises(InputError, match="not valid YAML"):
+        own(f"method={value}")
+
+
 def test_a_large_recipe_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("#" * (MAX_BYTES + 1))
     with pytest.raises(InputError, match="is larger than 4,194,304 bytes"):
