@@ -88,7 +88,8 @@ def content_hash(*tensors: Tensor) -> str:
     """Return a short hash of the bytes of some tensors."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():  # an empty array of NumPy has strides that view() refuses
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
