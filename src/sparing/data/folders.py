@@ -231,7 +231,7 @@ class FolderData(SplitDataset):
 
     def fingerprint(self) -> dict[str, object]:
         names = {
-            split: content_hash(torch.from_numpy(files.names.view(np.uint8)), torch.from_numpy(files.labels))
+            str(split): content_hash(torch.from_numpy(files.names.view(np.uint8)), torch.from_numpy(files.labels))
             for split, files in self.splits.items()
         }
         return {**super().fingerprint(), **names}

@@ -181,7 +181,7 @@ class ShardData(SplitDataset):
         return self.examples[split]
 
     def fingerprint(self) -> dict[str, object]:
-        names = {split: " ".join(map(os.path.basename, shards)) for split, shards in self.shards.items()}
+        names = {str(split): " ".join(map(os.path.basename, shards)) for split, shards in self.shards.items()}
         return {**super().fingerprint(), **names}
 
     def to(self, device: torch.device) -> "ShardData":
