@@ -207,6 +207,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(textures):
     assert equal(*map(list, evaluations))
 
 
+def test_a_pass_begins_at_any_batch_with_the_same_batches(textures):
+    batches = imagenet(textures).training(4, seed=1)
+    whole = one_pass(batches, 2)
+    batches.start = len(batches) - 2
+    assert equal(one_pass(batches, 2), whole[-2:])
+
+
 def test_order_and_crops_differ_between_epochs_and_seeds(textures):
     data = imagenet(textures)
     first, second, other = (one_pass(data.training(30, s), epoch)[0] for s, epoch in ((0, 1), (0, 2), (1, 1)))

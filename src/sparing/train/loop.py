@@ -367,6 +367,8 @@ class _Training:
             each.load_state_dict(saved[name])
         _check_optimizer(self.optimizer, before)
         rank, count = self.ranks.rank, self.ranks.count
+        if not saved["ranks"]:
+            raise ValueError("it holds the state of no rank")
         parts = saved["ranks"][rank::count]  # of several, if there are fewer ranks now
         for part in parts:
             self._loss = part["loss"].to(self._loss) if part is parts[0] else self._loss + part["loss"].to(self._loss)
