@@ -348,3 +348,21 @@ def test_every_failed_write_is_one_sentence_with_the_path(tmp_path):
     with pytest.raises(InputError, match="x cannot be written: .*No such file"), atomic_write(tmp_path / "x"):
         save_file({"a": torch.ones(2)}, tmp_path / "nowhere" / "y")
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (sparing.STR, "init"),
+        (sparing.STR, "scale"),
+        (sparing.DST, "alpha"),
+        (functools.partial(sparing.VariationalDropout, kl_weight=1.0), "cut"),
+        (functools.partial(sparing.DSR, sparsity=0.5), "threshold"),
+        (functools.partial(sparing.GraSP, sparsity=0.5), "probe"),
+        (functools.partial(sparing.ContinuousSparsification, weight=1.0), "final_temperature"),
+    ],
+)
+@pytest.mark.parametrize("number", [1e300, 10**30, 2**63])
+def test_numbers_that_no_tensor_holds_raise(make, field, number):
+    with pytest.raises(InputError, match=f"{field} must be"):
+        make(**{field: number})
