@@ -227,14 +227,15 @@ def check_seed(method: Any) -> None:
 def check_number(method: Any, field: str, interval: str) -> None:
     """Check that a field of a method is a number in an interval such as "(0, 1)", "[0, 1]" or "[0, inf)".
 
-    An integer of 64 bits and float32 must be able to hold it: its absolute value must be below 2⁶³.
+    A tensor must be able to hold it: an integer in int64, another number in float32.
 
     Raises:
         InputError: it is not.
     """
     value = getattr(method, field)
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+    largest = 2**63 - 1 if isinstance(value, int) else 3.4e38
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= largest
     above = number and (value > low if interval[0] == "(" else value >= low)
     below = number and (value < high if interval[-1] == ")" else value <= high)
     if not (above and below):
