@@ -17,6 +17,7 @@
 
 #include <array>
 #include <cmath>
+#include <map>
 #include <tuple>
 #include <utility>
 
@@ -206,6 +207,7 @@ class Convolution : public Operation {
         blocks_ = (in.channels + block_ - 1) / block_;
         pack();
         weight_ = Csr();
+        patterns_.clear();
     }
 
     int64_t scratch() const override { return direct_ ? 0 : block_ * channel_size_; }
@@ -255,7 +257,8 @@ class Convolution : public Operation {
         const double crossing = direct_ ? 0.0 : 0.45 * gather.misaligned();
         for (const int height : {1, 4, 8}) {
             // Zeros between the nonzero weights of neighbors are multiplied, too.
-            const int64_t columns = weight_.rows() % height == 0 ? count(height) : 0;
+            if (weight_.rows() % height != 0) continue;
+            const int64_t columns = static_cast<int64_t>(pattern(height).columns.size());
             if (height > 1 && (columns == 0 || 2 * weight_.starts.back() < height * columns)) continue;
             int64_t tried = 0;
             for (const int64_t kilobytes : {24, 40, 56, 80, 112, 256}) {
@@ -280,87 +283,101 @@ class Convolution : public Operation {
         }
     }
 
-    // Call visit(block, filter, columns) for every `height` filters and every block, with the columns of any of them.
-    template <class Function>
-    void for_each_visit(int height, int64_t block, Function visit) const {
+    // Columns that are not zero in any of `height` neighboring filters: the pattern of their visits.
+    struct Pattern {
+        std::vector<int32_t> starts, columns;
+    };
+
+    const Pattern& pattern(int height) {
+        Pattern& merged = patterns_[height];
+        if (!merged.starts.empty()) return merged;
+        if (height == 1) return merged = {weight_.starts, weight_.columns};
+        merged.starts = {0};
         std::vector<int32_t> columns;
-        const int64_t width = block * taps_;
         for (int64_t filter = 0; filter < weight_.rows(); filter += height) {
-            const int32_t* from = weight_.columns.data() + weight_.starts[filter];
-            const int32_t* end = weight_.columns.data() + weight_.starts[filter + height];
-            if (height > 1) {
-                columns.assign(from, end);
-                std::sort(columns.begin(), columns.end());
-                columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
-                from = columns.data();
-                end = from + columns.size();
-            }
-            if (from == end) visit(int64_t{0}, filter, from, end);
-            while (from < end) {
-                const int64_t index = *from / width;
-                const int32_t* to = std::lower_bound(from, end, (index + 1) * width);
+            columns.assign(
+                weight_.columns.begin() + weight_.starts[filter], weight_.columns.begin() + weight_.starts[filter + height]
+            );
+            std::sort(columns.begin(), columns.end());
+            const auto end = std::unique(columns.begin(), columns.end());
+            merged.columns.insert(merged.columns.end(), columns.begin(), end);
+            merged.starts.push_back(static_cast<int32_t>(merged.columns.size()));
+        }
+        return merged;
+    }
+
+    // Call visit(block, filter, from, to) for every `height` filters and every block of channels in which they have
+    // weights, with the indices of their columns in the pattern.
+    template <class Function>
+    void for_each_visit(int height, int64_t block, Function visit) {
+        const auto& [starts, columns] = pattern(height);
+        const int64_t width = block * taps_;
+        for (size_t group = 0; group + 1 < starts.size(); group++) {
+            const int64_t filter = static_cast<int64_t>(group) * height;
+            int32_t from = starts[group];
+            if (from == starts[group + 1]) visit(int64_t{0}, filter, from, from);
+            while (from < starts[group + 1]) {
+                const int64_t index = columns[from] / width;
+                const auto next = std::lower_bound(
+                    columns.begin() + from, columns.begin() + starts[group + 1], (index + 1) * width
+                );
+                const int32_t to = static_cast<int32_t>(next - columns.begin());
                 visit(index, filter, from, to);
                 from = to;
             }
         }
     }
 
-    // Number of columns that are not zero in `height` neighboring filters, and of the visits to them.
-    int64_t count(int height) const {
-        int64_t columns = 0;
-        for_each_visit(height, int64_t{1} << 24, [&](int64_t, int64_t, const int32_t* from, const int32_t* to) {
-            columns += to - from;
-        });
-        return columns;
-    }
-
-    int64_t count_visits(int height, int64_t block) const {
+    int64_t count_visits(int height, int64_t block) {
         int64_t visits = 0;
-        for_each_visit(height, block, [&](int64_t, int64_t, const int32_t*, const int32_t*) { visits++; });
+        for_each_visit(height, block, [&](int64_t, int64_t, int32_t, int32_t) { visits++; });
         return visits;
     }
 
     void pack() {
         struct Entry {
             int64_t block, filter;
-            std::vector<int32_t> columns;
+            int32_t from, to;  // columns in the pattern
             bool first, last;
+            int32_t count() const { return to - from; }
         };
+        const std::vector<int32_t>& columns = pattern(height_).columns;
         std::vector<std::vector<Entry>> parts(blocks_ * groups_);
         // The next filter goes to the group with the least work.
         std::vector<int64_t> work(groups_, 0);
         std::vector<Entry> entries;
-        for_each_visit(height_, block_, [&](int64_t block, int64_t filter, const int32_t* from, const int32_t* to) {
-            entries.push_back({block, filter, {from, to}, false, false});
+        for_each_visit(height_, block_, [&](int64_t block, int64_t filter, int32_t from, int32_t to) {
+            entries.push_back({block, filter, from, to, false, false});
         });
         for (size_t begin = 0, end = 0; begin < entries.size(); begin = end) {
             const size_t group = std::min_element(work.begin(), work.end()) - work.begin();
             while (end < entries.size() && entries[end].filter == entries[begin].filter) end++;
             entries[begin].first = entries[end - 1].last = true;
             for (size_t i = begin; i < end; i++) {
-                work[group] += static_cast<int64_t>(entries[i].columns.size()) + 2;
-                parts[entries[i].block * groups_ + group].push_back(std::move(entries[i]));
+                work[group] += entries[i].count() + 2;
+                parts[entries[i].block * groups_ + group].push_back(entries[i]);
             }
         }
         for (size_t index = 0; index < parts.size(); index++) {
             auto& part = parts[index];
             // Successive visits of equal length let the processor predict where their loops end.
             std::stable_sort(part.begin(), part.end(), [](const Entry& a, const Entry& b) {
-                return std::make_tuple(a.first, a.last, a.columns.size()) > std::make_tuple(b.first, b.last, b.columns.size());
+                return std::make_tuple(a.first, a.last, a.count()) > std::make_tuple(b.first, b.last, b.count());
             });
             parts_.push_back({visits_.size(), part.size(), values_.size(), offsets_.size()});
             const int64_t base = static_cast<int64_t>(index) / groups_ * block_;
             for (const Entry& entry : part) {
                 visits_.push_back({
-                    static_cast<uint32_t>(entry.columns.size()), static_cast<uint16_t>(entry.filter), entry.first, entry.last,
+                    static_cast<uint32_t>(entry.count()), static_cast<uint16_t>(entry.filter), entry.first, entry.last,
                 });
-                for (const int32_t column : entry.columns) {
+                for (int32_t j = entry.from; j < entry.to; j++) {
+                    const int32_t column = columns[j];
                     const int64_t channel = column / taps_ - base;
                     offsets_.push_back(static_cast<uint16_t>(
                         channel * channel_size_ + (direct_ ? 0 : gather_.tap(column % taps_))
                     ));
                     for (int64_t filter = entry.filter; filter < entry.filter + height_; filter++)
-                        values_.push_back(value(filter, column));
+                        values_.push_back(height_ == 1 ? weight_.values[j] : value(filter, column));
                 }
             }
         }
@@ -379,6 +396,7 @@ class Convolution : public Operation {
 
     SparingWindow window_;
     Csr weight_;
+    std::map<int, Pattern> patterns_;  // by height
     std::vector<float> bias_;
     int activation_;
     Gather gather_;

@@ -150,8 +150,8 @@ int sparing_convolution(
         Csr weight = read_csr(to.channels, width, starts, columns, values);
         const bool matrix = from.images == 1 && from.height == 1 && from.width == to.width && width == from.channels &&
                             w.padding_y == 0 && w.padding_x == 0;
-        if (matrix && from.width <= FEW && width <= UINT16_MAX)
-            plan->add(std::make_unique<Rows>(in, out, residual, std::move(weight), copy(bias, to.channels), activation));
+        if (matrix && from.width == 1 && width <= UINT16_MAX)
+            plan->add(std::make_unique<Row>(in, out, residual, weight, copy(bias, to.channels), activation));
         else
             plan->add(std::make_unique<Convolution>(
                 in, out, residual, w, std::move(weight), copy(bias, to.channels), activation

@@ -8,7 +8,7 @@
 #include "convolution.h"
 #include "memory.h"
 #include "pointwise.h"
-#include "rows.h"
+#include "row.h"
 #include "threads.h"
 #include "transfer.h"
 #include "window.h"
