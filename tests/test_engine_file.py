@@ -143,7 +143,8 @@ def test_what_cannot_be_written_raises(engine, tmp_path):
     "name",
     [
         "aten.from_file.default", "aten.add_.Tensor", "aten.set_.source_Storage", "aten.resize_.default", "os.system",
-        "aten.empty.memory_format", "aten.new_empty.default", "aten.elu_backward.default", "aten.segment_reduce.default",
+        "aten.empty.memory_format", "aten.new_empty.default", "aten.elu_backward.default",
+        "aten.segment_reduce.default",
         "aten.relu.out", "aten.as_strided.default", "aten._unsafe_index.Tensor", "aten.unsafe_split.Tensor", "eval",
         "prim.device.default", "aten.nothing.default", "aten.add", "aten.add.Nothing", "__builtins__", "aten.__class__",
         "aten.add.__class__", "aten.to_mkldnn.default", "aten.record_stream.default", "", ".", "aten..", "c10d.recv_",

@@ -52,7 +52,8 @@ MAY_IMPORT = {
     },
     "methods": {
         "budget", "decay", "errors", "group_threshold", "growing", "imports", "layers", "macs", "masks", "method",
-        "operators", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier", "target", "threshold", "thresholding",
+        "operators", "optimizers", "parametrizations", "patterns", "schedules", "sparsifier", "target", "threshold",
+        "thresholding",
     },
     "report": {"errors", "files", "goal", "layers", "macs", "products"},
     "plots": {"report"},
@@ -65,7 +66,8 @@ MAY_IMPORT = {
     "latency": {"engine", "errors", "export", "layers"},
     "train": {
         "budget", "data", "errors", "export", "files", "formats", "imports", "latency", "layers", "macs", "method",
-        "methods", "models", "param_groups", "patterns", "plots", "report", "rnn", "schedules", "sparsifier", "sparsify",
+        "methods", "models", "param_groups", "patterns", "plots", "report", "rnn", "schedules", "sparsifier",
+        "sparsify",
     },
     "sweep": {"errors", "files", "plots", "train"},
     "tables": {"budget", "errors", "files", "layers", "macs", "masks", "method", "methods", "models"},
