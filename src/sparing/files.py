@@ -109,7 +109,7 @@ def unescape_cell(cell: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text for the terminal: control characters, which could move the cursor or hide text, are escaped.
+    r"""Return a text for the terminal: control characters, which could move the cursor or hide text, are escaped.
 
     Examples:
         >>> printable("conv\x1b[2J")
