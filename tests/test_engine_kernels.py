@@ -417,6 +417,26 @@ def test_rows_of_images(stride):
             network.check([network.convolution(0, numbers(2, 2, 1, kernel), numbers(2), window)])
 
 
+@pytest.mark.parametrize("shape", [(300, 260), (2, 600, 9, 11), (1, 20, 70, 61)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large(shape, channels_last):
+    """Several blocks of channels, tiles and bands."""
+    network = Network(numbers(*shape))
+    channels, kernel = shape[1], (3, 3)[: len(shape) - 2]
+    x = network.layer_norm(0, numbers(channels), numbers(channels), 1e-5)
+    x = network.binary(x, 0, "add", "relu")
+    if kernel:
+        x = network.depthwise(x, numbers(channels, *kernel), numbers(channels), Window(kernel, (1, 1), (1, 1)))
+        x = network.binary(x, network.mean(x), "multiply", "sigmoid")
+        x = network.pool(x, Window(kernel, (1, 1), (1, 1)), "maximum")
+    x = network.affine(x, numbers(channels), numbers(channels))
+    x = network.concatenate([(0, 3, channels - 3), (x, 0, channels - 1)])
+    weight = numbers(48, 2 * channels - 4, *kernel)
+    weight *= torch.rand(weight.shape) < 0.1
+    network.convolution(x, weight, numbers(48), Window(kernel, padding=(1, 1)) if kernel else Window())
+    network.check([x, x + 1], threads=2, channels_last=channels_last)
+
+
 SAME = Window((3, 3), padding=(1, 1))
 HALF = Window((3, 3), (2, 2), (1, 1))
 SINGLE = {
