@@ -11,6 +11,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 namespace sparing {
 
 inline void pause() {
@@ -23,6 +27,30 @@ inline void pause() {
 template <class Condition>
 void spin_until(Condition condition) {
     for (int spins = 0; !condition(); spins++) spins < 2000 ? pause() : std::this_thread::yield();
+}
+
+// The processor of the calling thread, or -1 if the system does not tell.
+inline int processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// Move the calling thread to another processor than `taken`. A thread that wakes up often lands on the processor of the
+// one that woke it, and they take turns there until the system notices, which can take seconds.
+inline void leave(int taken) {
+#if defined(__linux__)
+    cpu_set_t allowed, others;
+    if (taken < 0 || sched_getcpu() != taken || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    others = allowed;
+    CPU_CLR(taken, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+#else
+    (void)taken;
+#endif
 }
 
 class Team {
@@ -47,6 +75,7 @@ class Team {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             task_ = &task;
+            processor_ = processor();
             runs_++;
         }
         wake_.notify_all();
@@ -73,15 +102,18 @@ class Team {
         for (int64_t seen = 0;;) {
             for (int spins = 0; spins < 10000 && runs_.load(std::memory_order_relaxed) == seen; spins++) pause();
             const std::function<void(int)>* task;
+            int taken;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return runs_.load(std::memory_order_relaxed) != seen; });
                 seen = runs_.load(std::memory_order_relaxed);
                 if (quit_) return;
                 task = task_;
+                taken = processor_;
                 if (task == nullptr) continue;  // too late
                 active_.fetch_add(1, std::memory_order_relaxed);
             }
+            leave(taken);
             (*task)(id);
             active_.fetch_sub(1, std::memory_order_release);
         }
@@ -92,6 +124,7 @@ class Team {
     std::mutex mutex_;
     std::condition_variable wake_;
     const std::function<void(int)>* task_ = nullptr;
+    int processor_ = -1;  // of the thread that called run
     bool quit_ = false;
     std::atomic<int64_t> runs_{0};
     std::atomic<int> active_{0};
