@@ -110,10 +110,10 @@ class Team {
                 if (quit_) return;
                 task = task_;
                 taken = processor_;
-                if (task == nullptr) continue;  // too late
-                active_.fetch_add(1, std::memory_order_relaxed);
+                if (task) active_.fetch_add(1, std::memory_order_relaxed);
             }
             leave(taken);
+            if (task == nullptr) continue;  // too late
             (*task)(id);
             active_.fetch_sub(1, std::memory_order_release);
         }
