@@ -94,7 +94,7 @@ class Plans:
                 del self._plans[count]
 
     def profile(self) -> list[tuple[str, float]]:
-        """Return name and seconds of each operation in the last part of the next run, or of the last run."""
+        """Return name and seconds of each operation in the last part of a run. The first call turns the clocks on."""
         return next(reversed(self._plans.values())).profile()
 
     def _find_step(self, batch: int) -> int:

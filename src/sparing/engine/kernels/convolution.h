@@ -200,7 +200,7 @@ class Convolution : public Operation {
 
     void prepare(const std::vector<Tensor>& tensors, int threads) override {
         const Layout &in = tensors[reads[0]].layout, &out = tensors[writes[0]].layout;
-        cost(in, out);
+        cost(in, out);  // chooses the blocks for the final layouts
         // Few tiles are shared by several threads, each with a part of the filters.
         tiles_ = out.images * out.tiles();
         groups_ = threads > 1 && tiles_ < 8 * threads && tiles_ % threads != 0 ? threads : 1;

@@ -29,7 +29,7 @@ SPARING_API void sparing_free(SparingPlan*);
 // columns, height = 1, width = rows. Returns the number of the tensor.
 SPARING_API int sparing_tensor(SparingPlan*, int64_t images, int64_t channels, int64_t height, int64_t width);
 
-// The next pointer of sparing_run is read into, or written from, a tensor. The data is contiguous float32
+// Connect the next pointer of sparing_run to a tensor: inputs are copied from it, outputs to it. It is contiguous float32
 // [images, channels, height, width], or [images, height, width, channels] if channels_last: for a matrix, [rows, columns].
 SPARING_API int sparing_input(SparingPlan*, int tensor, int channels_last);
 SPARING_API int sparing_output(SparingPlan*, int tensor, int channels_last);
