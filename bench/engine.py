@@ -122,7 +122,7 @@ def efficientnet_lite0(rule, sparsity):
 
 def trained(run):
     """Return the network of a finished run."""
-    from sparing.train.run import Run
+    from sparing.run.run import Run
 
     opened = Run.open(run)
     return opened.model("dense"), opened.resolved.input_size

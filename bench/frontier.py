@@ -28,7 +28,7 @@ from ledger import CLIPPED, ROOT, train_into
 from results import FRONTIER, SPARSITIES
 from sparing import InputError
 from sparing.data import DATASETS
-from sparing.train.recipe import load_recipe
+from sparing.run.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "fashion-mnist" / "frontier.yaml"
 

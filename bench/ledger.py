@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sparing.files import write_text
-from sparing.train.recipe import load_recipe
-from sparing.train.training import train_run
+from sparing.run.recipe import load_recipe
+from sparing.run.training import train_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from rich.console import Console
 
 from sparing.files import write_text
-from sparing.train.build import build_data
-from sparing.train.recipe import load_recipe
-from sparing.train.training import train_run
+from sparing.run.build import build_data
+from sparing.run.recipe import load_recipe
+from sparing.run.training import train_run
 
 ROOT = Path(__file__).parent.parent
 UNITS = 32

@@ -19,15 +19,15 @@ from sparing import CheckpointError, InputError, SparsityWarning, cli
 from sparing.data import DATASETS, Images
 from sparing.data.image import ImageData
 from sparing.files import atomic_write, remove_temporaries
-from sparing.train import distributed, loop, watch
-from sparing.train.checkpoint import load_checkpoint, load_newest, random_state, save_checkpoint, set_random_state
-from sparing.train.distributed import Ranks
-from sparing.train.interrupt import SAVED, Interrupted, StopSignals
-from sparing.train.lock import RunLock
-from sparing.train.log import read_history
-from sparing.train.recipe import Recipe
-from sparing.train.resolve import resolve
-from sparing.train.training import train_run
+from sparing.run import distributed, loop, watch
+from sparing.run.checkpoint import load_checkpoint, load_newest, random_state, save_checkpoint, set_random_state
+from sparing.run.distributed import Ranks
+from sparing.run.interrupt import SAVED, Interrupted, StopSignals
+from sparing.run.lock import RunLock
+from sparing.run.log import read_history
+from sparing.run.recipe import Recipe
+from sparing.run.resolve import resolve
+from sparing.run.training import train_run
 
 CPU = Ranks(torch.device("cpu"))
 QUIET = Console(quiet=True)

@@ -286,7 +286,7 @@ def sparse_run(place):
 @pytest.mark.parametrize("shrink", [[], ["--shrink"]])
 def test_export_to_engine_writes_a_file_with_matching_outputs(sparse_run, shrink):
     from sparing import engine
-    from sparing.train.run import Run
+    from sparing.run.run import Run
 
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("the engine requires a C++ compiler")

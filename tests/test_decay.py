@@ -13,11 +13,11 @@ import yaml
 from sparing import STR, InputError, SparsityWarning
 from sparing.data import DATASETS, ImageData, Images
 from sparing.decay import ONSET, e_folds, weight_decay_for
+from sparing.run.method_section import build_method
+from sparing.run.recipe import Recipe, load_recipe
+from sparing.run.resolve import check_schedule, resolve, with_settings
+from sparing.run.training import train_run
 from sparing.schedules import warmup_cosine
-from sparing.train.method_section import build_method
-from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.resolve import check_schedule, resolve, with_settings
-from sparing.train.training import train_run
 
 IMAGENET = [0.256 * warmup_cosine(epoch, 100, 5) for epoch in range(100) for _ in range(5004)]
 

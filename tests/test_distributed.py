@@ -15,14 +15,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sparing
-from sparing.train.build import build_data, build_model, build_optimizer
-from sparing.train.checkpoint import load_checkpoint
-from sparing.train.distributed import Ranks
-from sparing.train.log import read_history
-from sparing.train.loop import backward
-from sparing.train.method_section import build_method
-from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.training import train_run
+from sparing.run.build import build_data, build_model, build_optimizer
+from sparing.run.checkpoint import load_checkpoint
+from sparing.run.distributed import Ranks
+from sparing.run.log import read_history
+from sparing.run.loop import backward
+from sparing.run.method_section import build_method
+from sparing.run.recipe import Recipe, load_recipe
+from sparing.run.training import train_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 

@@ -14,8 +14,8 @@ import typer
 
 from sparing.cli import app
 from sparing.methods import METHODS
-from sparing.sweep import load_sweep
-from sparing.train.recipe import load_recipe
+from sparing.run.recipe import load_recipe
+from sparing.run.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").rglob("*.md"))]

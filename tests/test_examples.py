@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sparing
 from sparing.masks import count_kept
 from sparing.patterns import NM
-from sparing.train.method_section import build_method
+from sparing.run.method_section import build_method
 from tolerance import tolerance
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -24,9 +24,9 @@ from sparing.data import DATASETS
 from sparing.data.folders import EvaluationSampler
 from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unreadable
 from sparing.data.shards import read_shards
-from sparing.train.evaluate import evaluate
-from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.training import train_run
+from sparing.run.evaluate import evaluate
+from sparing.run.recipe import Recipe, load_recipe
+from sparing.run.training import train_run
 from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from sparing.export.str_release import convert
-from sparing.train.log import read_history
-from sparing.train.recipe import load_recipe
-from sparing.train.run import Run, evaluate_file
+from sparing.run.log import read_history
+from sparing.run.recipe import load_recipe
+from sparing.run.run import Run, evaluate_file
 from test_imagenet import noise_image, write_image_tree
 from test_str_release import STRConv, old_resnet, save, trained
 

@@ -15,11 +15,11 @@ import sparing
 from sparing import Budget
 from sparing.data import DATASETS
 from sparing.masks import count_kept
+from sparing.run.build import build_optimizer
+from sparing.run.method_section import build_method
+from sparing.run.recipe import load_recipe
+from sparing.run.resolve import with_settings
 from sparing.schedules import warmup_cosine
-from sparing.train.build import build_optimizer
-from sparing.train.method_section import build_method
-from sparing.train.recipe import load_recipe
-from sparing.train.resolve import with_settings
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "imagenet"
 SOURCE = FOLDER / "generate.py"

@@ -8,9 +8,9 @@ from torch import nn
 
 import sparing
 from sparing import NM, Block, Filters, InputError, Unstructured
-from sparing.train.build import build_optimizer
-from sparing.train.method_section import build_method
-from sparing.train.recipe import Recipe, load_recipe
+from sparing.run.build import build_optimizer
+from sparing.run.method_section import build_method
+from sparing.run.recipe import Recipe, load_recipe
 
 FILES = sorted(Path(__file__).parent.parent.joinpath("recipes").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "sweeps"]  # test_sweep.py reads the sweep files
@@ -280,9 +280,7 @@ def test_arguments_of_an_imported_method_are_checked(tmp_path, own_methods):
 
 
 def test_every_key_of_a_recipe_is_used_by_the_code():
-    source = "".join(
-        path.read_text() for path in Path(__file__).parent.parent.joinpath("src/sparing/train").glob("*.py")
-    )
+    source = "".join(path.read_text() for path in Path(__file__).parent.parent.joinpath("src/sparing/run").glob("*.py"))
     for name in ("", "schedule", "optimizer", "data"):
         section = Recipe if not name else Recipe.model_fields[name].annotation
         for key in section.model_fields:

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 import sparing
 from sparing import METHODS, Budget, CheckpointError, InputError
 from sparing.data import DATASETS
-from sparing.train import run as run_module
-from sparing.train.build import build_model
-from sparing.train.checkpoint import load_checkpoint
-from sparing.train.method_section import build_method, settings
-from sparing.train.reading import MAX_BYTES, parse_yaml
-from sparing.train.recipe import Recipe, build_recipe, load_recipe
-from sparing.train.resolve import resolve, what_is_computed
-from sparing.train.run import Run, evaluate_file
-from sparing.train.training import train_run
-from sparing.train.weights import load_weights
+from sparing.run import run as run_module
+from sparing.run.build import build_model
+from sparing.run.checkpoint import load_checkpoint
+from sparing.run.method_section import build_method, settings
+from sparing.run.reading import MAX_BYTES, parse_yaml
+from sparing.run.recipe import Recipe, build_recipe, load_recipe
+from sparing.run.resolve import resolve, what_is_computed
+from sparing.run.run import Run, evaluate_file
+from sparing.run.training import train_run
+from sparing.run.weights import load_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 OWN = EXAMPLES / "own_model.yaml"

@@ -19,9 +19,9 @@ from sparing.data import speech as speech_module
 from sparing.data.sequence import HAR_SIGNALS, har2, har6, normalized, watch, windows
 from sparing.data.speech import NOISE, WORDS, google12, log_mel, read_wav, spoken_digits, which_split
 from sparing.rnn import ranks
-from sparing.train.recipe import Recipe, load_recipe
-from sparing.train.run import Run
-from sparing.train.training import train_run
+from sparing.run.recipe import Recipe, load_recipe
+from sparing.run.run import Run
+from sparing.run.training import train_run
 from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent
@@ -494,8 +494,8 @@ RECIPES = sorted(ROOT.joinpath("recipes", "rnn").rglob("*.yaml"))
 def test_recipes_are_valid_and_fit_their_data(path):
     from sparing import sparsify_
     from sparing.macs import count_applications
-    from sparing.train.build import build_model
-    from sparing.train.method_section import build_method
+    from sparing.run.build import build_model
+    from sparing.run.method_section import build_method
 
     loaded = load_recipe(path)
     sizes = {"watch": (7, 6), "har2": (2, 9), "spoken_digits": (10, 32), "google12": (12, 32)}

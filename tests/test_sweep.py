@@ -22,14 +22,14 @@ import torch
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FixedTrial
 
-import sparing.sweep
+import sparing.run.sweep
 from sparing import InputError
 from sparing.cli import main
 from sparing.data import DATASETS, Images
 from sparing.data.image import ImageData
 from sparing.files import atomic_write
-from sparing.sweep import MAX_RETRIES, Sweep, load_sweep, run_sweep
-from sparing.train.log import read_history
+from sparing.run.log import read_history
+from sparing.run.sweep import MAX_RETRIES, Sweep, load_sweep, run_sweep
 
 SWEEPS = sorted(Path(__file__).parent.parent.joinpath("recipes", "sweeps").glob("*.yaml"))
 RECIPE = {
@@ -81,7 +81,7 @@ def _small_data(monkeypatch):
 def untrained(monkeypatch):
     """Replace training by a stub. Returns the names of the run directories in training order."""
     trained = []
-    monkeypatch.setattr(sparing.sweep, "resolve", lambda recipe, data: recipe)
+    monkeypatch.setattr(sparing.run.sweep, "resolve", lambda recipe, data: recipe)
     axes = SimpleNamespace(set=lambda **labels: None)
     monkeypatch.setattr("optuna.visualization.matplotlib.plot_pareto_front", lambda *args, **others: axes)
     monkeypatch.setattr("matplotlib.pyplot.savefig", lambda *args, **others: None)
@@ -92,7 +92,7 @@ def untrained(monkeypatch):
         out.mkdir(parents=True, exist_ok=True)
         return measured(recipe)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", train_run)
     return trained
 
 
@@ -108,7 +108,7 @@ def test_every_shipped_sweep_can_be_trained_and_starts_with_a_comment(path):
 
 
 def test_an_interrupted_sweep_continues_its_run_and_writes_the_pareto_front(tmp_path, monkeypatch):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.run.sweep.train_run
     seen = []
 
     def interrupted(recipe, out, *, resume):
@@ -118,7 +118,7 @@ def test_an_interrupted_sweep_continues_its_run_and_writes_the_pareto_front(tmp_
             raise KeyboardInterrupt
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", interrupted)
     wanted, out = sweep(set={"schedule.epochs": 2}, trials=1), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run_sweep(wanted, out)
@@ -146,7 +146,7 @@ def test_the_front_holds_exactly_the_trials_that_no_other_trial_dominates(tmp_pa
         cost = {"nonzero": int(1e4 * x), "macs": int(1e4 * (0.1 - x))}
         return measured(recipe) | cost | {"validation_accuracy": abs(x - 0.05)}
 
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", train_run)
     table = run_sweep(sweep(trials=7, objective=objective), tmp_path / "out")
     assert len(table) == 7
     points = list(zip(table["values_validation_accuracy"], -table[f"values_{objective}"], strict=True))
@@ -173,7 +173,7 @@ def test_a_finished_sweep_is_unchanged_by_a_rerun_and_can_be_extended(tmp_path, 
 
 
 def test_a_failed_trial_is_recorded_and_the_sweep_continues(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.run.sweep.train_run
     errors = [InputError("the loss became nan"), torch.OutOfMemoryError("no memory\nof much")]
 
     def failing(recipe, out, *, resume):
@@ -181,7 +181,7 @@ def test_a_failed_trial_is_recorded_and_the_sweep_continues(tmp_path, monkeypatc
             raise errors.pop(0)
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", failing)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", failing)
     table = run_sweep(sweep(trials=3), tmp_path / "out")
     assert list(table["state"]) == ["PRUNED", "PRUNED", "COMPLETE"]
     assert list(table["user_attrs_error"])[:2] == ["InputError: the loss became nan", "OutOfMemoryError: no memory"]
@@ -195,13 +195,13 @@ def test_a_trial_with_a_nonfinite_loss_is_recorded(tmp_path):
 
 
 def test_an_unexpected_error_is_raised(tmp_path, monkeypatch, untrained):
-    monkeypatch.setattr(sparing.sweep, "train_run", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_sweep(sweep(), tmp_path / "out")
 
 
 def test_finished_trials_are_kept_after_an_interruption(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.run.sweep.train_run
 
     def interrupted(recipe, out, *, resume):
         if len(untrained) in (2, 3, 4, 5):
@@ -209,7 +209,7 @@ def test_finished_trials_are_kept_after_an_interruption(tmp_path, monkeypatch, u
             raise KeyboardInterrupt
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupted)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", interrupted)
     for _ in range(4):  # more often than a trial may kill its worker
         with pytest.raises(KeyboardInterrupt):
             run_sweep(sweep(trials=4), tmp_path / "out")
@@ -235,8 +235,8 @@ def slow(monkeypatch, untrained):
         time.sleep(0.3)
         return measured(recipe)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
-    monkeypatch.setattr(sparing.sweep, "POLL_INTERVAL", 0.1)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.run.sweep, "POLL_INTERVAL", 0.1)
 
 
 def run_two_workers(wanted, outs, storage=None):
@@ -256,11 +256,11 @@ def test_two_concurrent_workers_run_exactly_the_requested_trials(tmp_path, slow)
 
 @forks
 def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeypatch, untrained):
-    train_run = sparing.sweep.train_run
+    train_run = sparing.run.sweep.train_run
     started = tmp_path / "out" / "started"
-    monkeypatch.setattr(sparing.sweep, "HEARTBEAT_INTERVAL", 1)
-    monkeypatch.setattr(sparing.sweep, "POLL_INTERVAL", 0.2)
-    monkeypatch.setattr(sparing.sweep, "train_run", lambda *args, **others: (started.touch(), time.sleep(600)))
+    monkeypatch.setattr(sparing.run.sweep, "HEARTBEAT_INTERVAL", 1)
+    monkeypatch.setattr(sparing.run.sweep, "POLL_INTERVAL", 0.2)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", lambda *args, **others: (started.touch(), time.sleep(600)))
     killed = FORK.Process(target=run_sweep, args=(sweep(trials=2), tmp_path / "out"))
     killed.start()
     while not started.exists() and killed.is_alive():
@@ -268,7 +268,7 @@ def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeyp
     killed.kill()
     killed.join()
     assert started.exists()
-    monkeypatch.setattr(sparing.sweep, "train_run", train_run)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", train_run)
     table = run_sweep(sweep(trials=2), tmp_path / "out")
     assert sorted(table["state"]) == ["COMPLETE", "COMPLETE", "FAIL"]
     # Optuna gives the continued trial a new number, but its run stays in directory 0000.
@@ -276,7 +276,7 @@ def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeyp
 
 
 def test_a_worker_that_lost_its_trial_continues_with_another_trial(tmp_path, monkeypatch, untrained):
-    train_run, first = sparing.sweep.train_run, iter([True])
+    train_run, first = sparing.run.sweep.train_run, iter([True])
 
     def suspended(recipe, out, *, resume):
         if next(first, False):  # another worker takes over the trial
@@ -287,14 +287,14 @@ def test_a_worker_that_lost_its_trial_continues_with_another_trial(tmp_path, mon
             RetryHeartbeatStaleTrialCallback()(other, other.tell(0, state=optuna.trial.TrialState.FAIL))
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", suspended)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", suspended)
     table = run_sweep(sweep(trials=2), tmp_path / "out")
     assert list(table["state"]) == ["FAIL", "COMPLETE", "COMPLETE"]
     assert untrained == ["0000", "0000", "0002"]
 
 
 def test_a_trial_whose_worker_dies_too_often_is_replaced(tmp_path, monkeypatch, untrained):
-    train_run, deaths = sparing.sweep.train_run, iter(range(MAX_RETRIES + 1))
+    train_run, deaths = sparing.run.sweep.train_run, iter(range(MAX_RETRIES + 1))
 
     class Death(BaseException):
         """Ends the worker like a signal: Optuna does not catch it, so the trial stays in state RUNNING."""
@@ -305,7 +305,7 @@ def test_a_trial_whose_worker_dies_too_often_is_replaced(tmp_path, monkeypatch, 
             raise Death
         return train_run(recipe, out, resume=resume)
 
-    monkeypatch.setattr(sparing.sweep, "train_run", deadly)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", deadly)
     monkeypatch.setattr(optuna.storages.RDBStorage, "_get_stale_trial_ids", running)
     for _ in range(MAX_RETRIES + 1):
         with pytest.raises(Death):
@@ -528,7 +528,7 @@ def test_the_command_shows_the_front_and_the_command_to_continue(tmp_path, monke
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sparing.sweep, "train_run", interrupt)
+    monkeypatch.setattr(sparing.run.sweep, "train_run", interrupt)
     monkeypatch.setattr(sys, "argv", [*arguments[:4], "3", *arguments[5:]])
     with pytest.raises(SystemExit) as end:
         main()

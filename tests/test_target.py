@@ -14,13 +14,13 @@ import sparing
 from sparing import STR, InputError
 from sparing.masks import count_kept
 from sparing.patterns import NM, Block, Filters, Unstructured
+from sparing.run.build import build_sparsifier
+from sparing.run.recipe import Recipe
+from sparing.run.resolve import resolve
+from sparing.run.run import Run
+from sparing.run.training import train_run
 from sparing.schedules import cubic
 from sparing.target import LOWEST, rescale
-from sparing.train.build import build_sparsifier
-from sparing.train.recipe import Recipe
-from sparing.train.resolve import resolve
-from sparing.train.run import Run
-from sparing.train.training import train_run
 
 
 def layers_of(sizes, init, sparsity=0.5, std=1.0, **arguments):

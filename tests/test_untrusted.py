@@ -27,7 +27,7 @@ from sparing.data.speech import read_wav
 from sparing.data.tar import read_tar
 from sparing.export import str_release
 from sparing.files import atomic_write, escape_cell, printable, unescape_cell
-from sparing.train.evaluate import evaluate
+from sparing.run.evaluate import evaluate
 
 
 def tar_of(*names, size=700, **options):

@@ -19,13 +19,13 @@ from sparing.export import str_release
 from sparing.export.runtimes import UnavailableError
 from sparing.files import atomic_write, printable, write_text
 from sparing.formats import FORMATS
-from sparing.sweep import load_sweep, run_sweep
+from sparing.run.distributed import is_first_process
+from sparing.run.interrupt import SAVED, Interrupted
+from sparing.run.recipe import load_recipe
+from sparing.run.run import Run, evaluate_file
+from sparing.run.sweep import load_sweep, run_sweep
+from sparing.run.training import train_run
 from sparing.tables import budget_table, describe_methods, methods_table, results_table, sizes_line
-from sparing.train.distributed import is_first_process
-from sparing.train.interrupt import SAVED, Interrupted
-from sparing.train.recipe import load_recipe
-from sparing.train.run import Run, evaluate_file
-from sparing.train.training import train_run
 
 app = typer.Typer(
     help="Sparse training with learned per-layer sparsity.",

@@ -19,18 +19,18 @@ import sparing
 from sparing import CheckpointError, InputError, SparsityWarning
 from sparing.data import DATASETS, ImageBatches, Images
 from sparing.data.image import ImageData, fashion_mnist, mnist5k, stratified_split
+from sparing.run import checkpoint, loop
+from sparing.run.build import build_model, build_sparsifier
+from sparing.run.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from sparing.run.distributed import Ranks
+from sparing.run.evaluate import evaluate
+from sparing.run.log import RunLog, read_history
+from sparing.run.loop import _is_better, backward
+from sparing.run.recipe import Recipe
+from sparing.run.resolve import resolve
+from sparing.run.run import Run
+from sparing.run.training import train_run
 from sparing.schedules import warmup_cosine
-from sparing.train import checkpoint, loop
-from sparing.train.build import build_model, build_sparsifier
-from sparing.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from sparing.train.distributed import Ranks
-from sparing.train.evaluate import evaluate
-from sparing.train.log import RunLog, read_history
-from sparing.train.loop import _is_better, backward
-from sparing.train.recipe import Recipe
-from sparing.train.resolve import resolve
-from sparing.train.run import Run
-from sparing.train.training import train_run
 
 
 def recipe(**changes):

@@ -20,12 +20,12 @@ from rich.console import Console
 from sparing.errors import InputError
 from sparing.files import atomic_write, write_text
 from sparing.plots import AXIS_LABELS
-from sparing.train.build import build_data
-from sparing.train.distributed import from_torchrun
-from sparing.train.reading import explain, read_mapping
-from sparing.train.recipe import DataSection, Recipe, Section, build_recipe
-from sparing.train.resolve import differing_keys, resolve, what_is_computed
-from sparing.train.training import train_run
+from sparing.run.build import build_data
+from sparing.run.distributed import from_torchrun
+from sparing.run.reading import explain, read_mapping
+from sparing.run.recipe import DataSection, Recipe, Section, build_recipe
+from sparing.run.resolve import differing_keys, resolve, what_is_computed
+from sparing.run.training import train_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparing.errors import InputError
-from sparing.train.distributed import Ranks
+from sparing.run.distributed import Ranks
 
 
 @dataclass(frozen=True)

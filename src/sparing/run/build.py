@@ -13,10 +13,10 @@ from sparing.errors import InputError, nearest
 from sparing.imports import import_object
 from sparing.models import MODELS
 from sparing.param_groups import param_groups
+from sparing.run.method_section import build_method
+from sparing.run.recipe import DataSection, ModelSection, OptimizerSection, Recipe
 from sparing.sparsifier import Sparsifier
 from sparing.sparsify import sparsify_
-from sparing.train.method_section import build_method
-from sparing.train.recipe import DataSection, ModelSection, OptimizerSection, Recipe
 
 DATA_ARGUMENTS = ("num_classes", "in_channels", "input_size")
 """Arguments of models that follow from the data."""

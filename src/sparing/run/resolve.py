@@ -12,10 +12,10 @@ import sparing
 from sparing.data import DATASETS, SplitDataset
 from sparing.errors import InputError
 from sparing.macs import count_applications
-from sparing.train.build import build_data, build_model, build_sparsifier, data_function
-from sparing.train.method_section import build_method, settings, settle
-from sparing.train.recipe import Recipe, ResolvedSection
-from sparing.train.weights import checksum
+from sparing.run.build import build_data, build_model, build_sparsifier, data_function
+from sparing.run.method_section import build_method, settings, settle
+from sparing.run.recipe import Recipe, ResolvedSection
+from sparing.run.weights import checksum
 
 MAX_STEPS = 10_000_000
 """Maximum length of a run in optimizer steps: the learning rates of all steps are computed before the first."""

@@ -11,9 +11,9 @@ from sparing.data import DATASETS
 from sparing.errors import InputError, nearest
 from sparing.imports import PATH
 from sparing.models import MODELS
+from sparing.run.method_section import check_method
+from sparing.run.reading import explain, override, read_mapping
 from sparing.schedules import warmup_cosine, warmup_drops
-from sparing.train.method_section import check_method
-from sparing.train.reading import explain, override, read_mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -147,7 +147,7 @@ class CheckpointSection(Section):
 
 
 class ResolvedSection(Section):
-    """What a run depends on beside its settings, see `sparing.train.resolve`."""
+    """What a run depends on beside its settings, see `sparing.run.resolve`."""
 
     steps: int = Field(ge=1)
     """Length of the run in optimizer steps."""

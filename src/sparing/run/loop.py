@@ -21,21 +21,21 @@ from sparing.data import Batches, SplitDataset
 from sparing.data.base import content_hash
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
-from sparing.sparsifier import Sparsifier
-from sparing.train.build import build_model, build_optimizer, build_sparsifier
-from sparing.train.checkpoint import (
+from sparing.run.build import build_model, build_optimizer, build_sparsifier
+from sparing.run.checkpoint import (
     checkpoint_exists,
     load_newest,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from sparing.train.distributed import Ranks
-from sparing.train.evaluate import evaluate
-from sparing.train.interrupt import Interrupted, StopSignals
-from sparing.train.log import RunLog
-from sparing.train.recipe import Recipe
-from sparing.train.weights import load_weights
+from sparing.run.distributed import Ranks
+from sparing.run.evaluate import evaluate
+from sparing.run.interrupt import Interrupted, StopSignals
+from sparing.run.log import RunLog
+from sparing.run.recipe import Recipe
+from sparing.run.weights import load_weights
+from sparing.sparsifier import Sparsifier
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

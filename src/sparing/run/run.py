@@ -19,13 +19,13 @@ from sparing.plots import latency_bars
 from sparing.report import Report, report
 from sparing.rnn import RankReport
 from sparing.rnn import ranks as ranks_of
-from sparing.train.build import build_data, build_model, build_sparsifier, pick_device
-from sparing.train.checkpoint import load_checkpoint, load_newest
-from sparing.train.evaluate import Evaluation, evaluate
-from sparing.train.log import read_history
-from sparing.train.recipe import Recipe, ResolvedSection, load_recipe
-from sparing.train.resolve import resolve
-from sparing.train.weights import load_fitting, read_weights
+from sparing.run.build import build_data, build_model, build_sparsifier, pick_device
+from sparing.run.checkpoint import load_checkpoint, load_newest
+from sparing.run.evaluate import Evaluation, evaluate
+from sparing.run.log import read_history
+from sparing.run.recipe import Recipe, ResolvedSection, load_recipe
+from sparing.run.resolve import resolve
+from sparing.run.weights import load_fitting, read_weights
 
 WeightsSource = Literal["last", "best", "dense"]
 WEIGHTS_ONLY = ("compressed", "safetensors")

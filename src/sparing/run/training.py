@@ -18,16 +18,16 @@ from sparing.files import atomic_write, remove_temporaries, write_text
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.rnn import compact_, ranks
-from sparing.train.build import build_data
-from sparing.train.distributed import Ranks, join
-from sparing.train.evaluate import Evaluation, evaluate
-from sparing.train.lock import RunLock
-from sparing.train.log import read_history
-from sparing.train.loop import Fitted, fit
-from sparing.train.recipe import Recipe
-from sparing.train.resolve import check_schedule, differing_keys, flatten, resolve, what_is_computed
-from sparing.train.run import Run
-from sparing.train.weights import write_weights
+from sparing.run.build import build_data
+from sparing.run.distributed import Ranks, join
+from sparing.run.evaluate import Evaluation, evaluate
+from sparing.run.lock import RunLock
+from sparing.run.log import read_history
+from sparing.run.loop import Fitted, fit
+from sparing.run.recipe import Recipe
+from sparing.run.resolve import check_schedule, differing_keys, flatten, resolve, what_is_computed
+from sparing.run.run import Run
+from sparing.run.weights import write_weights
 
 
 def train_run(
@@ -41,7 +41,7 @@ def train_run(
     """Train a recipe into a run directory.
 
     Args:
-        recipe: recipe of the run; it is resolved first (see `sparing.train.resolve`).
+        recipe: recipe of the run; it is resolved first (see `sparing.run.resolve`).
         out: run directory; created if it does not exist.
         resume: continue the run in the directory, or return its metrics if it is finished.
         stop_after: stop after this many epochs; `resume` continues the run later.

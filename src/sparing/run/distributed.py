@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparing.errors import InputError
-from sparing.train.build import pick_device
-from sparing.train.watch import Watch
+from sparing.run.build import pick_device
+from sparing.run.watch import Watch
 
 Value = TypeVar("Value")
 
