@@ -1,4 +1,4 @@
-"""Checkpoints: exact at any step, stops by signals, damaged files, full disks, locks, temporaries, several ranks."""
+"""Checkpoints: exact at any step, stops by signals, damaged files, full disks, locks, temporaries."""
 
 import copy
 import hashlib
@@ -15,71 +15,25 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from small_run import RUNS, assert_same, history, in_child, noise, recipe
 from sparing import CheckpointError, InputError, SparsityWarning, cli
-from sparing.data import DATASETS, Images
 from sparing.data.image import ImageData
 from sparing.files import atomic_write, remove_temporaries
-from sparing.run import distributed, loop, watch
+from sparing.run import loop
 from sparing.run.checkpoint import load_checkpoint, load_newest, random_state, save_checkpoint, set_random_state
 from sparing.run.distributed import Ranks
 from sparing.run.interrupt import SAVED, Interrupted, StopSignals
 from sparing.run.lock import RunLock
-from sparing.run.log import read_history
-from sparing.run.recipe import Recipe
-from sparing.run.resolve import resolve
 from sparing.run.training import train_run
 
 CPU = Ranks(torch.device("cpu"))
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(autouse=True)
-def noise(monkeypatch):
-    """A data set of 40 noisy images of 8x8 pixels: 10 batches of 4 per epoch."""
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    images = Images(pixels, torch.arange(40) % 10)
-    data = ImageData(images, images, images, mean=(0.5,), std=(0.25,), num_classes=10, shift=1, flip=True)
-    monkeypatch.setitem(DATASETS, "noise", lambda: data)
-
-
-def recipe(ranks=1, **changes):
-    base = {
-        "model": {"name": "resnet8", "width": 1},
-        "data": {"name": "noise", "batch_size": 4},
-        "method": {"name": "str", "init": -4.0},
-        "optimizer": {"lr": 0.05, "threshold_weight_decay": 0.05},
-        "schedule": {"epochs": 2},
-        "tensorboard": False,
-        "device": "cpu",
-    }
-    return resolve(Recipe.model_validate(base | changes), ranks=ranks)
-
-
 def fit(wanted, out, ranks=CPU, **options):
     out.mkdir(exist_ok=True)
-    return loop.fit(wanted, DATASETS["noise"](), ranks, out, QUIET, **options)
-
-
-def assert_same(first, second, where=""):
-    """Compare everything in two checkpoints to the last bit, except for durations."""
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first.keys() - {"seconds", "epoch_seconds"}:
-            assert_same(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    else:
-        assert first == second, where
-
-
-def history(out):
-    durations = ("seconds", "examples_per_second", "waited_seconds")
-    return [{key: value for key, value in line.items() if key not in durations} for line in read_history(out)]
+    with StopSignals() as stop:
+        return loop.fit(wanted, noise(), ranks, out, QUIET, stop, **options)
 
 
 def stop_at(monkeypatch, signals):
@@ -94,29 +48,6 @@ def stop_at(monkeypatch, signals):
         return backward(*arguments)
 
     monkeypatch.setattr(loop, "backward", interrupted)
-
-
-RUNS = {
-    "str, sgd": {},
-    "adamw, per epoch, clipped, ema": {
-        "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.1},
-        "schedule": {"epochs": 2, "update": "epoch"},
-        "clip_grad_norm": 1.0,
-        "ema": 0.9,
-    },
-    "bf16, channels_last, accumulated": {
-        "amp": "bf16", "channels_last": True, "data": {"name": "noise", "batch_size": 4, "accumulate": 2}
-    },
-    "fp16": {"amp": "fp16", "method": {"name": "str", "sparsity": 0.75, "end": 1.0, "every": 3}},
-    "gmp": {"method": {"name": "gmp", "sparsity": 0.75, "every": 3, "end": 0.9, "budget": "global"}, "ema": 0.9},
-    "dsr": {"method": {"name": "dsr", "sparsity": 0.5, "every": 3}},
-    "snfs": {"method": {"name": "snfs", "sparsity": 0.5, "every": 3}},
-    "acdc": {"method": {"name": "acdc", "sparsity": 0.5, "begin": 2, "end": 17, "phase": 3}},
-    "spartan": {"method": {"name": "spartan", "sparsity": 0.9, "every": 3}},
-    "dst": {"method": {"name": "dst", "alpha": 1e-3}},
-    "continuous": {"method": {"name": "continuous_sparsification", "weight": 1e-4}},
-    "variational_dropout": {"method": {"name": "variational_dropout", "kl_weight": 1e-3, "init": -5.0}},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -140,32 +71,49 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_as_if_it_had_not_been(tmp_path,
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_stop_during_validation_is_not_delayed_to_its_end(tmp_path, monkeypatch):
-    fit(recipe(), tmp_path / "straight")
-    data, evaluation = DATASETS["noise"](), ImageData.evaluation
-    passes = []
+@pytest.mark.parametrize(("split", "position"), [("validation", (0, 10)), ("test", (2, 0))])
+def test_a_stop_during_an_evaluation_is_not_delayed_to_its_end(tmp_path, monkeypatch, split, position):
+    train_run(recipe(), tmp_path / "straight")
+    evaluation, used = ImageData.evaluation, []
 
-    def batches(self, split, rank=0, ranks=1):
-        all_batches = evaluation(self, split, rank, ranks)
+    class Twice:
+        """The batches, twice, and a signal between them."""
 
-        class Slow:
-            def __iter__(self):
-                for batch in [*all_batches] * 2:
-                    yield batch
-                    if not passes:
-                        signal.raise_signal(signal.SIGTERM)
-                        passes.append("stopped")
+        def __init__(self, batches):
+            self.batches, self.examples = batches, 80
 
-        return Slow() if len(passes) == 0 else all_batches
+        def __iter__(self):
+            yield from self.batches
+            signal.raise_signal(signal.SIGTERM)
+            yield from self.batches
+
+    def batches(self, wanted, rank=0, ranks=1):
+        used.append(wanted)
+        found = evaluation(self, wanted, rank, ranks)
+        return Twice(found) if used.count(split) == 1 and wanted == split else found
 
     monkeypatch.setattr(ImageData, "evaluation", batches)
-    (tmp_path / "stopped").mkdir()
     with pytest.raises(Interrupted):
-        loop.fit(recipe(), data, CPU, tmp_path / "stopped", QUIET)
-    assert load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["progress"]["step"] == 10
-    loop.fit(recipe(), data, CPU, tmp_path / "stopped", QUIET)
+        train_run(recipe(), tmp_path / "stopped")
+    progress = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == position
+    assert train_run(recipe(), tmp_path / "stopped", resume=True)["test_count"] == 40
     assert_same(*(load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("straight", "stopped")))
     assert history(tmp_path / "straight") == history(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_that_misses_examples_is_an_error(tmp_path, monkeypatch, split):
+    evaluation = ImageData.evaluation
+
+    def batches(self, wanted, rank=0, ranks=1):
+        found = evaluation(self, wanted, rank, ranks)
+        found.examples = 41 if wanted == split else 40
+        return found
+
+    monkeypatch.setattr(ImageData, "evaluation", batches)
+    with pytest.raises(InputError, match="the data has 40 examples to evaluate, but 41 were promised"):
+        train_run(recipe(), tmp_path / "run")
 
 
 def test_checkpoints_are_written_by_steps_by_minutes_and_after_epochs(tmp_path, monkeypatch):
@@ -186,18 +134,32 @@ def test_checkpoints_are_written_by_steps_by_minutes_and_after_epochs(tmp_path, 
     assert steps({"keep": 7}) == [10, 20]
 
 
+@pytest.mark.parametrize("at", [3, 9, 10])  # 10 is the last step of the epoch
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_checkpoint_holds_numbers_that_are_not_finite(tmp_path, monkeypatch, at, value, what):
+    backward, taken = loop.backward, []
+
+    def poisoned(model, *arguments):
+        loss = backward(model, *arguments)
+        taken.append(loss)
+        if len(taken) == at and what == "gradient":
+            next(model.parameters()).grad[0] = value
+        return loss * value if len(taken) == at and what == "loss" else loss
+
+    wanted = recipe(checkpoint={"steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", poisoned)
+        with pytest.raises(InputError, match=r"(loss|weight) became .* in epoch 1: .* The last checkpoint is kept"):
+            fit(wanted, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]["step"] == at - 1
+    if at == 3:
+        fit(wanted, tmp_path / "run")
+        fit(wanted, tmp_path / "straight")
+        assert_same(*(load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("straight", "run")))
+
+
 # Signals
-
-
-def in_child(function):
-    """Run a function in a forked process, and return its exit status; minus the signal that killed it."""
-    child = os.fork()
-    if not child:
-        try:
-            function()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_second_ctrl_c_leaves_at_once():
@@ -418,127 +380,3 @@ def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path):
     os.waitpid(child, 0)
     assert train_run(recipe(), out, resume=True)["epochs"] == 2
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")], "lock or temporaries are left"
-
-
-# Several ranks
-
-RIGL = {"name": "rigl", "sparsity": 0.5}
-
-
-def on_ranks(count, folder, function, *arguments, leave=None):
-    """Run a function on forked ranks, and return the text that each wrote to its standard error, and its status.
-
-    The rank `leave` is not waited for, but killed after the others ended.
-    """
-    recipe(method=RIGL)  # imports, once and not on each rank, much of torch
-
-    context = multiprocessing.get_context("fork")
-    meeting = folder / f"meeting-{random.random()}"
-
-    def run(rank):
-        with open(folder / f"stderr.{rank}", "w") as file:
-            os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)
-        environment = {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ.update(environment | {"LOCAL_RANK": str(rank)})
-        init = torch.distributed.init_process_group
-        distributed.dist.init_process_group = lambda backend, timeout: init(
-            backend, f"file://{meeting}", rank=rank, world_size=count, timeout=timeout
-        )
-        status = 0
-        try:
-            function(rank, *arguments)
-        except (InputError, Interrupted) as error:
-            os.write(2, str(error).encode())
-            status = 2
-        os._exit(status)
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 60
-    for rank, process in enumerate(processes):
-        process.join(max(0, deadline - time.monotonic()) if rank != leave else 0)
-    for process in processes:
-        process.kill()
-        process.join()
-    return [((folder / f"stderr.{rank}").read_text(), processes[rank].exitcode) for rank in range(count)]
-
-
-def train_ranks(rank, out, changes, stop=None):
-    """Train on this rank, with another recipe or data on the second, and a signal in one of its steps."""
-    changes = changes if rank else {}
-    data = DATASETS["noise"]()
-    if changes.pop("data differs", False):
-        data.train.pixels[7, 0, 3, 3] += 1
-    if rank and stop:
-        backward, taken = loop.backward, []
-
-        def interrupted(*arguments):
-            taken.append(1)
-            if len(taken) == stop:
-                signal.raise_signal(signal.SIGTERM)
-            return backward(*arguments)
-
-        loop.backward = interrupted
-    if changes.pop("mask differs", False):
-        build = loop.build_sparsifier
-
-        def changed(*arguments):
-            sparsifier = build(*arguments)
-            mask = sparsifier.layers["conv1"].parametrization.mask
-            mask[0] = ~mask[0]
-            return sparsifier
-
-        loop.build_sparsifier = changed
-    base = {"schedule": {"epochs": 2}, "method": RIGL, "checkpoint": {"steps": 4}}
-    train_run(recipe(2, **base | changes), out, resume=True, stop_after=1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"optimizer": {"lr": 0.051}},
-            "the ranks have different recipes or options: optimizer.lr is 0.05 on rank 0 and",
-        ),
-        ({"data differs": True}, "the ranks have different data: train is"),
-        ({"mask differs": True}, "different weights or masks: conv1.parametrizations.weight.0.mask is"),
-    ],
-    ids=["learning rate", "data", "masks"],
-)
-def test_ranks_that_differ_stop_at_the_start_and_name_the_difference(tmp_path, changes, message):
-    for text, status in on_ranks(2, tmp_path, train_ranks, tmp_path / "run", changes):
-        assert status == 2
-        assert message in text
-
-
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
-    for text, status in on_ranks(2, tmp_path, train_ranks, tmp_path / "run", {}, 3):
-        assert status == 2
-        assert "stopped by SIGTERM" in text
-    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    assert (saved["progress"]["step"], [part["examples"] for part in saved["ranks"]]) == (3, [6, 6])
-    for out in ("run", "straight"):
-        assert on_ranks(2, tmp_path, train_ranks, tmp_path / out, {}) == [("", 0)] * 2
-    assert_same(*(load_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("run", "straight")))
-    assert history(tmp_path / "run") == history(tmp_path / "straight")
-
-
-def stop_rank(rank, stopped, whole):
-    watch.INTERVAL = 0.1
-    with distributed.join("cpu", timeout=1.0) as ranks:
-        ranks.gather(rank)
-        if rank == stopped:
-            if whole:
-                os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(30)
-        ranks.gather(rank)
-
-
-@pytest.mark.parametrize(("stopped", "whole"), [(0, True), (1, True), (1, False)])
-def test_a_rank_that_stops_is_named_and_the_run_ends(tmp_path, stopped, whole):
-    text, status = on_ranks(2, tmp_path, stop_rank, stopped, whole, leave=stopped if whole else None)[1 - stopped]
-    assert status == 1
-    what = "does not answer" if whole else "does not go on: the other ranks have waited for it"
-    assert f"rank {stopped} {what} for 1 s (rank_timeout)" in text

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sparing
+from small_run import descendants, torchrun
 from sparing.run.build import build_data, build_model, build_optimizer
 from sparing.run.checkpoint import load_checkpoint
 from sparing.run.distributed import Ranks
@@ -42,16 +41,6 @@ def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
-
-
-def torchrun(ranks, *arguments, restarts=0):
-    """Start `sparing train` under torchrun, with one thread per rank, on a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "--no-python", sys.executable, "-c"]
-    command += ["from sparing.cli import main; main()", "train", *map(str, arguments)]
-    # With a store shared over restarts, the new ranks would connect to the addresses of the killed ones.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -159,8 +148,7 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(recipe, tmp_pa
         assert process.poll() is None, process.communicate()[0]
         assert time.time() < deadline
         time.sleep(0.02)
-    second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[1]
-    os.kill(int(second), signal.SIGKILL)
+    os.kill(descendants(process.pid)[1], signal.SIGKILL)
     assert "continuing after epoch" in finish(process)
     assert [json.loads(line)["epoch"] for line in (out / "history.jsonl").read_text().splitlines()] == list(
         range(1, 13)

@@ -25,7 +25,8 @@ from sparing.run.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from sparing.run.distributed import Ranks
 from sparing.run.evaluate import evaluate
 from sparing.run.log import RunLog, read_history
-from sparing.run.loop import _is_better, backward
+from sparing.run.loop import backward
+from sparing.run.progress import is_better
 from sparing.run.recipe import Recipe
 from sparing.run.resolve import resolve
 from sparing.run.run import Run
@@ -277,13 +278,13 @@ def test_the_best_epoch_is_the_most_accurate_of_the_sparsest():
     def epoch(accuracy, sparsity):
         return {"validation_accuracy": accuracy, "sparsity": sparsity}
 
-    assert _is_better(epoch(0.5, 0.0), None, 0.0)
-    assert _is_better(epoch(0.6, 0.9), epoch(0.9, 0.1), 0.9), "much sparser"
-    assert not _is_better(epoch(0.9, 0.1), epoch(0.6, 0.9), 0.9), "less sparse"
-    assert _is_better(epoch(0.9, 0.898), epoch(0.8, 0.9), 0.9), "equally sparse and more accurate"
-    assert not _is_better(epoch(0.7, 0.901), epoch(0.8, 0.9), 0.901), "equally sparse and less accurate"
-    assert not _is_better(epoch(0.9, 0.894), epoch(0.8, 0.897), 0.9), "over half a point below the sparsest"
-    assert _is_better(epoch(None, 0.9), epoch(None, 0.9), 0.9), "without validation data, the later one"
+    assert is_better(epoch(0.5, 0.0), None, 0.0)
+    assert is_better(epoch(0.6, 0.9), epoch(0.9, 0.1), 0.9), "much sparser"
+    assert not is_better(epoch(0.9, 0.1), epoch(0.6, 0.9), 0.9), "less sparse"
+    assert is_better(epoch(0.9, 0.898), epoch(0.8, 0.9), 0.9), "equally sparse and more accurate"
+    assert not is_better(epoch(0.7, 0.901), epoch(0.8, 0.9), 0.901), "equally sparse and less accurate"
+    assert not is_better(epoch(0.9, 0.894), epoch(0.8, 0.897), 0.9), "over half a point below the sparsest"
+    assert is_better(epoch(None, 0.9), epoch(None, 0.9), 0.9), "without validation data, the later one"
 
 
 def test_without_a_validation_split_the_last_epoch_is_the_best(tmp_path, monkeypatch):
@@ -445,9 +446,18 @@ def test_the_moving_average_of_a_masked_model_is_as_sparse_as_the_model(tmp_path
     assert metrics["sparsity"] == pytest.approx(0.75, abs=0.001)
 
 
-def test_a_history_is_read_without_a_line_that_a_crash_cut_short(tmp_path):
-    (tmp_path / "history.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+def test_a_history_is_read_without_damaged_lines(tmp_path):
+    lines = [json.dumps({"epoch": epoch, "layers": {"fc": {"sparsity": 0.5}}}) for epoch in (1, 2, 3)]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines)[:-5])
     assert [line["epoch"] for line in read_history(tmp_path)] == [1, 2]
+    for damage in ("5", "[1]", "{}", '{"epoch": "1", "layers": {}}', '{"epoch": 1, "layers": [1]}', "[" * 10**5, "\0"):
+        (tmp_path / "history.jsonl").write_text("\n".join([lines[0], damage, lines[2], ""]))
+        with pytest.warns(SparsityWarning, match=r"history.jsonl: line 2 is damaged, and left out"):
+            assert [line["epoch"] for line in read_history(tmp_path)] == [1, 3]
+    (tmp_path / "history.jsonl").unlink()
+    (tmp_path / "history.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"history.jsonl: cannot be read \(Is a directory\)"):
+        read_history(tmp_path)
 
 
 # Data

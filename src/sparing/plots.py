@@ -33,10 +33,11 @@ def layers_over_time(history: Sequence[Mapping[str, Any]], quantity: str) -> "Fi
     """
     figure = _figure()
     axes = figure.subplots()
-    layers = [name for name, values in history[-1]["layers"].items() if values[quantity] is not None]
+    last = history[-1]["layers"] if history else {}
+    layers = [name for name, values in last.items() if values.get(quantity) is not None]
     epochs = [line["epoch"] for line in history]
     for index, name in enumerate(layers):
-        values = [line["layers"][name][quantity] for line in history]
+        values = [line["layers"].get(name, {}).get(quantity) for line in history]
         axes.plot(epochs, values, color=_shade(index, len(layers)), label=name)
     axes.set(xlabel="epoch", ylabel=AXIS_LABELS[quantity])
     axes.set_ylim(bottom=0)

@@ -119,6 +119,13 @@ def checkpoint_exists(path: Path) -> bool:
     return path.is_file() or bool(_older(path))
 
 
+def seed_all(seed: int) -> None:
+    """Seed the random generators of torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of the random generators of torch (of the CPU and the device), Python and NumPy."""
     name, keys, *rest = np.random.get_state(legacy=True)

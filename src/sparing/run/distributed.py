@@ -7,6 +7,7 @@ by torchrun is the only rank of its run, and nothing here communicates.
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.run.build import pick_device
-from sparing.run.watch import Watch
+from sparing.run.watch import ANOTHER_ENDED, Watch
 
 Value = TypeVar("Value")
+
+LOST_CONNECTION = r"Connection (closed|reset|refused)|Broken pipe|Socket|NCCL|remote process exited"
+"""Found in the errors of torch's backends if another rank has ended. They have no type of their own."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def join(device: str, timeout: float = 300.0) -> Iterator[Ranks]:
         timeout: seconds after which the run ends if a rank stops; `rank_timeout` of the recipe.
 
     Raises:
-        InputError: the device is not available, or a host has more ranks than GPUs.
+        InputError: the device is not available, or a host has more ranks than GPUs; another rank has ended.
     """
     if not from_torchrun():
         yield Ranks(pick_device(device))
@@ -165,6 +169,10 @@ def join(device: str, timeout: float = 300.0) -> Iterator[Ranks]:
         yield Ranks(own, rank, count, watch)
         dist.barrier()
         failed = False
+    except RuntimeError as error:
+        if watch is None or not re.search(LOST_CONNECTION, str(error)):
+            raise
+        raise InputError(f"rank {rank}: {ANOTHER_ENDED}") from error
     finally:
         if watch is None or watch.leave(failed):
             dist.destroy_process_group()

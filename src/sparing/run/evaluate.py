@@ -1,6 +1,6 @@
 """Evaluate the loss and accuracy of a model."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,19 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ranks | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    ranks: Ranks | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Compute loss and accuracy in evaluation mode, and restore the mode of the model afterwards.
 
     Args:
         model: returns logits of shape (N, classes).
         batches: batches `(*inputs, labels)`; with several ranks, the share of this rank.
         ranks: with several ranks, all of them: every rank returns the result over all examples.
+        before_batch: called before each batch; it can raise an error to leave the evaluation.
 
     Raises:
         InputError: there are no examples, or not as many as the data set promised.
@@ -61,6 +67,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], ranks: Ran
     loss, correct, top5, count = 0.0, 0, 0, 0
     classes = 0
     for *inputs, labels in batches:
+        before_batch()
         logits = model(*inputs)
         classes = logits.shape[1]
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sparing.data import Batches
+from sparing.errors import InputError, SparsityWarning
 from sparing.files import write_text
 
 
@@ -88,12 +90,37 @@ class RunLog:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `history.jsonl`, without a last line that a crash cut short."""
+    """Return the lines of a run's `history.jsonl`, without a last line that a crash cut short.
+
+    Raises:
+        InputError: the file cannot be read.
+
+    Warns:
+        SparsityWarning: a line is damaged, and left out.
+    """
     path = run / "history.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    *complete, last = text.split("\n")
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for number, each in enumerate([*complete, last] if last else complete, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            lines.append(_checked(json.loads(each)))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if number <= len(complete):
+                warnings.warn(f"{path}: line {number} is damaged, and left out", SparsityWarning, stacklevel=2)
     return lines
+
+
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of a history if it has an epoch, and numbers or nothing for each layer.
+
+    Raises:
+        Exception: it has not.
+    """
+    values = [value for layer in line["layers"].values() for value in layer.values()]
+    if type(line["epoch"]) is not int or not all(isinstance(value, (int, float, type(None))) for value in values):
+        raise ValueError("no line of a history")
+    return line

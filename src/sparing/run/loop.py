@@ -2,22 +2,17 @@
 
 import copy
 import math
-import random
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparing.data import Batches, SplitDataset
+from sparing.data import SplitDataset
 from sparing.data.base import content_hash
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
@@ -27,20 +22,17 @@ from sparing.run.checkpoint import (
     load_newest,
     random_state,
     save_checkpoint,
+    seed_all,
     set_random_state,
 )
 from sparing.run.distributed import Ranks
 from sparing.run.evaluate import evaluate
 from sparing.run.interrupt import Interrupted, StopSignals
 from sparing.run.log import RunLog
+from sparing.run.progress import Progress, all_finite, check_numbers, check_optimizer, is_better
 from sparing.run.recipe import Recipe
+from sparing.run.step import backward
 from sparing.run.weights import load_weights
-from sparing.sparsifier import Sparsifier
-
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-OPTIMIZER_STATE = {frozenset(names) for names in ((), ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))}
-"""Names of the state that the optimizers of recipes keep for a parameter."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,13 @@ class Fitted:
 
 
 def fit(
-    recipe: Recipe, data: SplitDataset, ranks: Ranks, out: Path, console: Console, stop_after: int | None = None
+    recipe: Recipe,
+    data: SplitDataset,
+    ranks: Ranks,
+    out: Path,
+    console: Console,
+    stop: StopSignals,
+    stop_after: int | None = None,
 ) -> Fitted | None:
     """Train a recipe, from the last checkpoint of the run directory if there is one.
 
@@ -78,71 +76,32 @@ def fit(
             the same, and sums over them differ by rounding.
         out: run directory.
         console: console to print to.
+        stop: tells whether a signal asked to stop.
         stop_after: number of epochs to train now; None trains to the end.
 
     Returns:
         The trained model, or None if the run was stopped before its last epoch.
 
     Raises:
-        InputError: the loss is not finite; the ranks differ; a file cannot be written. The last checkpoint is kept.
+        InputError: the loss or a weight is not finite; the ranks differ; a file cannot be written. The last
+            checkpoint is kept.
         CheckpointError: the checkpoint cannot be read, or does not fit the recipe.
         Interrupted: a signal asked to stop; the state is saved.
     """
     epochs = recipe.schedule.epochs
-    with StopSignals() as stop:
-        training = _Training(recipe, data, ranks, out, stop)
-        progress = training.progress
-        if training.resumed:
-            step = f", step {progress.step}" if progress.step else ""
-            console.print(f"continuing after epoch {progress.epoch} of {epochs}{step}")
-        log = RunLog(out, progress.epoch, recipe.tensorboard, console) if ranks.first else None
-        for epoch in range(progress.epoch + 1, min(epochs, progress.epoch + (stop_after or epochs)) + 1):
-            training.run_epoch(epoch, log)
-        if log:
-            log.close()
+    training = _Training(recipe, data, ranks, out, stop)
+    progress = training.progress
+    if training.resumed:
+        step = f", step {progress.step}" if progress.step else ""
+        console.print(f"continuing after epoch {progress.epoch} of {epochs}{step}")
+    log = RunLog(out, progress.epoch, recipe.tensorboard, console) if ranks.first else None
+    for epoch in range(progress.epoch + 1, min(epochs, progress.epoch + (stop_after or epochs)) + 1):
+        training.run_epoch(epoch, log)
+    if log:
+        log.close()
     if progress.epoch < epochs:
         return None
     return Fitted(training.trained, progress.validation_accuracy, progress.seconds)
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        epoch: number of finished epochs.
-        step: number of batches that were taken in the epoch after them.
-        seconds: duration of the training so far.
-        epoch_seconds: duration of the epoch that is not finished, so far.
-        best: the epoch in `best.pt`.
-        sparsest: highest sparsity after an epoch so far.
-        validation_accuracy: accuracy after the last finished epoch; None without validation data.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    best: dict[str, Any] | None = None
-    sparsest: float = 0.0
-    validation_accuracy: float | None = None
-
-    @classmethod
-    def read(cls, saved: dict[str, Any], epochs: int) -> "Progress":
-        """Return the progress that a checkpoint holds.
-
-        Raises:
-            ValueError: a value is missing, unknown or out of range.
-        """
-        try:
-            progress = cls(**saved)
-        except TypeError as error:
-            raise ValueError(f"progress: {error}") from error
-        for name, largest in (("epoch", epochs), ("step", None)):
-            value = getattr(progress, name)
-            if type(value) is not int or value < 0 or (largest is not None and value > largest):
-                raise ValueError(f"progress: {name} is {value!r}")
-        return progress
 
 
 class _Training:
@@ -212,7 +171,7 @@ class _Training:
         """Train the rest of an epoch, validate and save.
 
         Raises:
-            InputError: the loss is not finite, or a file cannot be written.
+            InputError: the loss or a weight is not finite, or a file cannot be written.
             Interrupted: a signal asked to stop; the state is saved.
         """
         recipe, progress, ranks = self.recipe, self.progress, self.ranks
@@ -229,13 +188,10 @@ class _Training:
             self._save_if_due(before_end=progress.step < len(self.train))
 
         loss_sum, seen = ranks.sum(float(self._loss), self._examples)
+        if not seen:
+            raise InputError(f"the training data gave no examples in epoch {epoch}")
         speed = seen / (time.perf_counter() - epoch_began)
-        train_loss = loss_sum / seen
-        if not math.isfinite(train_loss):
-            raise InputError(
-                f"the loss became {train_loss} in epoch {epoch}: lower optimizer.lr ({recipe.optimizer.lr:g}) or set "
-                "clip_grad_norm. The last checkpoint is kept"
-            )
+        self._check_finite()
         if self.sparsifier is not None:
             if epoch == recipe.schedule.epochs:
                 # The fp16 scaler may have skipped steps, and with them the last updates of masks or thresholds.
@@ -247,7 +203,7 @@ class _Training:
         ranks.share_buffers(self.trained)
         result = None
         if self.validation is not None:
-            result = evaluate(self.trained, self._stoppable(self.validation), ranks)
+            result = evaluate(self.trained, self.validation, ranks, self._leave_evaluation)
         accuracy = None if result is None else result.accuracy
         counts = report(self.trained)
         sparsity = counts.total.sparsity
@@ -260,7 +216,7 @@ class _Training:
                 {
                     "epoch": epoch,
                     "lr": rates[0],
-                    "train_loss": train_loss,
+                    "train_loss": loss_sum / seen,
                     "validation_loss": None if result is None else result.loss,
                     "validation_accuracy": accuracy,
                     "sparsity": sparsity,
@@ -275,7 +231,7 @@ class _Training:
             )
         candidate = {"epoch": epoch, "validation_accuracy": accuracy, "sparsity": sparsity}
         progress.sparsest = max(progress.sparsest, sparsity)
-        better = _is_better(candidate, progress.best, progress.sparsest)
+        better = is_better(candidate, progress.best, progress.sparsest)
         if better:
             progress.best = candidate
         self._save(better)
@@ -308,6 +264,7 @@ class _Training:
         # Clocks and signals differ between ranks, and all must do the same.
         due, signal = self.ranks.max(int(before_end and (by_steps or by_time)), self._stop.received)
         if due or signal:
+            self._check_finite()
             self._save()
         self._leave_if(signal)
 
@@ -319,17 +276,29 @@ class _Training:
         if signal:
             raise Interrupted(signal)
 
-    def _stoppable(self, batches: Batches) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the batches of an evaluation. One rank alone can leave it at once; it is repeated when the run goes on.
+    def _leave_evaluation(self) -> None:
+        """Leave an evaluation if a signal asked to stop; it is repeated when the run goes on. One rank alone can do so.
 
         Raises:
             Interrupted: a signal asked to stop; the state before the evaluation is saved.
         """
-        for batch in batches:
-            if self._stop.received and self.ranks.count == 1:
-                self._save()
-                raise Interrupted(self._stop.received)
-            yield batch
+        if self._stop.received and self.ranks.count == 1:
+            self._save()
+            raise Interrupted(self._stop.received)
+
+    def _check_finite(self) -> None:
+        """Check loss, weights and optimizer, so that no checkpoint is replaced by one from which no run can go on.
+
+        Raises:
+            InputError: the loss or a weight is NaN or infinite. It is raised on all ranks.
+        """
+        (loss,) = self.ranks.sum(float(self._loss))
+        if self.ranks.max(not (math.isfinite(loss) and all_finite(self.model, self.optimizer)))[0]:
+            what = "a weight became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
+            raise InputError(
+                f"{what} in epoch {self.progress.epoch + 1}: lower optimizer.lr ({self.recipe.optimizer.lr:g}) or set "
+                "clip_grad_norm. The last checkpoint is kept"
+            )
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint, and `best.pt` if the last epoch is the best so far."""
@@ -362,10 +331,10 @@ class _Training:
         """
         self.progress = Progress.read(saved["progress"], self.recipe.schedule.epochs)
         before = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
-        _check_numbers(self.scaler.state_dict(), saved["scaler"])
+        check_numbers(self.scaler.state_dict(), saved["scaler"])
         for name, each in self._stateful().items():
             each.load_state_dict(saved[name])
-        _check_optimizer(self.optimizer, before)
+        check_optimizer(self.optimizer, before)
         rank, count = self.ranks.rank, self.ranks.count
         if not saved["ranks"]:
             raise ValueError("it holds the state of no rank")
@@ -394,100 +363,7 @@ class _Training:
         self.ranks.check_same("weights or masks", {name: content_hash(each) for name, each in state.items()})
 
 
-def seed_all(seed: int) -> None:
-    """Seed the random generators of torch, Python and NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _check_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Check that a state of plain numbers has the keys of ours, and finite values."""
-    for name in ours | theirs:
-        value = theirs.get(name)
-        if name not in ours or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"scaler: {name} is {value!r}")
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
-    """Check what `Optimizer.load_state_dict` takes over unchecked: settings of the groups, shapes of the state."""
-    for group, ours in zip(optimizer.state_dict()["param_groups"], before, strict=True):
-        for name in ours | group:
-            if name != "lr" and (name not in group or name not in ours or group[name] != ours[name]):
-                raise ValueError(f"optimizer: {name} is {group.get(name)!r}, this run has {ours.get(name)!r}")
-    names: set[frozenset[str]] = set()
-    for parameter, state in optimizer.state.items():
-        names.add(frozenset(state))
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
-                raise ValueError(f"optimizer: {name} has shape {tuple(value.shape)}")
-            if not isinstance(value, Tensor) and value is not None:
-                raise ValueError(f"optimizer: {name} is {value!r}")
-    if names - OPTIMIZER_STATE:
-        raise ValueError(f"optimizer: its state has {', '.join(sorted(map(str, set().union(*names))))}")
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
     return (str(error) or type(error).__name__).splitlines()[-1].strip()
-
-
-def backward(
-    model: nn.Module,
-    batch: tuple[Tensor, ...],
-    recipe: Recipe,
-    ranks: Ranks,
-    scaler: torch.amp.GradScaler,
-    sparsifier: Sparsifier | None = None,
-) -> Tensor:
-    """Compute the gradient of the mean loss over the global batch, plus the penalty of the method.
-
-        L = Σ loss(example) / n + penalty          n examples on all ranks
-
-    Every example has the same weight, also where ranks or micro-batches have different numbers of examples. The ranks
-    average their gradients, so the loss of each is multiplied by their number, and the penalty is not.
-
-    Args:
-        model: the model as it is run: compiled, distributed.
-        batch: share of this rank, `(*inputs, labels)`.
-        recipe: recipe of the run.
-        ranks: all ranks.
-        scaler: gradient scaler; disabled without fp16.
-        sparsifier: gives the penalty; None for dense training.
-
-    Returns:
-        The sum of the losses over the examples of this rank, on the device.
-    """
-    n = ranks.sum_(torch.tensor(float(len(batch[-1])), device=ranks.device))
-    total = torch.zeros((), device=ranks.device)
-    micro_batches = list(zip(*(tensor.chunk(recipe.data.accumulate) for tensor in batch), strict=True))
-    for index, (*inputs, labels) in enumerate(micro_batches):
-        if recipe.channels_last:
-            inputs = [tensor.to(memory_format=torch.channels_last) for tensor in inputs]
-        last = index == len(micro_batches) - 1
-        # Gradients are exchanged once per step, with the last micro-batch.
-        with nullcontext() if last or ranks.count == 1 else model.no_sync():  # type: ignore[operator]
-            with torch.autocast(ranks.device.type, AMP.get(recipe.amp), enabled=recipe.amp != "none"):
-                logits = model(*inputs)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
-            objective = loss * (ranks.count / n)
-            if sparsifier is not None and last:
-                # In full on every rank, since the ranks average their gradients.
-                objective = objective + sparsifier.penalty()
-            scaler.scale(objective).backward()
-        total += loss.detach()
-    return total
-
-
-def _is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) -> bool:
-    """Return whether an epoch replaces the best one so far.
-
-    It must be within half a percentage point of the highest sparsity so far, and either the old one is not or the new
-    one is at least as accurate. Without a validation split, the last epoch that is sparse enough is the best.
-    """
-    if new["sparsity"] < sparsest - 0.005:
-        return False
-    if old is None or old["sparsity"] < sparsest - 0.005:
-        return True
-    return bool(new["validation_accuracy"] is None or new["validation_accuracy"] >= old["validation_accuracy"])

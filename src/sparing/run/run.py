@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -26,6 +26,9 @@ from sparing.run.log import read_history
 from sparing.run.recipe import Recipe, ResolvedSection, load_recipe
 from sparing.run.resolve import resolve
 from sparing.run.weights import load_fitting, read_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WeightsSource = Literal["last", "best", "dense"]
 WEIGHTS_ONLY = ("compressed", "safetensors")
@@ -181,10 +184,22 @@ class Run:
         """
         measured = latency.measure(self.model("dense"), self.resolved.input_size, batches=batches, threads=threads)
         write_text(self.path / "latency.json", measured.to_json() + "\n")
-        (self.path / "figures").mkdir(exist_ok=True)
-        with atomic_write(self.path / "figures" / "latency.png") as temporary:
-            latency_bars(measured.bars()).savefig(temporary, format="png", dpi=120)
+        write_figure(latency_bars(measured.bars()), self.path / "figures" / "latency.png")
         return measured
+
+
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure, atomically, into a folder that is created if it does not exist.
+
+    Raises:
+        InputError: the file or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple[Evaluation, Report]:

@@ -14,19 +14,20 @@ from torch import nn
 import sparing
 from sparing.data import SplitDataset
 from sparing.errors import InputError
-from sparing.files import atomic_write, remove_temporaries, write_text
+from sparing.files import remove_temporaries, write_text
 from sparing.plots import budget_by_depth, layers_over_time
 from sparing.report import Report, report
 from sparing.rnn import compact_, ranks
 from sparing.run.build import build_data
 from sparing.run.distributed import Ranks, join
 from sparing.run.evaluate import Evaluation, evaluate
+from sparing.run.interrupt import Interrupted, StopSignals
 from sparing.run.lock import RunLock
 from sparing.run.log import read_history
 from sparing.run.loop import Fitted, fit
 from sparing.run.recipe import Recipe
 from sparing.run.resolve import check_schedule, differing_keys, flatten, resolve, what_is_computed
-from sparing.run.run import Run
+from sparing.run.run import Run, write_figure
 from sparing.run.weights import write_weights
 
 
@@ -62,8 +63,10 @@ def train_run(
         data = build_data(recipe.data)
         recipe = resolve(recipe, data, ranks.count)
         _check_ranks(recipe, data, ranks, {"--resume": resume, "--stop-after": stop_after})
+        console = console if ranks.first else Console(quiet=True)
         try:
-            return _train(recipe, data, out, ranks, resume, stop_after, console if ranks.first else Console(quiet=True))
+            with StopSignals() as stop:
+                return _train(recipe, data, out, ranks, resume, stop_after, console, stop)
         except OSError as error:
             raise InputError(
                 f"{error.filename or out}: {error.strerror or error}; the last checkpoint is kept, continue with "
@@ -92,6 +95,7 @@ def _train(
     resume: bool,
     stop_after: int | None,
     console: Console,
+    stop: StopSignals,
 ) -> dict[str, Any] | None:
     with RunLock(out) as lock:
         recipe, finished = ranks.run_on_first(lambda: _prepare_directory(out, recipe, data, resume, lock))
@@ -102,15 +106,20 @@ def _train(
         dense: dict[str, Any] | None = None
         if recipe.dense_baseline:
             console.print("dense:")
-            dense = _train(recipe.dense(), data, out / "dense", ranks, True, stop_after, console)
+            dense = _train(recipe.dense(), data, out / "dense", ranks, True, stop_after, console, stop)
             if dense is None:
                 return None
             console.print(f"{recipe.method['name'] if recipe.method else ''}:")
         on_device = data.to(ranks.device)
-        fitted = fit(recipe, on_device, ranks, out, console, stop_after)
+        fitted = fit(recipe, on_device, ranks, out, console, stop, stop_after)
         if fitted is None:
             return None
-        test = evaluate(fitted.model, on_device.evaluation("test", ranks.rank, ranks.count), ranks)
+
+        def leave() -> None:
+            if stop.received and ranks.count == 1:
+                raise Interrupted(stop.received)
+
+        test = evaluate(fitted.model, on_device.evaluation("test", ranks.rank, ranks.count), ranks, leave)
         return ranks.run_on_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
@@ -219,11 +228,8 @@ def _write_figures(out: Path, counts: Report) -> None:
     figures = {"budget": budget_by_depth(counts), "sparsity": layers_over_time(history, "sparsity")}
     if any(row.threshold is not None for row in counts.layers):
         figures["threshold"] = layers_over_time(history, "threshold")
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        with atomic_write(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        write_figure(figure, out / "figures" / f"{name}.png")
 
 
 def _commit() -> str | None:

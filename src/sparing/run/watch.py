@@ -16,6 +16,11 @@ import torch.distributed as dist
 INTERVAL = 2.0
 """Seconds between two reports."""
 
+ANOTHER_ENDED = (
+    "another rank has ended, so this one ends too; its own message, or its launcher, says why. Continue the run with "
+    "--resume auto"
+)
+
 _RUNNING, _LEAVING, _FAILED = 0, 1, 2
 _GO_ON, _ALL_LEAVE, _ONE_FAILED = -1, -2, -3
 
@@ -64,8 +69,10 @@ class Watch:
             state = self._state
             try:
                 verdict = report(state)
-            except RuntimeError:  # the connection was closed: a rank ended, and its launcher says why
+            except RuntimeError:  # the connection was closed
                 time.sleep(INTERVAL)
+                if self._state == _RUNNING:
+                    os.write(2, f"sparing: rank {self._rank}: {ANOTHER_ENDED}\n".encode())
                 verdict = _ONE_FAILED
             if verdict == _ALL_LEAVE or state == _FAILED or self._state == _FAILED:
                 return

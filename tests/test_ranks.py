@@ -1,0 +1,85 @@
+"""Ranks that differ, stop, end, or are told to stop."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from small_run import RIGL, assert_same, history, on_ranks, recipe, train_ranks
+from sparing.run import distributed, watch
+from sparing.run.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+
+TWO = {"method": RIGL, "checkpoint": {"steps": 4}, "schedule": {"epochs": 2}}
+
+
+@pytest.mark.parametrize(
+    ("differs", "message", "written"),
+    [
+        ("learning rate", "the ranks have different recipes or options: optimizer.lr is 0.05 on rank 0 and", False),
+        ("data", "the ranks have different data: train is", False),
+        ("masks", "different weights or masks: conv1.parametrizations.weight.0.mask is", False),
+        ("masks later", "different weights or masks: conv1.parametrizations.weight.0.mask is", True),
+    ],
+)
+def test_ranks_that_differ_stop_and_name_the_difference(tmp_path, differs, message, written):
+    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", differs):
+        assert status == 2
+        assert message in text
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == written
+    if written:
+        assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]["step"] == 4
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
+    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", "", 3):
+        assert status == 2
+        assert "stopped by SIGTERM" in text
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (saved["progress"]["step"], [part["examples"] for part in saved["ranks"]]) == (3, [6, 6])
+    for out in ("run", "straight"):
+        assert on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / out) == [("", 0)] * 2
+    assert_same(*(load_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("run", "straight")))
+    assert history(tmp_path / "run") == history(tmp_path / "straight")
+
+
+def stop_rank(rank, stopped, whole):
+    watch.INTERVAL = 0.1
+    with distributed.join("cpu", timeout=1.0) as ranks:
+        ranks.gather(rank)
+        if rank == stopped:
+            if whole:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(30)
+        ranks.gather(rank)
+
+
+@pytest.mark.parametrize(("stopped", "whole"), [(0, True), (1, True), (1, False)])
+def test_a_rank_that_stops_is_named_and_the_run_ends(tmp_path, stopped, whole):
+    text, status = on_ranks(2, tmp_path, stop_rank, stopped, whole, leave=stopped if whole else None)[1 - stopped]
+    assert status == 1
+    what = "does not answer" if whole else "does not go on: the other ranks have waited for it"
+    assert f"rank {stopped} {what} for 1 s (rank_timeout)" in text
+
+
+def end_rank(rank, waits):
+    watch.INTERVAL = 0.1
+    with distributed.join("cpu", timeout=30.0) as ranks:
+        ranks.gather(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not waits:
+            time.sleep(30)
+        ranks.gather(rank)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["in an operation", "in a computation"])
+def test_the_end_of_another_rank_is_one_sentence(tmp_path, waits):
+    (text, status), _ = on_ranks(2, tmp_path, end_rank, waits)
+    assert status == (2 if waits else 1)
+    assert text.count("rank 0: another rank has ended, so this one ends too") == 1
+    assert len(text.strip().splitlines()) == 1
