@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -33,7 +34,32 @@ def excluding(*patterns: str) -> Predicate:
         >>> excluding("conv1", "head.*")("conv1", nn.Conv2d(3, 8, 3))
         False
     """
-    return lambda name, module: default(name, module) and not any(fnmatchcase(name, p) for p in patterns)
+    return _Excluding(patterns)
+
+
+@dataclass(frozen=True)
+class _Excluding:
+    patterns: tuple[str, ...] = ()
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return default(name, module) and not any(fnmatchcase(name, p) for p in self.patterns)
+
+
+def heads(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of a transformers model that are new in each task: those outside its base model, and poolers.
+
+    They have few weights, start at random in a fine-tuning run, and have another scale than the pretrained weights.
+
+    Args:
+        model: any module; models of transformers in it are recognized by their `base_model_prefix`.
+    """
+    found: set[nn.Module] = set()
+    for each in model.modules():
+        if isinstance(getattr(each, "base_model_prefix", None), str) and isinstance(each.base_model, nn.Module):
+            base = each.base_model
+            found |= {*each.modules()} - {*base.modules()}
+            found |= {m for name, child in base.named_children() if name == "pooler" for m in child.modules()}
+    return found
 
 
 def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
@@ -42,7 +68,7 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     Args:
         model: the model.
         select: a predicate `(module name, module) -> bool`, or a list of layer names or shell
-            patterns, or None for `default`.
+            patterns, or None for `default` without the `heads` of transformers models.
 
     Raises:
         InputError: nothing is chosen; a name of the list matches no layer; two entries of the list
@@ -51,7 +77,9 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     if isinstance(select, str):
         raise InputError(f"select={select!r} is a string; give a list of layer names, such as select=[{select!r}]")
     if select is None or callable(select):
-        predicate = default if select is None else select
+        predicate = _Excluding() if select is None else select
+        if isinstance(predicate, _Excluding):
+            predicate = _without(heads(model), predicate)
         layers = find_layers(model, predicate)
         for name, module in model.named_modules():
             plain = [n for n in ("weight", "weight_ih_l0", "weight_hh_l0") if isinstance(vars(module).get(n), Tensor)]
@@ -70,6 +98,10 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     if select is None:
         _warn_left_out(all_layers(model), layers)
     return layers
+
+
+def _without(modules: set[nn.Module], predicate: Predicate) -> Predicate:
+    return lambda name, module: module not in modules and predicate(name, module)
 
 
 def _warn_left_out(layers: Mapping[str, Layer], selected: Mapping[str, Layer]) -> None:
