@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "budget": {"errors", "files", "layers", "masks", "patterns"},
     "products": {"errors", "layers"},
     "macs": {"errors", "layers", "products"},
+    "calibrate": {"errors", "layers", "macs", "patterns"},
     "param_groups": {"errors", "layers", "parametrizations"},
     "method": {"budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
     "goal": {"errors", "layers", "method", "parametrizations", "patterns"},

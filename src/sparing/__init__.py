@@ -2,6 +2,7 @@
 
 from sparing import engine, export, models, rnn, select
 from sparing.budget import Budget
+from sparing.calibrate import calibrate
 from sparing.dense import load_dense_state_dict, merge_
 from sparing.errors import CheckpointError, InputError, SparsityWarning
 from sparing.layers import sparse_layers
@@ -78,6 +79,7 @@ __all__ = [
     "StaticRandom",
     "Unstructured",
     "VariationalDropout",
+    "calibrate",
     "count_applications",
     "dense_state_dict",
     "densify_",

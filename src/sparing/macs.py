@@ -142,7 +142,7 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) 
 
 @contextmanager
 def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCounter) -> Iterator[None]:
-    """Count the products of a forward pass in evaluation mode, and leave the model as it was."""
+    """Count the products of a forward pass."""
     names = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
 
     def mark_made(module: nn.Module, args: Any, result: Tensor) -> None:
@@ -162,6 +162,18 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
     # The recurrent layers of sparing multiply their factors out where that is faster, but a factor is what is stored.
     tellers = [module for module in model.modules() if hasattr(module, "applications_of_parts")]
     handles += [module.register_forward_hook(tell, with_kwargs=True) for module in tellers]
+    try:
+        # In inference mode, operations come as a whole, which otherwise come as the products they consist of.
+        with evaluation(model), torch.inference_mode(False), torch.no_grad(), counter:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, eagerly and without its fast paths, and leave it as it was."""
     # A forward may cache tensors on its module, such as a table of positions; they would stay on meta.
     attributes = {module: dict(vars(module)) for module in model.modules()}
     containers = [
@@ -174,8 +186,7 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
     torch.backends.mha.set_fastpath_enabled(False)  # it uses the weights of a whole layer in one operation
     model.eval()  # batch normalization in training mode refuses a batch of one
     try:
-        # In inference mode, operations come as a whole, which otherwise come as the products they consist of.
-        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad(), counter:
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -185,5 +196,3 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
         for container, content in containers:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
-        for handle in handles:
-            handle.remove()

@@ -4,6 +4,8 @@
     M   = the (1 − s_t) share of largest |W|                per layer, or over all layers; every `every` steps
     S   = W ⊙ M,   dW = dS ⊙ M
 
+With `score` the largest scores are kept in place of the largest |W|, such as |W| · ‖x‖₂ of `sparing.calibrate`.
+
 Source: Zhu & Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, for
 the ramp; Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015, for
 one-shot pruning; Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, section 4, for budget="global".
@@ -15,10 +17,14 @@ al. prune below a multiple of the standard deviation, in several rounds; here th
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from sparing.budget import magnitude
+from sparing.budget import Score, magnitude
+from sparing.errors import InputError
+from sparing.layers import Layer
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Mask
+from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
 
 
@@ -35,6 +41,8 @@ class GMP(Ranking):
         begin: start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: end of the ramp, likewise.
         every: optimizer steps between two updates of the masks; shortened if the ramp is shorter.
+        score: of the weights, the largest of which are kept: "magnitude", or a function (layer, units) → score of every
+            unit, such as `sparing.calibrate(model, batches)`; recipes take "magnitude" only.
 
     Examples:
         >>> model = nn.Linear(100, 10)
@@ -50,15 +58,33 @@ class GMP(Ranking):
     begin: int | float = 0.2
     end: int | float = 0.8
     every: int = 100
+    score: Score | str = "magnitude"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score != "magnitude" and not callable(self.score):
+            raise InputError(
+                "GMP: score must be 'magnitude' or a function (layer, units) -> Tensor, such as "
+                f"sparing.calibrate(model, batches), which a recipe cannot give; got {self.score!r:.200}"
+            )
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         if plan.updates is not None and plan.updates.end == 0:
-            return {name: Mask(mask) for name, mask in plan.allocation.masks(magnitude).items()}
+            return {name: Mask(mask) for name, mask in plan.allocation.masks(self._scores).items()}
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.due and sparsifier.plan.updates.end > 0:
-            masks = sparsifier.plan.allocation.masks(magnitude, sparsifier.progress)
+            masks = sparsifier.plan.allocation.masks(self._scores, sparsifier.progress)
             if sparsifier.clock.start > 0:  # the zeros of the start stay, whatever the share of their layer
                 masks = {name: mask & (sparsifier.layers[name].weight != 0) for name, mask in masks.items()}
             sparsifier.set_masks(masks)
+
+    def _scores(self, layer: Layer, units: Units) -> Tensor:
+        scores = self.score(layer, units) if callable(self.score) else magnitude(layer, units)
+        if scores.numel() != units.count:
+            raise InputError(
+                f"GMP: score must return one value for each of {units.count} weights or groups of layer "
+                f"{layer.name!r}, got {scores.numel()}"
+            )
+        return scores
