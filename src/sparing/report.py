@@ -1,22 +1,23 @@
 """Report the weights and MACs of a model, layer by layer: counted, not estimated."""
 
 import csv
-import html
 import io
 import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 from torch import nn
 
 from sparing.errors import SparsityWarning
-from sparing.files import escape_cell, printable
+from sparing.files import escape_cell, printable, write_text
 from sparing.goal import missed_targets
 from sparing.layers import Layer, all_layers
 from sparing.macs import Example, find_applications
+from sparing.page import Entry, count_facts, render
 from sparing.products import Applications
 
 FIELDS = ("name", "kind", "shape", "weights", "nonzero", "sparsity", "threshold", "dense_macs", "macs")
@@ -51,6 +52,13 @@ class Row:
     def sparsity(self) -> float:
         """The fraction of zero weights, in [0, 1]."""
         return (self.weights - self.nonzero) / self.weights if self.weights else 0.0
+
+    @property
+    def percent(self) -> str:
+        """The sparsity as text, never rounded up to 100 % while a weight is nonzero; "" without weights."""
+        if not self.weights:
+            return ""
+        return f"{min(100 * self.sparsity, 99.99):.2f} %" if self.nonzero else "100 %"
 
     def as_dict(self) -> dict[str, Any]:
         """Every field by name, sparsity among them."""
@@ -96,24 +104,43 @@ class Report:
         """The report as a JSON object: the layers, a key for each sum, missed and notes."""
         return json.dumps(self.as_dict(), indent=2)
 
-    def to_csv(self) -> str:
-        """The report as CSV: a header, one row per layer, then the sums. Shapes read 64x3x7x7.
+    @overload
+    def to_csv(self) -> str: ...
+    @overload
+    def to_csv(self, path: str | Path) -> None: ...
+    def to_csv(self, path: str | Path | None = None) -> str | None:
+        """Return or write the report as CSV: a header, one row per layer, then the sums. Shapes read 64x3x7x7.
 
         A name that spreadsheets would take for a formula has an apostrophe in front.
+
+        Args:
+            path: file to write; None returns the text.
         """
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
         for row in (*self.layers, *self.sums):
             writer.writerow({**row.as_dict(), "name": escape_cell(row.name), "shape": _shape(row)})
-        return text.getvalue()
+        return _deliver(text.getvalue(), path)
 
-    def to_html(self) -> str:
-        """The report as one self-contained HTML page."""
-        header, *rows = self._cells()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
-        return _PAGE.format(head=head, body=body)
+    @overload
+    def to_html(self) -> str: ...
+    @overload
+    def to_html(self, path: str | Path) -> None: ...
+    def to_html(self, path: str | Path | None = None) -> str | None:
+        """Return or write the report as one HTML page, which loads nothing.
+
+        Args:
+            path: file to write; None returns the text.
+        """
+        return _deliver(render("sparing report", [self._entry()]), path)
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        return render("sparing report", [self._entry()], fragment=True)
+
+    def _entry(self) -> Entry:
+        return Entry("model", count_facts(self), self)
 
     def __str__(self) -> str:
         cells = self._cells()
@@ -132,7 +159,7 @@ class Report:
         for row in rows:
             threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
             macs = ["" if count is None else f"{count:,}" for count in (row.dense_macs, row.macs)]
-            counts = [f"{row.weights:,}", f"{row.nonzero:,}", _percent(row)]
+            counts = [f"{row.weights:,}", f"{row.nonzero:,}", row.percent]
             cells.append([printable(row.name), row.kind, _shape(row), *counts, threshold, *macs])
         # Drop empty columns.
         keep = [i for i in range(len(cells[0])) if any(row[i] for row in cells[1:])]
@@ -214,33 +241,12 @@ def _shape(row: Row) -> str:
     return "x".join(map(str, row.shape))
 
 
-def _percent(row: Row) -> str:
-    if not row.weights:
-        return ""
-    # Never rounded up to 100 while a weight is nonzero.
-    return f"{min(100 * row.sparsity, 99.99):.2f} %" if row.nonzero else "100 %"
-
-
 def _align(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column < 3 else cell.rjust(width)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>sparing report</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: 0.2em 0.8em; text-align: right; border-bottom: 1px solid #ddd; }}
-th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
-</style></head>
-<body>
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</body>
-</html>
-"""
+def _deliver(text: str, path: str | Path | None) -> str | None:
+    if path is None:
+        return text
+    write_text(path, text)
+    return None
