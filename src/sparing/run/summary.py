@@ -81,12 +81,9 @@ def _entry(run: Run, title: str, history: list[Epoch], weights: WeightsSource) -
         facts = [_accuracy(metrics), *facts, _size(metrics)]
         if (run.path / "latency.json").is_file():
             facts += _latency(run.path / "latency.json")
-    elif weights != "best" and history and history[-1].validation_accuracy is not None:
-        last = history[-1]
-        after = f"after epoch {last.epoch} of {run.recipe.schedule.epochs}"
-        facts.insert(
-            0, Fact("validation accuracy", _percent(last.validation_accuracy), after, last.validation_accuracy)
-        )
+    elif weights != "best" and history and (accuracy := history[-1].validation_accuracy) is not None:
+        after = f"after epoch {history[-1].epoch} of {run.recipe.schedule.epochs}"
+        facts.insert(0, Fact("validation accuracy", _percent(accuracy), after, accuracy))
     return Entry(
         title=title,
         facts=tuple(facts),
@@ -202,8 +199,8 @@ def _check(kind: type[Content], content: Any, path: Path) -> Content:
         raise InputError(f"{path}: {place}: {first['msg'].lower()}; it is not as sparing writes it") from error
 
 
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
 
 
 def _bytes(count: int) -> str:
