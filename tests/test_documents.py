@@ -15,7 +15,7 @@ import typer
 from sparing.cli import app
 from sparing.methods import METHODS
 from sparing.run.recipe import load_recipe
-from sparing.run.sweep import load_sweep
+from sparing.run.sweep_file import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").rglob("*.md"))]
@@ -185,7 +185,7 @@ def test_the_readme_names_every_command(capsys):
         ("train RECIPE --stop-after soon", "Invalid value for '--stop-after'"),
         ("export RUN", "Missing option '--to'"),
         ("eval", "Missing argument"),
-        ("methods now", "unexpected extra argument"),
+        ("methods gmp now", "unexpected extra argument"),
     ],
 )
 def test_a_wrong_command_does_not_parse(command, error):

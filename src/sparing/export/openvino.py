@@ -14,6 +14,7 @@ from sparing.errors import InputError
 from sparing.export import onnx
 from sparing.export.inputs import Example, find_inputs
 from sparing.export.network import Written, check_file, plain, refusal, require
+from sparing.export.runtimes import import_openvino
 from sparing.files import atomic_write
 
 
@@ -39,14 +40,12 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
     path = Path(path)
     if path.suffix != ".xml":
         raise InputError(f"{path}: the suffix of an OpenVINO file must be .xml, got {path.suffix!r}")
-    import openvino
-
+    openvino = import_openvino()
     network = plain(model)
     program, inputs = onnx.export(network, find_inputs(network, example))
     with tempfile.TemporaryDirectory() as folder:
         source, converted = Path(folder, "network.onnx"), Path(folder, "network.xml")
         program.save(source)
-        # Do not use openvino.convert_model: it sends usage statistics.
         try:
             openvino.save_model(openvino.Core().read_model(source), converted, compress_to_fp16=False)
         except RuntimeError as failure:

@@ -209,9 +209,19 @@ class Process:
         return answer
 
 
-def _openvino(path: str, threads: int, precision: str) -> Callable[[list[Any]], Run]:
-    import openvino
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would send usage statistics to a server at every import."""
+    if "openvino_telemetry" in sys.modules:  # imported by the user
+        return import_module("openvino")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules["openvino_telemetry"]
 
+
+def _openvino(path: str, threads: int, precision: str) -> Callable[[list[Any]], Run]:
+    openvino = import_openvino()
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UnavailableError("this processor does not support bf16")

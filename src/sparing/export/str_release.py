@@ -10,17 +10,21 @@ Source: the repository RAIVNLab/STR (models/, utils/conv_type.py, main.py).
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparing.errors import CheckpointError, InputError, nearest
+from sparing.files import atomic_write
 from sparing.models import MODELS
 from sparing.threshold import soft_threshold
 
 ARCHITECTURES = ("resnet18", "resnet50", "mobilenet_v1")
 """Supported architectures, by their name in `sparing.models`."""
+
+Naming = Literal["sparing", "torchvision", "timm"]
+"""Libraries whose ResNet can load a converted state dict."""
 
 THRESHOLD = ".sparseThreshold"
 
@@ -89,6 +93,40 @@ def convert(path: str | Path, arch: str, *, keep_thresholds: bool = False) -> di
         else:
             tensors[f"{name}.weight"] = soft_threshold(weight, torch.sigmoid(s.reshape(1)))
     return tensors
+
+
+def convert_file(
+    path: str | Path, arch: str, out: str | Path, *, keep_thresholds: bool = False, names: Naming = "sparing"
+) -> dict[str, int | None]:
+    """Convert a checkpoint of the release to a .safetensors file.
+
+    Args:
+        path: checkpoint file.
+        arch: one of `ARCHITECTURES`.
+        out: the file to write.
+        keep_thresholds: as of `convert`.
+        names: library whose ResNet loads the file; "torchvision" and "timm" add a classifier bias of zero.
+
+    Returns:
+        Numbers of weights, of nonzero weights (None with `keep_thresholds`), and of thresholds.
+
+    Raises:
+        InputError: as `convert` and `with_bias`; the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    state = convert(path, arch, keep_thresholds=keep_thresholds)
+    if names != "sparing":
+        state = with_bias(state, arch)
+    with atomic_write(out) as temporary:
+        # Clone because safetensors rejects tensors that share memory.
+        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, temporary)
+    weights = [tensor for tensor in state.values() if tensor.dim() > 1]
+    return {
+        "weights": sum(weight.numel() for weight in weights),
+        "nonzero": None if keep_thresholds else sum(int(torch.count_nonzero(weight)) for weight in weights),
+        "thresholds": sum(key.endswith(".s") for key in state),
+    }
 
 
 def with_bias(state: dict[str, Tensor], arch: str) -> dict[str, Tensor]:

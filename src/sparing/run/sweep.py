@@ -6,31 +6,28 @@ heartbeats to the database; if they stop, the next free worker continues the tri
 """
 
 import functools
-import json
+import math
 import socket
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Discriminator, Field, JsonValue, Tag, ValidationError
 from rich.console import Console
 
 from sparing.errors import InputError
 from sparing.files import atomic_write, write_text
 from sparing.plots import AXIS_LABELS
-from sparing.run.build import build_data
 from sparing.run.distributed import from_torchrun
-from sparing.run.reading import explain, read_mapping
-from sparing.run.recipe import DataSection, Recipe, Section, build_recipe
-from sparing.run.resolve import differing_keys, resolve, what_is_computed
+from sparing.run.resolve import differing_keys
+from sparing.run.sweep_file import Sweep
 from sparing.run.training import train_run
 
 if TYPE_CHECKING:
     import pandas as pd
     from optuna import Study
-    from optuna.trial import BaseTrial, FrozenTrial, Trial
+    from optuna.trial import FrozenTrial, Trial
 
 HEARTBEAT_INTERVAL = 30
 """Seconds between two heartbeats of a worker. After four missed heartbeats its trial is given to another worker."""
@@ -38,96 +35,6 @@ MAX_RETRIES = 2
 """How often a trial is tried again after its worker died."""
 POLL_INTERVAL = 5
 """Seconds between two checks of the trials of other workers, if no trial is left to start."""
-
-# The database stores every parameter as a double, which holds integers up to 2**53 exactly.
-Number = Annotated[int | float, Field(ge=-(2**53), le=2**53)]
-
-
-class Range(Section):
-    """Search range with inclusive bounds. It holds integers if `low`, `high` and `step` are integers."""
-
-    low: Number
-    high: Number
-    log: bool = False
-    """Sample uniformly on a logarithmic scale."""
-    step: Number | None = None
-    """Restrict the values to `low`, `low + step`, `low + 2 * step`, ..."""
-
-
-# With a discriminator, because pydantic reports an error in a plain union once for each of its types.
-Space = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[list[JsonValue], Tag("list"), Field(min_length=1)],
-    Discriminator(lambda space: "list" if isinstance(space, list) else "range"),
-]
-
-
-class Sweep(Section):
-    """Recipe, search space and objective of a sweep."""
-
-    recipe: dict[str, Any]
-    """The recipe. A sweep file may give its path instead, relative to the sweep file."""
-    set: dict[str, JsonValue] = Field(default_factory=dict)
-    """Recipe keys, in dotted form, and the values they have in every trial."""
-    search: dict[str, Space] = Field(min_length=1)
-    """Recipe keys to search, in dotted form, each with a range or a list of values."""
-    objective: Literal["nonzero", "macs"] = "nonzero"
-    """Cost to minimize: nonzero weights or MACs."""
-    trials: int = Field(default=20, ge=1)
-    """Total number of trials of all workers."""
-
-    def recipe_of(self, trial: "BaseTrial") -> Recipe:
-        """Return the recipe of a trial: the values that Optuna suggests, and no dense baseline."""
-        changes = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
-        for key in sorted(self.search, key=lambda key: key.count(".")):  # `method` would overwrite `method.init`
-            space = self.search[key]
-            if isinstance(space, list):  # as text, because Optuna's choices are scalars
-                value: Any = trial.suggest_categorical(key, [json.dumps(choice) for choice in space])
-            elif all(isinstance(number, int) for number in (space.low, space.high, space.step or 1)):
-                value = trial.suggest_int(key, **space.model_dump(exclude_none=True))
-            else:
-                value = trial.suggest_float(key, **space.model_dump())
-            changes.append(f"{key}={value}")
-        return build_recipe(self.recipe, [*changes, "dense_baseline=false"], "recipe of the sweep")
-
-    def check(self) -> dict[str, Any]:
-        """Check that both ends of every range and every listed value can be trained, without training anything.
-
-        Returns:
-            The settings that must be equal for all trials of a study.
-
-        Raises:
-            InputError: a value cannot be trained with the first value of all other keys.
-        """
-        from optuna.trial import FixedTrial
-
-        build = functools.cache(lambda section: build_data(DataSection.model_validate_json(section)))
-        ends = {
-            key: [space.low, space.high] if isinstance(space, Range) else [json.dumps(choice) for choice in space]
-            for key, space in self.search.items()
-        }
-        first = {key: values[0] for key, values in ends.items()}
-        for key, value in [(key, value) for key, values in ends.items() for value in values]:
-            try:
-                recipe = self.recipe_of(FixedTrial(first | {key: value}))
-                data = build(recipe.data.model_dump_json())
-                resolve(recipe, data)
-                if not data.size("validation"):
-                    raise InputError(f"data {recipe.data.name!r} has no validation set to compare trials with")
-            except ValueError as error:  # an InputError, or Optuna refuses the range
-                raise InputError(f"search.{key} = {value}: {error}") from error
-        computed = what_is_computed(self.recipe_of(FixedTrial(first)))
-        return {**self.model_dump(mode="json", include={"search", "objective"}), "recipe": computed}
-
-
-def load_sweep(path: str | Path) -> Sweep:
-    """Read a sweep from a YAML file; raise `InputError` if it or its recipe file is not valid."""
-    content = read_mapping(path, "sweep")
-    if isinstance(content.get("recipe"), str):
-        content["recipe"] = read_mapping(Path(path).parent / content["recipe"], "recipe")
-    try:
-        return Sweep.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"sweep {path}: {explain(error, Sweep)}") from error
 
 
 def run_sweep(
@@ -170,7 +77,8 @@ def run_sweep(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             out.mkdir(parents=True, exist_ok=True)
-            study = _open_study(out, storage or f"sqlite:///{out.resolve() / 'study.db'}", sweep, identity)
+            study = _open_study(out, storage or f"sqlite:///{out.resolve() / 'study.db'}", identity)
+            study.set_metric_names([sweep.objective, "validation_accuracy"])
             return _work(study, out, sweep, trials or sweep.trials, console or Console(quiet=True))
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
         raise InputError(f"the database of {out}: {_first_line(error.__cause__ or error)}") from error
@@ -180,31 +88,29 @@ def run_sweep(
         optuna.logging.set_verbosity(verbosity)
 
 
-def _open_study(out: Path, url: str, sweep: Sweep, identity: dict[str, Any]) -> "Study":
+def _open_study(out: Path, url: str, identity: dict[str, Any]) -> "Study":
     """Create the study that is named after the directory, or open it and check that it belongs to the sweep."""
     import optuna
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, DBAPIError
 
-    # Without a pool, because an idle connection can time out during a long trial.
-    options = {"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
-    for last_try in (False, False, False, False, True):
+    connect = functools.partial(
+        optuna.storages.RDBStorage, url, heartbeat_interval=HEARTBEAT_INTERVAL, grace_period=4 * HEARTBEAT_INTERVAL,
+        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+        # Without a pool, because an idle connection can time out during a long trial.
+        engine_kwargs={"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}},
+    )  # fmt: skip
+    try:
         try:
-            storage = RDBStorage(
-                url, options, heartbeat_interval=HEARTBEAT_INTERVAL, grace_period=4 * HEARTBEAT_INTERVAL,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
-            )  # fmt: skip
-            break
-        except DBAPIError:  # another worker may create the tables at the same time
-            if last_try:
-                raise
-            time.sleep(0.5)
-        except (ArgumentError, ImportError, RuntimeError) as error:
-            raise InputError(
-                f"--storage: {_first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
-                "(pip install 'psycopg[binary]')"
-            ) from error
+            storage = connect()
+        except DBAPIError:  # another worker may be creating the tables
+            time.sleep(2)
+            storage = connect()
+    except (ArgumentError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"--storage: {_first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
+            "(pip install 'psycopg[binary]')"
+        ) from error
     study = optuna.create_study(
         storage=storage, study_name=out.resolve().name, directions=["minimize", "maximize"], load_if_exists=True,
         sampler=optuna.samplers.TPESampler(constant_liar=True),  # avoids the settings that other workers are trying
@@ -215,12 +121,7 @@ def _open_study(out: Path, url: str, sweep: Sweep, identity: dict[str, Any]) -> 
             "choose another directory with --out"
         )
     study.set_user_attr("sweep", identity)
-    study.set_metric_names([sweep.objective, "validation_accuracy"])
     return study
-
-
-class _SurplusTrialError(Exception):
-    """Raised for a trial that exceeds the total because another worker started the last one at the same time."""
 
 
 def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console) -> "pd.DataFrame":
@@ -230,8 +131,8 @@ def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console)
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
-    # A failed trial does not count: its worker died or was interrupted, and another trial takes its place.
-    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING)
+    # Not a failed trial, whose worker died or was interrupted, nor the waiting one that continues it.
+    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
     def states() -> list[TrialState]:
         return [trial.state for trial in study.get_trials(deepcopy=False)]
@@ -239,11 +140,12 @@ def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console)
     def train(trial: "Trial") -> tuple[float, float]:
         run = trial.user_attrs.get("run", trial.number)  # a trial that is tried again has that of its first attempt
         if run == trial.number and sum(state in counted for state in states()[:run]) >= total:
-            raise _SurplusTrialError
+            return math.nan, math.nan  # fails this trial: another worker started the last one at the same moment
         trial.set_user_attr("run", run)
         trial.set_user_attr("host", socket.gethostname())
         try:
-            metrics = train_run(sweep.recipe_of(trial), out / "trials" / f"{run:04d}", resume=True)
+            with console.status(f"training trial {trial.number}"):
+                metrics = train_run(sweep.recipe_of(trial), out / "trials" / f"{run:04d}", resume=True)
         except (InputError, torch.OutOfMemoryError) as error:
             # Pruned instead of failed, because the sampler learns from pruned trials.
             trial.set_user_attr("error", f"{type(error).__name__}: {_first_line(error)}")
@@ -266,9 +168,9 @@ def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console)
 
     while True:
         fail_stale_trials(study)
-        if TrialState.WAITING in states() or sum(state in counted for state in states()) < total:
+        if sum(state in counted for state in states()) < total:
             try:
-                study.optimize(train, callbacks=[show, MaxTrialsCallback(total, counted)], catch=_SurplusTrialError)
+                study.optimize(train, callbacks=[show, MaxTrialsCallback(total, counted)])
             except ValueError as error:
                 if not str(error).startswith("Cannot tell"):
                     raise

@@ -1,0 +1,35 @@
+"""Forbid the network to Python processes."""
+
+import os
+
+# Started by every Python process that inherits PYTHONPATH, also by those that test exported files.
+REFUSE_NETWORK = """
+import os, socket, sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.sendto"):
+        asked = arguments[0].family != socket.AF_UNIX
+    else:
+        asked = event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
+    if asked:
+        with open(os.environ["NETWORK_LOG"], "a") as log:
+            print(event, arguments, file=log)
+        raise OSError("the network is forbidden")
+
+sys.addaudithook(refuse)
+"""
+
+
+def environment(folder):
+    """Return environment variables with which Python processes refuse to use the network and log every attempt.
+
+    Args:
+        folder: where to write the code that refuses, and `network.log`.
+    """
+    (folder / "start").mkdir()
+    (folder / "start" / "sitecustomize.py").write_text(REFUSE_NETWORK)
+    # Some packages send statistics, but not in CI, and not if a file in the home directory says so.
+    kept = {name: value for name, value in os.environ.items() if name != "CI"}
+    return kept | {
+        "PYTHONPATH": str(folder / "start"), "NETWORK_LOG": str(folder / "network.log"), "HOME": str(folder)
+    }  # fmt: skip
