@@ -7,10 +7,10 @@ The first command writes shards/train-0000.tar to shards/train-0128.tar and prin
 """
 
 import argparse
+import io
 import random
+import tarfile
 from pathlib import Path
-
-import webdataset
 
 from sparing.files import atomic_write
 
@@ -28,17 +28,20 @@ images = [
     for path in sorted((arguments.folder / name).iterdir())
     if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") and path.name[0] != "."
 ]
-# Training shuffles only the shards and the images in a buffer, so shuffle all images here.
+# Training shuffles the shards and neighbouring images, so shuffle all images here.
 random.Random(0).shuffle(images)
 
 arguments.prefix.parent.mkdir(parents=True, exist_ok=True)
 for number in range(arguments.shards):
     shard = arguments.prefix.with_name(f"{arguments.prefix.name}-{number:04}.tar")
     own = images[number :: arguments.shards]
-    with atomic_write(shard) as temporary, webdataset.TarWriter(str(temporary)) as tar:
+    with atomic_write(shard) as temporary, tarfile.open(temporary, "w") as tar:
         for label, path in own:
-            # webdataset takes everything after the first dot of a file name as the extension.
+            # Everything after the first dot of a file name is its extension.
             key = f"{path.parent.name}/{path.stem.replace('.', '_')}"
-            tar.write({"__key__": key, path.suffix[1:].lower(): path.read_bytes(), "cls": str(label).encode()})
+            for extension, content in ((path.suffix[1:].lower(), path.read_bytes()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     print(f"{shard}: {len(own)}")
 print(f"{len(images)} images of {len(classes)} classes in {arguments.shards} shards")

@@ -1,16 +1,11 @@
-"""Image data sets in folders and shards: shares of the ranks, order, pixels, damaged files, wrong layouts."""
+"""Image data sets in folders: shares of the ranks, order, pixels, damaged files, wrong layouts."""
 
 import csv
-import functools
-import http.server
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
 import warnings
 from pathlib import Path
 
@@ -21,11 +16,8 @@ from PIL import Image
 
 from sparing import InputError, SparsityWarning
 from sparing.data import DATASETS
-from sparing.data.folders import EvaluationSampler
 from sparing.data.pictures import MEAN, STD, decode, default_workers, max_unreadable
-from sparing.data.shards import read_shards
-from sparing.run.evaluate import evaluate
-from sparing.run.recipe import Recipe, load_recipe
+from sparing.run.recipe import load_recipe
 from sparing.run.training import train_run
 from tolerance import tolerance
 
@@ -162,7 +154,7 @@ def test_training_yields_each_image_once_per_epoch_over_all_ranks(colors, ranks)
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_evaluation_yields_each_image_once_over_all_ranks(colors, ranks, monkeypatch):
-    monkeypatch.setattr("sparing.data.folders.EVALUATION_BATCH", 16)
+    monkeypatch.setattr("sparing.data.pictures.EVALUATION_BATCH", 16)
     for split, first, per_class in (("test", CLASSES * TRAIN, VAL), ("validation", 0, TRAIN)):
         data = imagenet(colors)
         shares = [data.evaluation(split, rank, ranks) for rank in range(ranks)]
@@ -181,7 +173,6 @@ def test_evaluation_yields_each_image_once_over_all_ranks(colors, ranks, monkeyp
 def test_evaluation_with_more_ranks_than_images_gives_some_ranks_no_batches(small):
     shares = [list(imagenet(small).evaluation("validation", rank, 3)) for rank in range(3)]
     assert [sum(len(labels) for _, labels in share) for share in shares] == [1, 1, 0]
-    assert list(EvaluationSampler(2, rank=2, ranks=3)) == []
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -231,7 +222,7 @@ def test_loading_does_not_change_the_global_random_state(textures):
 
 def test_the_validation_split_depends_only_on_file_names(small):
     def held_out():
-        files = imagenet(small, validation_per_class=2).splits["validation"]
+        files = imagenet(small, validation_per_class=2).validation
         return {files.path(index) for index in range(len(files))}
 
     before = held_out()
@@ -253,7 +244,7 @@ def test_pixels_are_normalized_on_the_device(colors, device):
     data = imagenet(colors).to(device)
     pixels, labels = next(iter(data.evaluation("test")))
     assert pixels.device.type == labels.device.type == device.type
-    stored = decode(data.splits["test"].path(0)).getpixel((40, 40))
+    stored = decode(data.test.path(0)).getpixel((40, 40))
     for channel, mean, std in zip(range(3), MEAN, STD, strict=True):
         wanted = torch.full((32, 32), (stored[channel] / 255 - mean) / std)
         rounding = tolerance(torch.float32, terms=2, scale=1 / std)
@@ -263,7 +254,7 @@ def test_pixels_are_normalized_on_the_device(colors, device):
 def test_evaluation_resizes_the_shorter_side_and_crops_the_center(textures):
     data = imagenet(textures, size=56)
     pixels, _ = next(iter(data.evaluation("test")))
-    image = decode(data.splits["test"].path(0))
+    image = decode(data.test.path(0))
     assert image.size == (80, 60)
     scaled = image.resize((64 * 80 // 60, 64), Image.Resampling.BILINEAR)
     left, top = round((scaled.width - 56) / 2), (64 - 56) // 2
@@ -353,7 +344,7 @@ DAMAGES = {
 def test_training_replaces_a_damaged_image_by_the_next_one_and_warns(small, damage):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.1)
     whole = one_pass(data.training(10, seed=0))[0]
-    path = data.splits["train"].path(3)
+    path = data.train.path(3)
     Path(path).write_bytes(DAMAGES[damage](Path(path).read_bytes()))
     batches = data.training(10, seed=0)
     with pytest.warns(
@@ -380,7 +371,7 @@ def test_training_replaces_a_damaged_image_by_the_next_one_and_warns(small, dama
 def test_too_many_damaged_images_raise_an_error(small):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.2)
     for index in (2, 3, 4):
-        Path(data.splits["train"].path(index)).write_bytes(b"")
+        Path(data.train.path(index)).write_bytes(b"")
     with (
         pytest.warns(SparsityWarning),
         pytest.raises(InputError, match=r"3 of 10 images of the train split .*max_corrupt=0.2 allows 2"),
@@ -394,7 +385,7 @@ def test_too_many_damaged_images_raise_an_error(small):
 def test_damaged_replacements_are_skipped_too(small):
     data = imagenet(small, validation_per_class=0, max_corrupt=0.2)
     for index in (9, 0):  # the last and, after it, the first
-        Path(data.splits["train"].path(index)).write_bytes(b"")
+        Path(data.train.path(index)).write_bytes(b"")
     with pytest.warns(SparsityWarning):
         pixels, _ = one_pass(data.training(10, seed=0))[0]
     assert sorted(color_numbers(pixels)) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -402,7 +393,7 @@ def test_damaged_replacements_are_skipped_too(small):
 
 def test_evaluation_skips_a_damaged_image(small):
     data = imagenet(small, max_corrupt=0.25)
-    path = data.splits["test"].path(1)
+    path = data.test.path(1)
     Path(path).write_bytes(b"")
     batches = data.evaluation("test")
     with pytest.warns(SparsityWarning, match="1 of 1 allowed"):
@@ -411,9 +402,9 @@ def test_evaluation_skips_a_damaged_image(small):
 
 
 def test_a_batch_without_readable_images_is_skipped(small, monkeypatch):
-    monkeypatch.setattr("sparing.data.folders.EVALUATION_BATCH", 1)
+    monkeypatch.setattr("sparing.data.pictures.EVALUATION_BATCH", 1)
     data = imagenet(small, max_corrupt=0.25)
-    Path(data.splits["test"].path(0)).write_bytes(b"")
+    Path(data.test.path(0)).write_bytes(b"")
     with pytest.warns(SparsityWarning):
         assert [color_numbers(pixels) for pixels, _ in data.evaluation("test")] == [[11], [12], [13]]
 
@@ -457,7 +448,7 @@ def flatten(root):
 
 
 def test_unsorted_val_is_rejected_and_the_documented_command_sorts_it(small):
-    wanted = imagenet(small).splits["test"]
+    wanted = imagenet(small).test
     classes = flatten(small)
     with pytest.raises(InputError, match=r"4 images outside of class folders .* 0 class folders.*LOC_val_solution"):
         imagenet(small)
@@ -468,7 +459,7 @@ def test_unsorted_val_is_rejected_and_the_documented_command_sorts_it(small):
     page = (ROOT / "docs" / "imagenet.md").read_text()
     line = re.search(r"```bash\n(.*?LOC_val_solution.*?)```", page, re.DOTALL)
     subprocess.run(["bash", "-euc", line[1]], cwd=small, check=True)
-    sorted_again = imagenet(small).splits["test"]
+    sorted_again = imagenet(small).test
     assert list(sorted_again.names) == list(wanted.names)
 
 
@@ -582,8 +573,6 @@ TORCHVISION = """
 import sparing
 from sparing.data import DATASETS
 import sys
-import tarfile
-import threading
 try:
     import torchvision
 except RuntimeError:
@@ -605,311 +594,17 @@ def test_torchvision_of_another_build_raises_input_error(small):
     assert "pytorch.org" in done.stdout
 
 
-@pytest.mark.parametrize(("package", "name"), [("torchvision", "imagenet"), ("webdataset", "webdataset")])
-def test_a_missing_package_raises_input_error(small, monkeypatch, package, name):
-    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+@pytest.mark.parametrize("name", ["imagenet", "webdataset"])
+def test_a_missing_torchvision_raises_input_error(small, monkeypatch, name):
+    for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     arguments = {"imagenet": [str(small)], "webdataset": ["a.tar", "b.tar", 1, 1, 1]}[name]
-    with pytest.raises(InputError, match=rf"{name} needs {package} .*pip install 'sparing\[imagenet\]'"):
+    with pytest.raises(InputError, match=rf"{name} needs torchvision .*pip install 'sparing\[imagenet\]'"):
         DATASETS[name](*arguments)
 
 
-# Shards
-
-
-def write_shard(path, examples, extension="JPEG"):
-    """Write a tar file of examples (key, image or bytes, label), in that order."""
-    with tarfile.open(path, "w") as tar:
-        for key, image, label in examples:
-            content = io.BytesIO()
-            if isinstance(image, bytes):
-                content.write(image)
-            else:
-                image.save(content, format="JPEG", quality=90)
-            for name, data in ((f"{key}.{extension}", content.getvalue()), (f"{key}.cls", str(label).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def uniform_images(first, count):
-    return [(f"{n:05}", Image.new("RGB", (40, 50), number_to_color(n)), n // 10) for n in range(first, first + count)]
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """12 training and 3 validation shards of 10 images, and 5 test shards of 7 images."""
-    root = tmp_path_factory.mktemp("shards")
-    for index in range(15):
-        write_shard(root / f"train-{index:03}.tar", uniform_images(10 * index, 10))
-    for index in range(5):
-        write_shard(root / f"val-{index}.tar", uniform_images(200 + 7 * index, 7))
-    return root
-
-
-def webdataset(root, size=32, workers=0, **changes):
-    arguments = {
-        "train": f"{root}/train-{{000..011}}.tar", "train_examples": 120,
-        "validation": [f"{root}/train-012.tar", f"{root}/train-01[34].tar"], "validation_examples": 30,
-        "test": f"{root}/val-*.tar", "test_examples": 35, "num_classes": 24,
-    }  # fmt: skip
-    return DATASETS["webdataset"](size=size, workers=workers, **arguments | changes)
-
-
-def all_color_numbers(batches):
-    return [n for pixels, _ in batches for n in color_numbers(pixels)]
-
-
-def test_splits_classes_and_shapes_of_shards(shards):
-    data = webdataset(shards)
-    assert [data.size(split) for split in ("train", "validation", "test")] == [120, 30, 35]
-    assert data.input_size == (1, 3, 32, 32)
-    assert data.model_arguments() == {"num_classes": 24, "in_channels": 3}
-    batches = data.training(50, seed=0)
-    assert len(batches) == 3
-    assert [tuple(pixels.shape) for pixels, _ in one_pass(batches)] == [(50, 3, 32, 32)] * 2 + [(20, 3, 32, 32)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_training_on_equal_shards_yields_each_image_once_per_epoch(shards, ranks, workers):
-    # 12 shards are a multiple of ranks × workers, and the batch size of 12 is a multiple of ranks.
-    data = webdataset(shards, workers=workers)
-    shares = [one_pass(data.training(12, 0, rank, ranks)) for rank in range(ranks)]
-    assert [len(share) for share in shares] == [10] * ranks
-    assert {len(labels) for share in shares for _, labels in share} == {12 // ranks}
-    assert sorted(n for share in shares for n in all_color_numbers(share)) == list(range(120))
-    assert all(
-        torch.equal(labels, torch.tensor(color_numbers(pixels)) // 10) for share in shares for pixels, labels in share
-    )
-
-
-def test_a_rank_starts_at_most_one_worker_per_shard(shards):
-    data = webdataset(shards, train=f"{shards}/train-{{000..002}}.tar", train_examples=30, workers=5)
-    assert sorted(all_color_numbers(one_pass(data.training(5, 0)))) == list(range(30))
-
-
-def test_batches_are_full_if_the_ranks_have_different_numbers_of_shards(shards):
-    # One rank has 3 shards, the other 2.
-    data = webdataset(shards, train=f"{shards}/train-{{000..004}}.tar", train_examples=50)
-    shares = [one_pass(data.training(15, 0, rank, 2)) for rank in range(2)]
-    assert [[len(labels) for _, labels in share] for share in shares] == [[8, 8, 8, 3], [7, 7, 7, 2]]
-    # The rank with 2 shards repeats them after it has read both completely.
-    seen = [set(all_color_numbers(share)) for share in shares]
-    assert not seen[0] & seen[1]
-    assert list(map(len, seen)) == [27, 20]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_of_shards_depends_on_seed_and_epoch(shards, workers):
-    def order(seed, epoch, **changes):
-        return all_color_numbers(one_pass(webdataset(shards, workers=workers, **changes).training(30, seed), epoch))
-
-    buffered = order(0, 1)
-    assert order(0, 1) == buffered
-    # Without a buffer, only the order of the shards is shuffled; with a buffer, also that of their images.
-    unbuffered, *others = (order(*each, shuffle=0) for each in ((0, 1), (0, 2), (1, 1)))
-    assert unbuffered[:10] == list(range(unbuffered[0], unbuffered[0] + 10))
-    assert unbuffered not in others
-    assert sorted(buffered[:10]) != buffered[:10]
-
-
-def test_persistent_workers_use_the_current_epoch(shards):
-    batches = webdataset(shards, workers=2).training(30, 0)
-    epochs = [all_color_numbers(one_pass(batches, epoch)) for epoch in (1, 2, 1)]
-    assert epochs[0] == epochs[2] != epochs[1]
-
-
-def test_the_crop_of_an_image_depends_only_on_seed_and_epoch(shards, tmp_path):
-    for index in range(2):
-        write_shard(tmp_path / f"{index}.tar", [(f"{n}", noise_image(n), n) for n in (2 * index, 2 * index + 1)])
-
-    def crops(ranks, workers):
-        data = webdataset(shards, train=f"{tmp_path}/{{0,1}}.tar", train_examples=4, workers=workers)
-        shares = [one_pass(data.training(2, 0, rank, ranks)) for rank in range(ranks)]
-        return {int(label): crop for share in shares for batch in share for crop, label in zip(*batch, strict=True)}
-
-    alone = crops(ranks=1, workers=0)
-    assert alone.keys() == {0, 1, 2, 3}
-    for other in (crops(ranks=2, workers=0), crops(ranks=1, workers=2)):
-        assert all(torch.equal(alone[label], crop) for label, crop in other.items())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2, 7])
-def test_evaluation_of_shards_yields_each_image_once(shards, ranks, workers, monkeypatch):
-    monkeypatch.setattr("sparing.data.shards.EVALUATION_BATCH", 4)
-    data = webdataset(shards, workers=workers)
-    for split, wanted in (("test", range(200, 235)), ("validation", range(120, 150))):
-        assert sorted(
-            n for rank in range(ranks) for n in all_color_numbers(data.evaluation(split, rank, ranks))
-        ) == list(wanted)
-
-
-def test_a_damaged_image_in_a_shard_is_replaced_in_training_and_skipped_in_evaluation(shards, tmp_path):
-    examples = uniform_images(0, 10)
-    examples[3] = ("00003", b"not an image", 0)
-    write_shard(tmp_path / "train.tar", examples)
-    data = webdataset(shards, train=f"{tmp_path}/train.tar", train_examples=10, max_corrupt=0.1, shuffle=0)
-    batches = data.training(5, 0)
-    with pytest.warns(SparsityWarning, match=r"train.tar: 00003 \(not a JPEG.* \(1 of 1 allowed\)"):
-        assert all_color_numbers(one_pass(batches)) == [0, 1, 2, 4, 5, 6, 7, 8, 9, 0]
-    batches = webdataset(shards, test=f"{tmp_path}/train.tar", test_examples=10, max_corrupt=0.1).evaluation("test")
-    with pytest.warns(SparsityWarning):
-        assert all_color_numbers(batches) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    with pytest.raises(InputError, match="1 of 10 images of the train split .*max_corrupt=0.001 allows 0"):
-        one_pass(webdataset(shards, train=f"{tmp_path}/train.tar", train_examples=10).training(5, 0))
-
-
-def test_examples_without_label_or_image_are_unreadable(shards, tmp_path):
-    write_shard(tmp_path / "txt.tar", uniform_images(0, 2), extension="txt")
-    with pytest.raises(InputError, match=r"txt.tar: 0000. \(no .jpg, .jpeg, .png or .webp file\)"):
-        one_pass(webdataset(shards, train=f"{tmp_path}/txt.tar", train_examples=2).training(2, 0))
-    with tarfile.open(tmp_path / "alone.tar", "w") as tar:
-        noise_image(0).save(tmp_path / "0.jpg")
-        tar.add(tmp_path / "0.jpg", "0.jpg")
-    with pytest.raises(InputError, match=r"alone.tar: 0 \(no .cls file\)"):
-        list(webdataset(shards, test=f"{tmp_path}/alone.tar", test_examples=1).evaluation("test"))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_labels_out_of_range_are_rejected(shards, tmp_path, workers):
-    write_shard(tmp_path / "one.tar", [(str(n), noise_image(n), n + 1) for n in range(24)])
-    data = webdataset(shards, train=f"{tmp_path}/one.tar", train_examples=24, workers=workers)
-    message = r"^data webdataset: .*one.tar: 23: labels must be from 0 to 23 with num_classes=24, got 24$"
-    with pytest.raises(InputError, match=message):
-        one_pass(data.training(24, 0))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["truncated in an image", "cut between images", "not a tar file", "missing"])
-def test_a_damaged_shard_raises_input_error(shards, tmp_path, damage, workers):
-    path = tmp_path / "train.tar"
-    write_shard(path, uniform_images(0, 10))
-    data = webdataset(shards, train=str(path), train_examples=10, workers=workers)
-    whole = path.read_bytes()
-    damages = {"truncated in an image": whole[: 4 * 1024 + 700], "not a tar file": b"no tar " * 1000}
-    damages["cut between images"] = whole[: 4 * 1024]
-    path.unlink() if damage == "missing" else path.write_bytes(damages[damage])
-    with pytest.raises(
-        InputError, match=rf"^data webdataset: shard {re.escape(str(path))} cannot be read \([^\n]*\)$"
-    ) as raised:
-        one_pass(data.training(10, 0))
-    assert (damage == "missing") == ("No such file" in str(raised.value))
-
-
-def test_a_shard_without_examples_raises_input_error(shards, tmp_path):
-    write_shard(tmp_path / "none.tar", [])
-    with pytest.raises(InputError, match="no examples in .*none.tar"):
-        one_pass(webdataset(shards, train=f"{tmp_path}/none.tar", train_examples=10).training(5, 0))
-
-
-def test_fewer_examples_than_promised_raise_input_error(shards):
-    """The shards hold 120 examples for training and 35 for the test, counted when all are read to their end."""
-    data = webdataset(shards, train_examples=121, test_examples=36)
-    with pytest.raises(InputError, match="of train have 120 examples, but train_examples is 121"):
-        one_pass(data.training(121, 0))
-    with pytest.raises(InputError, match="has 35 examples to evaluate, but 36 were promised"):
-        evaluate(torch.nn.Flatten(), data.evaluation("test"))
-
-
-def test_write_shards_keeps_images_and_labels(textures, tmp_path):
-    script = ROOT / "examples" / "write_shards.py"
-    command = [sys.executable, str(script), str(textures / "train"), str(tmp_path / "train"), "3"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    names = [f"{tmp_path}/train-000{number}.tar" for number in range(3)]
-    assert printed == [
-        *(f"{n}: {c}" for n, c in zip(names, (12, 12, 11), strict=True)),
-        "35 images of 5 classes in 3 shards",
-    ]
-    assert sorted(map(str, tmp_path.iterdir())) == names
-    tars = DATASETS["webdataset"](names[:2], names[2], 24, 11, 5, size=32, workers=0)
-    folders = imagenet(textures, validation_per_class=0).splits["train"]
-    wanted = {(label, str(decode(folders.path(i)).tobytes())) for i, label in enumerate(folders.labels)}
-    found = {(int(s["cls"]), str(decode(io.BytesIO(s["jpeg"])).tobytes())) for s in read_shards(names)}
-    assert found == wanted
-    assert tars.size("test") == sum(len(labels) for _, labels in tars.evaluation("test"))
-    keys = [sample["__key__"] for sample in read_shards(names)]
-    assert sorted(keys) != keys
-
-
-class SilentHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shards_on_a_web_server(shards, workers):
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(SilentHandler, directory=shards)
-    ) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        data = webdataset(shards, train=f"{address}/train-{{000..001}}.tar", train_examples=20, workers=workers)
-        assert sorted(all_color_numbers(one_pass(data.training(5, 0)))) == list(range(20))
-        # An epoch can end in the middle of a shard, which closes the connection early.
-        assert len(one_pass(webdataset(shards, train=f"{address}/train-000.tar", train_examples=5).training(5, 0))) == 1
-        data = webdataset(shards, train=f"{address}/nowhere.tar", train_examples=20, workers=workers)
-        with pytest.raises(
-            InputError, match=rf"^data webdataset: shard {address}/nowhere.tar cannot be read \([^/]*\)$"
-        ):
-            one_pass(data.training(5, 0))
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"train": "pipe:cat a.tar"}, "train shard 'pipe:cat a.tar' must be a path or an http: or https: URL"),
-        ({"train": "s3://bucket/a.tar"}, "must be a path or an http: or https: URL"),
-        ({"test": "{root}/nothing-*.tar"}, "test shard .*/nothing-\\*.tar not found"),
-        ({"test": "{root}/val-{{3..7}}.tar"}, "test shard .*/val-5.tar not found"),
-        ({"test": "{root}/val-{{3..7.tar"}, "not found|cannot be expanded"),
-        ({"validation": "{root}/train-011.tar"}, "train-011.tar is in train and in validation; remove it from one"),
-        ({"validation": "{root}/val-0.tar"}, "val-0.tar is in validation and in test; remove it from one"),
-        ({"validation": None}, "give both validation and validation_examples, or neither"),
-        ({"train_examples": 0}, "train_examples must be an integer >= 1, got 0"),
-        ({"num_classes": 0}, "num_classes must be an integer >= 1, got 0"),
-        ({"shuffle": -1}, "shuffle must be an integer >= 0, got -1"),
-        ({"size": "224"}, "size must be an integer >= 1, got '224'"),
-    ],
-)
-def test_webdataset_rejects_invalid_arguments(shards, arguments, message):
-    given = {k: v.format(root=shards) if isinstance(v, str) and k != "size" else v for k, v in arguments.items()}
-    with pytest.raises(InputError, match=message):
-        webdataset(shards, **given)
-
-
-def test_webdataset_rejects_fewer_shards_than_ranks(shards):
-    with pytest.raises(InputError, match="13 ranks need at least 13 training shards, got 12"):
-        webdataset(shards).training(26, 0, rank=0, ranks=13)
-
-
 # Training
-
-
-@pytest.mark.parametrize("layout", ["folders", "shards"])
-def test_a_recipe_trains_on_folders_and_shards(colors, shards, tmp_path, layout):
-    folders = {"name": "imagenet", "root": str(colors), "validation_per_class": 1}
-    tars = {
-        "name": "webdataset", "num_classes": 24,
-        "train": f"{shards}/train-{{000..011}}.tar", "train_examples": 120,
-        "validation": f"{shards}/train-{{012..014}}.tar", "validation_examples": 30,
-        "test": f"{shards}/val-*.tar", "test_examples": 35,
-    }  # fmt: skip
-    recipe = Recipe.model_validate(
-        {
-            "model": {"name": "resnet8", "width": 2},
-            "data": {"size": 16, "workers": 0, "batch_size": 100} | {"folders": folders, "shards": tars}[layout],
-            "method": {"name": "str", "init": -4.0},
-            "schedule": {"epochs": 1},
-            "tensorboard": False,
-        }
-    )
-    metrics = train_run(recipe, tmp_path / "run")
-    assert metrics["test_count"] == {"folders": CLASSES * VAL, "shards": 35}[layout]
-    assert metrics["weights"] > 0
 
 
 def test_a_run_on_folders_resumes_with_another_root_and_other_workers(textures, tmp_path):

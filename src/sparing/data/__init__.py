@@ -11,34 +11,13 @@ from sparing.data.shards import webdataset
 from sparing.data.speech import google12, spoken_digits
 
 __all__ = [
-    "DATASETS",
-    "Batches",
-    "ImageBatches",
-    "ImageData",
-    "Images",
-    "SequenceBatches",
-    "SequenceData",
-    "Sequences",
-    "Split",
-    "SplitDataset",
-    "check_split",
-]
+    "DATASETS", "Batches", "ImageBatches", "ImageData", "Images", "SequenceBatches", "SequenceData", "Sequences",
+    "Split", "SplitDataset", "check_split",
+]  # fmt: skip
 
-DATASETS: dict[str, Callable[..., SplitDataset]] = {
-    data.__name__: data
-    for data in (
-        mnist5k,
-        fashion_mnist,
-        cifar10,
-        cifar10_jpeg,
-        imagenet,
-        image_folder,
-        webdataset,
-        har2,
-        har6,
-        watch,
-        google12,
-        spoken_digits,
-    )
-}
+_LOADERS: tuple[Callable[..., SplitDataset], ...] = (
+    mnist5k, fashion_mnist, cifar10, cifar10_jpeg, imagenet, image_folder, webdataset, har2, har6, watch, google12,
+    spoken_digits,
+)  # fmt: skip
+DATASETS = {load.__name__: load for load in _LOADERS}
 """Data set name in a recipe → function that loads it. The other keys of `data:` are its arguments."""

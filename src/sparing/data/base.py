@@ -1,9 +1,10 @@
-"""Interface between data sets and training."""
+"""Interface between data sets and training, and what data sets held in memory share."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from sparing.errors import InputError
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Self = TypeVar("Self", bound="SplitDataset")
+Rows = TypeVar("Rows", bound="Examples")
+Part = TypeVar("Part", bound=Sized)
 
 
 class Batches(Protocol):
@@ -28,7 +31,7 @@ class Batches(Protocol):
     """Set it before each pass: number of batches to leave out at the beginning; a resumed run has had them."""
 
     def __len__(self) -> int:
-        """Return the number of batches per pass."""
+        """Return the number of batches per pass, without regard to `start`."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]: ...
 
@@ -77,28 +80,95 @@ class SplitDataset(ABC):
 
     def fingerprint(self) -> dict[str, object]:
         """Return what tells this data from other data. All ranks must have the same."""
-        return {
-            **{f"{split} examples": self.size(split) for split in SPLITS},
-            **self.model_arguments(),
-            "input_size": self.input_size,
-        }
+        sizes = {f"{split} examples": self.size(split) for split in SPLITS}
+        return {**sizes, **self.model_arguments(), "input_size": self.input_size}
 
 
-def content_hash(*tensors: Tensor) -> str:
-    """Return a short hash of the bytes of some tensors."""
+class Shares:
+    """Base class of batches: which examples this rank has of each batch. This depends only on (seed, epoch).
+
+    Args:
+        count: number of examples.
+        batch_size: examples per batch, over all ranks; the last batch may be smaller.
+        shuffle: draw a new order every epoch, and drop a last batch with fewer examples than ranks.
+        seed: seed of the order.
+        rank: rank whose share of each batch is returned.
+        ranks: number of ranks.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.rank, self.ranks = rank, ranks
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.count, self.batch_size)
+        return full + (rest >= self.ranks if self.shuffle else rest > self.rank)
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator for the epoch, on the CPU: its numbers do not depend on the device or the ranks."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the examples of all ranks in the order of the epoch."""
+        return torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
+
+    def positions(self) -> Iterator[Tensor]:
+        """Yield this rank's positions in the order, for each batch from `start` on."""
+        for batch in torch.arange(self.count).split(self.batch_size)[self.start : len(self)]:
+            yield batch.tensor_split(self.ranks)[self.rank]
+
+
+class Examples:
+    """Base class of dataclasses of tensors with one row per example."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self: Rows, index: Tensor) -> Rows:
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self: Rows, device: torch.device) -> Rows:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+        changed = {name: change(tensor) for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Splits(SplitDataset, Generic[Part]):
+    """Base class of data sets that have their splits as attributes: tensors on the device of training."""
+
+    train: Part
+    validation: Part
+    test: Part
+
+    def size(self, split: Split) -> int:
+        return len(getattr(self, split))
+
+    def fingerprint(self) -> dict[str, object]:
+        return super().fingerprint() | {split: content_hash(*vars(getattr(self, split)).values()) for split in SPLITS}
+
+    def to(self: Self, device: torch.device) -> Self:
+        return replace(self, **{split: getattr(self, split).to(device) for split in SPLITS})  # type: ignore[type-var]
+
+
+def content_hash(*tensors: Any) -> str:
+    """Return a short hash of the bytes of some tensors; None is left out."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        if tensor.numel():  # an empty array of NumPy has strides that view() refuses
+        if tensor is not None and tensor.numel():  # an empty array of NumPy has strides that view() refuses
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def check_split(split: str) -> Split:
-    """Return the name of a split if it is valid.
-
-    Raises:
-        InputError: it is not "train", "validation" or "test".
-    """
-    if split not in ("train", "validation", "test"):
+    """Return the name of a split if it is "train", "validation" or "test"; else raise InputError."""
+    if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; choose from train, validation, test")
-    return split  # type: ignore[return-value]
+    return split

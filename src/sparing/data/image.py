@@ -3,7 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.data.base import SPLITS, Split, SplitDataset, content_hash
+from sparing.data.base import Examples, Shares, Split, Splits
 from sparing.errors import InputError
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Examples):
     """Images and labels of one split.
 
     Attributes:
@@ -27,15 +27,9 @@ class Images:
     pixels: Tensor
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device))
-
 
 @dataclass(frozen=True)
-class ImageData(SplitDataset):
+class ImageData(Splits[Images]):
     """Image data set that fits in memory.
 
     Attributes:
@@ -49,9 +43,6 @@ class ImageData(SplitDataset):
         flip: augmentation: flip training images horizontally with probability 0.5.
     """
 
-    train: Images
-    validation: Images
-    test: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
@@ -72,18 +63,6 @@ class ImageData(SplitDataset):
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "in_channels": self.input_size[1]}
 
-    def size(self, split: Split) -> int:
-        return len(getattr(self, split))
-
-    def fingerprint(self) -> dict[str, object]:
-        splits = {split: getattr(self, split) for split in SPLITS}
-        return super().fingerprint() | {name: content_hash(each.pixels, each.labels) for name, each in splits.items()}
-
-    def to(self, device: torch.device) -> "ImageData":
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
-
     def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> "ImageBatches":
         return ImageBatches(
             self.train, self.mean, self.std, batch_size, shuffle=True, shift=self.shift, flip=self.flip, seed=seed,
@@ -92,6 +71,65 @@ class ImageData(SplitDataset):
 
     def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> "ImageBatches":
         return ImageBatches(getattr(self, split), self.mean, self.std, 1000, rank=rank, ranks=ranks)
+
+
+class ImageBatches(Shares):
+    """Batches of normalized images (N, C, H, W), float32, and labels (N,).
+
+    Order, shifts and flips depend only on (seed, epoch), so a resumed run gets the same batches as an
+    uninterrupted one.
+
+    Args:
+        images: images and labels to iterate over.
+        mean: mean per channel, for pixels in [0, 1].
+        std: standard deviation per channel, for pixels in [0, 1].
+        batch_size: images per batch, over all ranks; the last batch may be smaller.
+        shift: maximum random shift of an image, in pixels, per direction. The border is filled with black.
+        flip: flip images horizontally with probability 0.5.
+        shares: `shuffle`, `seed`, `rank` and `ranks` of `Shares`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        batch_size: int,
+        *,
+        shift: int = 0,
+        flip: bool = False,
+        **shares: int,
+    ) -> None:
+        super().__init__(len(images), batch_size, **shares)  # type: ignore[arg-type]
+        device = images.pixels.device
+        self.images, self.shift, self.flip = images, shift, flip
+        self._mean, self._std = (torch.tensor(each, device=device).reshape(-1, 1, 1) for each in (mean, std))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator, count, device = self.generator(), self.count, self.images.pixels.device
+        order = self.order(generator)
+        offsets = torch.randint(0, 2 * self.shift + 1, (2, count), generator=generator) if self.shift else None
+        flipped = torch.rand(count, generator=generator) < 0.5 if self.flip else None
+        for own in self.positions():
+            batch = self.images[order[own].to(device)]
+            pixels = batch.pixels
+            if offsets is not None:
+                pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets[:, own], self.shift)
+            if flipped is not None:
+                pixels = torch.where(flipped[own].to(device)[:, None, None, None], pixels.flip(-1), pixels)
+            yield (pixels.float() / 255 - self._mean) / self._std, batch.labels
+
+
+def _crop(padded: Tensor, offsets: Tensor, shift: int) -> Tensor:
+    """Crop each image at its own offset, with one gather for the whole batch."""
+    count, channels, height, width = padded.shape
+    rows, columns = offsets.to(padded.device)[..., None, None, None]
+    y = rows + torch.arange(height - 2 * shift, device=padded.device)[:, None]
+    x = columns + torch.arange(width - 2 * shift, device=padded.device)
+    image = torch.arange(count, device=padded.device)[:, None, None, None]
+    # Gathered in this order, the strides are those of a new tensor. With one channel last, the convolutions of torch
+    # 2.13 on the CPU corrupt memory where they run on two threads.
+    return padded[image, torch.arange(channels, device=padded.device)[:, None, None], y, x]
 
 
 def mnist5k(shift: int = 0) -> ImageData:
@@ -112,7 +150,7 @@ def mnist5k(shift: int = 0) -> ImageData:
     flat, digits = mnist_data()
     pixels = torch.as_tensor(flat, dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.as_tensor(digits, dtype=torch.int64)
-    train, validation, test = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (350, 50, 100)))
+    train, validation, test = (Images(pixels, labels)[index] for index in stratified_split(labels, (350, 50, 100)))
     # Mean and std of the full MNIST data set.
     return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10, shift=shift)
 
@@ -146,21 +184,18 @@ def fashion_mnist(root: str | None = None, shift: int = 0, flip: bool = False) -
             "from https://github.com/zalandoresearch/fashion-mnist and set data.root to their folder, or install "
             "Debian's package dataset-fashion-mnist"
         )
-    pixels, labels = _read_idx(folder, "train", 60_000)
-    train, validation = (Images(pixels[i], labels[i]) for i in stratified_split(labels, (5500, 500)))
-    test = Images(*_read_idx(folder, "t10k", 10_000))
+    images = _read_idx(folder, "train", 60_000)
+    train, validation = (images[index] for index in stratified_split(images.labels, (5500, 500)))
+    test = _read_idx(folder, "t10k", 10_000)
     # Mean and std of the training images.
     return ImageData(train, validation, test, mean=(0.2860,), std=(0.3530,), num_classes=10, shift=shift, flip=flip)
 
 
-def _read_idx(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
-    """Read images (count, 1, 28, 28) and labels (count,) from a pair of files in MNIST's IDX format."""
+def _read_idx(folder: Path, prefix: str, count: int) -> Images:
+    """Read a pair of files in MNIST's IDX format. torchvision reads them, too, but not with every build of torch."""
     found = []
-    for kind, shape in (
-        (f"{prefix}-images-idx3-ubyte.gz", (count, 28, 28)),
-        (f"{prefix}-labels-idx1-ubyte.gz", (count,)),
-    ):
-        path = folder / kind
+    for name, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+        path = folder / f"{prefix}-{name}-ubyte.gz"
         # Header: two zero bytes, the data type (8: uint8), the number of dimensions, each dimension big-endian.
         header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
         try:
@@ -173,7 +208,7 @@ def _read_idx(folder: Path, prefix: str, count: int) -> tuple[Tensor, Tensor]:
         if raw[: len(header)] != header or len(raw) != len(header) + prod(shape):
             raise InputError(f"data {path}: does not hold {count:,} items in MNIST's IDX format; download it again")
         found.append(torch.frombuffer(bytearray(raw[len(header) :]), dtype=torch.uint8).reshape(shape))
-    return found[0].unsqueeze(1), found[1].to(torch.int64)
+    return Images(found[0].unsqueeze(1), found[1].to(torch.int64))
 
 
 def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -195,96 +230,10 @@ def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> 
         torch.Size([2])
     """
     generator = torch.Generator().manual_seed(seed)
-    splits: list[list[Tensor]] = [[] for _ in counts]
+    chosen = []
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label).flatten()
         if len(members) < sum(counts):
             raise InputError(f"class {label} has {len(members)} examples; the split needs {sum(counts)}")
-        shuffled = members[torch.randperm(len(members), generator=generator)]
-        for split, chunk in zip(splits, shuffled[: sum(counts)].split(list(counts)), strict=True):
-            split.append(chunk)
-    return [torch.cat(split).sort().values for split in splits]
-
-
-class ImageBatches:
-    """Batches of normalized images (N, C, H, W), float32, and labels (N,).
-
-    Order, shifts and flips depend only on (seed, epoch), so a resumed run gets the same batches as an
-    uninterrupted one.
-
-    Args:
-        images: images and labels to iterate over.
-        mean: mean per channel, for pixels in [0, 1].
-        std: standard deviation per channel, for pixels in [0, 1].
-        batch_size: images per batch, over all ranks; the last batch may be smaller.
-        shuffle: draw a new order every epoch.
-        shift: maximum random shift of an image, in pixels, per direction. The border is filled with black.
-        flip: flip images horizontally with probability 0.5.
-        seed: seed of order, shifts and flips.
-        rank: rank whose share of each batch is returned.
-        ranks: number of ranks. With `shuffle`, a last batch with fewer images than ranks is dropped.
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        shift: int = 0,
-        flip: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        device = images.pixels.device
-        self.images = images
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.shift = shift
-        self.flip = flip
-        self.seed = seed
-        self.rank = rank
-        self.ranks = ranks
-        self.epoch = 0
-        self.start = 0
-        self._mean = torch.tensor(mean, device=device).reshape(-1, 1, 1)
-        self._std = torch.tensor(std, device=device).reshape(-1, 1, 1)
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest >= self.ranks if self.shuffle else rest > 0)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Drawn on the CPU for the global batch, so that the numbers do not depend on the device or the ranks.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        count = len(self.images)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        offsets = torch.randint(0, 2 * self.shift + 1, (2, count), generator=generator) if self.shift else None
-        flipped = torch.rand(count, generator=generator) < 0.5 if self.flip else None
-        device = self.images.pixels.device
-        for batch in torch.arange(count).split(self.batch_size)[self.start : len(self)]:
-            own = batch.tensor_split(self.ranks)[self.rank]
-            if not len(own):  # possible in evaluation only
-                return
-            index = order[own].to(device)
-            pixels = self.images.pixels[index]
-            if offsets is not None:
-                pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets[:, own], self.shift)
-            if flipped is not None:
-                pixels = torch.where(flipped[own].to(device)[:, None, None, None], pixels.flip(-1), pixels)
-            yield (pixels.float() / 255 - self._mean) / self._std, self.images.labels[index]
-
-
-def _crop(padded: Tensor, offsets: Tensor, shift: int) -> Tensor:
-    """Crop each image at its own offset, with one gather for the whole batch."""
-    count, channels, height, width = padded.shape
-    rows, columns = offsets.to(padded.device)[..., None, None, None]
-    y = rows + torch.arange(height - 2 * shift, device=padded.device)[:, None]
-    x = columns + torch.arange(width - 2 * shift, device=padded.device)
-    image = torch.arange(count, device=padded.device)[:, None, None, None]
-    # Gathered in this order, the strides are those of a new tensor. With one channel last, the convolutions of torch
-    # 2.13 on the CPU corrupt memory where they run on two threads.
-    return padded[image, torch.arange(channels, device=padded.device)[:, None, None], y, x]
+        chosen.append(members[torch.randperm(len(members), generator=generator)][: sum(counts)].split(list(counts)))
+    return [torch.cat(split).sort().values for split in zip(*chosen, strict=True)]

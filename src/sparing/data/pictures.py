@@ -1,97 +1,139 @@
-"""Image decoding and augmentation in worker processes, and normalization on the device.
+"""Image files: decoded and augmented in worker processes with torchvision, normalized on the device.
 
-Worker processes return uint8 pixels, which take a quarter of the memory and transfer time of float32. The
-device converts them to floating point.
+Worker processes return uint8 pixels, which take a quarter of the memory and transfer time of float32.
 """
 
-import contextlib
 import hashlib
 import math
 import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from sparing.data.base import SPLITS, Shares, Split, SplitDataset, Splits, content_hash
 from sparing.errors import InputError, SparsityWarning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Transform: TypeAlias = Callable[["Image"], Tensor]
-"""Function from a decoded image to pixels, uint8, (3, H, W)."""
-
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Mean and std per channel of the ImageNet training images, for pixels in [0, 1]; the usual constants."""
 EVALUATION_BATCH = 256
-"""Images per batch in evaluation. Results do not depend on it."""
-
+"""Images per batch and rank in evaluation. Results do not depend on it."""
 # The formats that torchvision's ImageFolder accepts. Pillow supports more; some of these run external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-
 # Maximum number of warnings about unreadable images; further ones are only counted.
 MAX_WARNINGS = 10
 
 
-class Unreadable(NamedTuple):
-    """Image that cannot be read."""
+@dataclass(frozen=True)
+class ImageFiles(ABC):
+    """Names and labels of the images of a split.
 
-    file: str
-    reason: str
+    They are NumPy arrays, whose memory the worker processes share with the main process. A list of strings would be
+    copied into every worker, because Python writes reference counts into the strings.
 
+    Attributes:
+        names: fixed-width bytes, (N,).
+        labels: int64, (N,).
+    """
 
-class DecodedImage(NamedTuple):
-    """Image as decoded by a worker process."""
+    names: NDArray[np.bytes_]
+    labels: NDArray[np.int64]
 
-    pixels: Tensor | None
-    """uint8, (3, H, W); None if neither the image nor a replacement can be read."""
-    label: int
-    unreadable: list[Unreadable]
-    """Images that were tried before this one."""
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """Return where an image is, for messages."""
 
-class DecodedBatch(NamedTuple):
-    """Batch as returned by a worker process."""
+    @abstractmethod
+    def open(self, index: int) -> str | BinaryIO:
+        """Return the encoded image: a path, or a file."""
 
-    pixels: Tensor | None
-    """uint8, (N, 3, H, W); None if no image of the batch can be read."""
-    labels: Tensor
-    unreadable: list[Unreadable]
-    error: str | None = None
-    """Message of an InputError that was raised in the worker process."""
-
-
-class HasEpoch(Protocol):
-    """Object that orders or augments examples depending on the epoch."""
-
-    epoch: int
-    start: int
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the images in the order of an epoch."""
+        return torch.randperm(len(self), generator=generator)
 
 
-class ImageLoader:
+@dataclass(frozen=True)
+class FileData(Splits[ImageFiles]):
+    """Image data set in files, returned by `imagenet`, `image_folder` and `webdataset`.
+
+    The images of a training step and their crops and flips depend only on (seed, epoch), not on the number of
+    workers or ranks.
+
+    Attributes:
+        train: training split.
+        validation: validation split.
+        test: test split.
+        num_classes: number of classes; labels are 0 to num_classes − 1.
+        resolution: height and width of the network input, in pixels.
+        workers: number of decoding processes.
+        max_corrupt: maximum fraction of unreadable images in a split.
+        device: device of the batches.
+        classes: class names, indexed by label, if they are known.
+    """
+
+    num_classes: int
+    resolution: int
+    workers: int
+    max_corrupt: float
+    device: torch.device = torch.device("cpu")
+    classes: tuple[str, ...] = ()
+
+    @property
+    def input_size(self) -> tuple[int, ...]:  # type: ignore[override]
+        """(1, 3, H, W)."""
+        return (1, 3, self.resolution, self.resolution)
+
+    def model_arguments(self) -> dict[str, int]:
+        return {"num_classes": self.num_classes, "in_channels": 3}
+
+    def fingerprint(self) -> dict[str, object]:
+        files = {split: getattr(self, split) for split in SPLITS}
+        return SplitDataset.fingerprint(self) | {
+            split: content_hash(torch.from_numpy(each.names.view(np.uint8)), torch.from_numpy(each.labels))
+            for split, each in files.items()
+        }
+
+    def to(self, device: torch.device) -> "FileData":
+        return replace(self, device=device)
+
+    def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> "ImageLoader":
+        return ImageLoader(self, "train", batch_size, shuffle=True, seed=seed, rank=rank, ranks=ranks)
+
+    def evaluation(self, split: Split, rank: int = 0, ranks: int = 1) -> "ImageLoader":
+        return ImageLoader(self, split, EVALUATION_BATCH * ranks, rank=rank, ranks=ranks)
+
+
+class ImageLoader(Shares):
     """Iterable of batches on the device: normalized images (N, 3, H, W), float32, and labels (N,).
 
-    Unreadable images are skipped with a warning, up to a maximum number.
+    Training images are cropped and flipped at random. Unreadable images cause a warning, up to a maximum number: in
+    training, the next readable one replaces them; in evaluation, they are skipped.
 
     Args:
-        batches: iterable of decoded batches, such as a `torch.utils.data.DataLoader`.
-        source: object whose `epoch` and `start` are set before each pass.
-        steps: batches per pass.
-        device: device of the batches.
-        split: "train", "validation" or "test", for messages.
-        examples: number of images in the split.
-        max_corrupt: maximum fraction of unreadable images in the split.
-        after_pass: called at the end of each pass, for checks.
+        data: the data set.
+        split: "train", "validation" or "test".
+        batch_size: images per batch, over all ranks.
+        shares: `shuffle` (and augment), `seed`, `rank` and `ranks` of `Shares`.
 
     Attributes:
         epoch: epoch of the next pass; set it before each training pass.
-        start: number of batches that the next pass leaves out at the beginning.
+        start: number of batches that the next pass leaves out at the beginning. They are not decoded.
         examples: number of images in the split, over all ranks.
         unreadable: number of unreadable images in the last pass.
         skipped: file name → reason, for every unreadable image so far.
@@ -99,107 +141,98 @@ class ImageLoader:
             so on a GPU this is an upper bound of its idle time.
     """
 
-    def __init__(
-        self,
-        batches: Iterable[DecodedBatch],
-        source: HasEpoch,
-        steps: int,
-        *,
-        device: torch.device,
-        split: str,
-        examples: int,
-        max_corrupt: float,
-        after_pass: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.examples = examples
+    def __init__(self, data: FileData, split: Split, batch_size: int, **shares: Any) -> None:
+        self._files: ImageFiles = getattr(data, split)
+        super().__init__(len(self._files), batch_size, **shares)
+        self.examples = self.count
         self.unreadable = 0
         self.skipped: dict[str, str] = {}
         self.waited_seconds = 0.0
-        self._batches = batches
-        self._source = source
-        self._steps = steps
-        self._device = device
-        self._split = split
-        self._max_corrupt = max_corrupt
-        self._after_pass = after_pass
+        self._split, self._device, self._max_corrupt = split, data.device, data.max_corrupt
+        self._limit = max_unreadable(data.max_corrupt, self.count)
         # Scaled to pixels from 0 to 255.
-        self._mean = 255 * torch.tensor(MEAN, device=device).reshape(-1, 1, 1)
-        self._std = 255 * torch.tensor(STD, device=device).reshape(-1, 1, 1)
+        self._mean, self._std = (255 * torch.tensor(each, device=data.device).view(-1, 1, 1) for each in (MEAN, STD))
+        self._plan: list[tuple[int, NDArray[np.int64]]] = []
+        self._batches = DataLoader(
+            DecodedBatches(self._files, data.resolution, self.seed, self.shuffle, self._limit if self.shuffle else 0),
+            batch_size=None,  # the data set returns batches
+            sampler=self._plan,
+            num_workers=data.workers,
+            persistent_workers=self.shuffle and data.workers > 0,
+            pin_memory=data.device.type == "cuda",
+            # A DataLoader draws a number per pass, which would change the global random state of a resumed run.
+            generator=torch.Generator(),
+            worker_init_fn=ignore_stop_signals,
+        )
 
-    @property
-    def epoch(self) -> int:
-        return self._source.epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._source.epoch = epoch
-
-    @property
-    def start(self) -> int:
-        return self._source.start
-
-    @start.setter
-    def start(self, start: int) -> None:
-        self._source.start = start
-
-    def __len__(self) -> int:
-        return self._steps
+    def order(self, generator: torch.Generator) -> Tensor:
+        return self._files.order(generator) if self.shuffle else super().order(generator)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.waited_seconds = 0.0
-        self.unreadable = 0
+        self.waited_seconds, self.unreadable = 0.0, 0
+        order = self.order(self.generator())
+        self._plan[:] = [(self.epoch, order[own].numpy()) for own in self.positions()]
         clock = time.perf_counter()
-        batches = iter(self._batches)
-        while True:
-            batch = next(batches, None)
+        for pixels, labels, unreadable in self._batches:
             self.waited_seconds += time.perf_counter() - clock
-            if batch is None:
-                self._after_pass()
-                return
-            if batch.error is not None:
-                raise InputError(batch.error)
-            self.unreadable += len(batch.unreadable)
-            for unreadable in batch.unreadable:
-                self._skip(unreadable)
-            if batch.pixels is not None:
-                yield self._normalized(batch.pixels), batch.labels.to(self._device, non_blocking=True)
+            self.unreadable += len(unreadable)
+            for file, reason in unreadable:
+                self._skip(file, reason)
+            if pixels is not None:
+                images = pixels.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
+                yield images, labels.to(self._device, non_blocking=True)
             clock = time.perf_counter()
 
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
-
-    def _skip(self, unreadable: Unreadable) -> None:
+    def _skip(self, file: str, reason: str) -> None:
         """Count an unreadable image and warn; raise InputError above the maximum number."""
-        if unreadable.file in self.skipped:
+        if file in self.skipped:
             return
-        self.skipped[unreadable.file] = unreadable.reason
-        limit, count = max_unreadable(self._max_corrupt, self.examples), len(self.skipped)
-        which = f"{unreadable.file} ({unreadable.reason})"
-        if count > limit:
+        self.skipped[file] = reason
+        count, which = len(self.skipped), f"{file} ({reason})"
+        if count > self._limit:
             raise InputError(
                 f"{count} of {self.examples} images of the {self._split} split cannot be read, the last one is "
-                f"{which}; max_corrupt={self._max_corrupt:g} allows {limit}: repair the files or raise max_corrupt"
+                f"{which}; max_corrupt={self._max_corrupt:g} allows {self._limit}: repair the files or raise it"
             )
         if count <= MAX_WARNINGS:
             rest = "; further unreadable images are counted without a warning" if count == MAX_WARNINGS else ""
-            message = f"{which} cannot be read and is skipped in the {self._split} split ({count} of {limit} allowed)"
-            warnings.warn(message + rest, SparsityWarning, stacklevel=3)
+            where = f"is skipped in the {self._split} split ({count} of {self._limit} allowed)"
+            warnings.warn(f"{which} cannot be read and {where}{rest}", SparsityWarning, stacklevel=3)
+
+
+class DecodedBatches(Dataset[tuple[Tensor | None, Tensor, list[tuple[str, str]]]]):
+    """Decodes a batch, given as (epoch, indices): pixels, uint8, (N, 3, H, W), labels, and unreadable files.
+
+    The random numbers of the augmentation of an image depend only on (seed, epoch, index). In place of an unreadable
+    image, up to `replacements` following ones are tried. Without any readable image, pixels are None.
+    """
+
+    def __init__(self, files: ImageFiles, size: int, seed: int, augment: bool, replacements: int) -> None:
+        self._files, self._seed, self._replacements = files, seed, replacements
+        self._transform = training_transform(size) if augment else evaluation_transform(size)
+
+    def __getitem__(self, key: tuple[int, NDArray[np.int64]]) -> tuple[Tensor | None, Tensor, list[tuple[str, str]]]:
+        epoch, indices = key
+        pixels, labels, unreadable = [], [], []
+        for index in indices.tolist():
+            for position in range(index, index + self._replacements + 1):
+                position %= len(self._files)
+                try:
+                    image = decode(self._files.open(position))
+                except Exception as error:  # A damaged file can raise almost any type of exception.
+                    unreadable.append((self._files.path(position), one_line(error)))
+                    continue
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(hash_seed(self._seed, epoch, index))
+                    pixels.append(self._transform(image))
+                labels.append(int(self._files.labels[position]))
+                break
+        return torch.stack(pixels) if pixels else None, torch.tensor(labels, dtype=torch.int64), unreadable
 
 
 def max_unreadable(max_corrupt: float, examples: int) -> int:
-    """Return the maximum number of unreadable examples: ⌊max_corrupt · examples⌋.
-
-    A small tolerance corrects for rounding: 0.29 of 100 is 29, not 28.
-    """
+    """Return ⌊max_corrupt · examples⌋. A small tolerance corrects for rounding: 0.29 of 100 is 29, not 28."""
     return math.floor(max_corrupt * examples + 1e-9)
-
-
-def collate(examples: list[DecodedImage]) -> DecodedBatch:
-    """Stack the readable images to a batch. Runs in the worker process."""
-    readable = [example for example in examples if example.pixels is not None]
-    pixels = default_collate([example.pixels for example in readable]) if readable else None
-    labels = torch.tensor([example.label for example in readable], dtype=torch.int64)
-    return DecodedBatch(pixels, labels, [each for example in examples for each in example.unreadable])
 
 
 def decode(file: str | BinaryIO) -> "Image":
@@ -230,61 +263,33 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def training_transform(size: int) -> Transform:
-    """Return the training augmentation of the STR paper.
+def training_transform(size: int) -> Callable[["Image"], Tensor]:
+    """Return the augmentation of the STR paper, from an image to pixels, uint8, (3, size, size).
 
     A random crop of 8 to 100% of the area with an aspect ratio of 3/4 to 4/3, resized to (size, size), and a
     horizontal flip with probability 0.5.
-
-    Args:
-        size: height and width of the result, in pixels.
     """
     from torchvision.transforms import v2
 
-    transform: Transform = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    return transform
+    crop = v2.RandomResizedCrop(size)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])  # type: ignore[no-any-return]
 
 
-def evaluation_transform(size: int) -> Transform:
-    """Return the evaluation transform: resize the shorter side to size · 256/224, then crop the center.
-
-    Args:
-        size: height and width of the result, in pixels.
-    """
+def evaluation_transform(size: int) -> Callable[["Image"], Tensor]:
+    """Return the evaluation transform: resize the shorter side to size · 256/224, then crop the center."""
     from torchvision.transforms import v2
 
     shorter = round(size * 256 / 224)
-    transform: Transform = v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])
-    return transform
+    return v2.Compose([v2.Resize(shorter), v2.CenterCrop(size), v2.PILToTensor()])  # type: ignore[no-any-return]
 
 
 def hash_seed(*parts: object) -> int:
-    """Return a 32-bit seed that depends only on the arguments and is the same on every machine.
-
-    Examples:
-        >>> hash_seed(0, 1, 2) == hash_seed(0, 1, 2) != hash_seed(0, 12)
-        True
-    """
+    """Return a 32-bit seed that depends only on the arguments and is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
-@contextlib.contextmanager
-def seeded(*parts: object) -> Iterator[None]:
-    """Seed torch's CPU generator with `hash_seed(*parts)` inside the block, and restore its state afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(hash_seed(*parts))
-        yield
-
-
 def require_torchvision(data: str) -> None:
-    """Check that torchvision can be imported.
-
-    Args:
-        data: name of the data set that needs it, for the message.
-
-    Raises:
-        InputError: torchvision is not installed, or was built for another version of torch.
-    """
+    """Raise InputError if torchvision is not installed, or was built for another version of torch."""
     try:
         import torchvision  # noqa: F401
     except ImportError as error:
@@ -305,32 +310,23 @@ def ignore_stop_signals(worker: int) -> None:
 
 
 def default_workers() -> int:
-    """Return the default number of worker processes: one per available core, at most 16.
-
-    Under torchrun, the ranks of a host share the cores evenly.
-    """
+    """Return one worker process per available core, at most 16. Ranks of torchrun on a host share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def check_arguments(data: str, size: int, workers: int | None, max_corrupt: float) -> None:
-    """Check the arguments that all data sets of image files share.
-
-    Raises:
-        InputError: an argument is out of range.
-    """
+def check_arguments(data: str, size: int, workers: int | None, max_corrupt: float) -> int:
+    """Check the arguments that all data sets of image files share, and return the number of workers."""
     check_count(data, "size", size, least=1)
-    if workers is not None:
-        check_count(data, "workers", workers, least=0)
     if isinstance(max_corrupt, bool) or not isinstance(max_corrupt, int | float) or not 0 <= max_corrupt <= 1:
         raise InputError(f"data {data}: max_corrupt must be in [0, 1], got {max_corrupt!r}")
+    if workers is None:
+        return default_workers()
+    check_count(data, "workers", workers, least=0)
+    return workers
 
 
 def check_count(data: str, name: str, value: int, least: int) -> None:
-    """Check that an argument is an integer of at least `least`.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError if an argument is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"data {data}: {name} must be an integer >= {least}, got {value!r}")

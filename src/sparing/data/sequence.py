@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.data.base import SPLITS, Split, SplitDataset, content_hash
+from sparing.data.base import SPLITS, Examples, Shares, Split, Splits
 from sparing.errors import InputError
 
 
 @dataclass(frozen=True)
-class Sequences:
+class Sequences(Examples):
     """Sequences and labels of one split.
 
     Attributes:
@@ -26,17 +26,6 @@ class Sequences:
     labels: Tensor
     lengths: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> "Sequences":
-        lengths = None if self.lengths is None else self.lengths[index]
-        return Sequences(self.values[index], self.labels[index], lengths)
-
-    def to(self, device: torch.device) -> "Sequences":
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        return Sequences(self.values.to(device), self.labels.to(device), lengths)
-
     def steps(self) -> Tensor:
         """Return all time steps that are not padding, (steps, F)."""
         if self.lengths is None:
@@ -45,7 +34,7 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class SequenceData(SplitDataset):
+class SequenceData(Splits[Sequences]):
     """Sequence data set that fits in memory.
 
     Batches are `(sequences, labels)`, or `(sequences, lengths, labels)` if the lengths differ.
@@ -57,9 +46,6 @@ class SequenceData(SplitDataset):
         num_classes: number of classes; labels are 0 to num_classes − 1.
     """
 
-    train: Sequences
-    validation: Sequences
-    test: Sequences
     num_classes: int
 
     @property
@@ -70,18 +56,6 @@ class SequenceData(SplitDataset):
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "input_size": self.input_size[2]}
 
-    def size(self, split: Split) -> int:
-        return len(getattr(self, split))
-
-    def fingerprint(self) -> dict[str, object]:
-        splits = {split: getattr(self, split) for split in SPLITS}
-        return super().fingerprint() | {name: content_hash(each.values, each.labels) for name, each in splits.items()}
-
-    def to(self, device: torch.device) -> "SequenceData":
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
-
     def training(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> "SequenceBatches":
         return SequenceBatches(self.train, batch_size, shuffle=True, seed=seed, rank=rank, ranks=ranks)
 
@@ -89,7 +63,7 @@ class SequenceData(SplitDataset):
         return SequenceBatches(getattr(self, split), 500, rank=rank, ranks=ranks)
 
 
-class SequenceBatches:
+class SequenceBatches(Shares):
     """Batches of sequences (N, T, F), float32, lengths (N,) if they differ, and labels (N,).
 
     T is the length of the longest sequence in the batch. The order depends only on (seed, epoch).
@@ -97,45 +71,17 @@ class SequenceBatches:
     Args:
         sequences: sequences and labels to iterate over.
         batch_size: sequences per batch, over all ranks; the last batch may be smaller.
-        shuffle: draw a new order every epoch.
-        seed: seed of the order.
-        rank: rank whose share of each batch is returned.
-        ranks: number of ranks. With `shuffle`, a last batch with fewer sequences than ranks is dropped.
+        shares: `shuffle`, `seed`, `rank` and `ranks` of `Shares`.
     """
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
+    def __init__(self, sequences: Sequences, batch_size: int, **shares: Any) -> None:
+        super().__init__(len(sequences), batch_size, **shares)
         self.sequences = sequences
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.ranks = ranks
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.sequences), self.batch_size)
-        return full + (rest >= self.ranks if self.shuffle else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        # Drawn on the CPU for the global batch, so that the order does not depend on the device or the ranks.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        count = len(self.sequences)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        for batch in order.split(self.batch_size)[self.start : len(self)]:
-            own = batch.tensor_split(self.ranks)[self.rank]
-            if not len(own):  # possible in evaluation only
-                return
-            share = self.sequences[own.to(self.sequences.labels.device)]
+        order = self.order(self.generator())
+        for own in self.positions():
+            share = self.sequences[order[own].to(self.sequences.labels.device)]
             if share.lengths is None:
                 yield share.values, share.labels
             else:
@@ -160,12 +106,9 @@ def normalized(name: str, train: Sequences, validation: Sequences, test: Sequenc
                 f"data {name}: {len(broken)} of {len(sequences)} sequences of the {split} split contain NaN or "
                 f"infinite values, the first at index {int(broken[0])}"
             )
-    steps = train.steps()
     # The clamp avoids a division by zero: a constant feature becomes 0.
-    mean, std = steps.mean(0), steps.std(0).clamp(min=1e-6)
-    train, validation, test = (
-        replace(split, values=(split.values - mean) / std) for split in (train, validation, test)
-    )
+    mean, std = train.steps().mean(0), train.steps().std(0).clamp(min=1e-6)
+    train, validation, test = (replace(each, values=(each.values - mean) / std) for each in (train, validation, test))
     return SequenceData(train, validation, test, num_classes)
 
 
@@ -193,8 +136,7 @@ def har6(root: str = "data/UCI HAR Dataset") -> SequenceData:
     ESANN 2013; https://archive.ics.uci.edu/dataset/240/human+activity+recognition+using+smartphones.
     """
     train, test = _read_har(Path(root), "train"), _read_har(Path(root), "test")
-    keep = len(train) - len(train) // 5
-    order = torch.arange(len(train))
+    keep, order = len(train) - len(train) // 5, torch.arange(len(train))
     return normalized("UCI HAR", train[order[:keep]], train[order[keep:]], test, num_classes=6)
 
 
@@ -205,26 +147,21 @@ def har2(root: str = "data/UCI HAR Dataset") -> SequenceData:
 
     Reference: Kusupati et al., "FastGRNN", NeurIPS 2018, appendix B.
     """
-    merged = torch.tensor([1, 0, 1, 0, 1, 0])
-    six = har6(root)
-    train, validation, test = (
-        replace(split, labels=merged[split.labels]) for split in (six.train, six.validation, six.test)
-    )
-    return SequenceData(train, validation, test, num_classes=2)
+    merged, six = torch.tensor([1, 0, 1, 0, 1, 0]), har6(root)
+    splits = {split: replace(getattr(six, split), labels=merged[getattr(six, split).labels]) for split in SPLITS}
+    return replace(six, **splits, num_classes=2)
 
 
 def _read_har(root: Path, split: str) -> Sequences:
     folder = root / split
     paths = [folder / "Inertial Signals" / f"{signal}_{split}.txt" for signal in HAR_SIGNALS]
     labels = folder / f"y_{split}.txt"
-    missing = [path for path in (*paths, labels) if not path.is_file()]
-    if missing:
+    if missing := [path for path in (*paths, labels) if not path.is_file()]:
         raise InputError(
             f"data UCI HAR: {missing[0]} is missing ({len(missing)} of {len(paths) + 1} files of the {split} split "
             f'are missing); unpack "UCI HAR Dataset.zip" from {HAR_PAGE} and set data.root to its folder'
         )
-    numbers = [_read_table(path) for path in paths]
-    targets = _read_table(labels).flatten()
+    numbers, targets = [_read_table(path) for path in paths], _read_table(labels).flatten()
     for path, table in zip(paths, numbers, strict=True):
         if table.shape != (len(targets), HAR_STEPS):
             raise InputError(
@@ -243,10 +180,6 @@ def _read_table(path: Path) -> Tensor:
         return torch.from_numpy(np.loadtxt(path, dtype=np.float32, ndmin=2))
     except (OSError, ValueError) as error:
         raise InputError(f"data {path}: cannot be read ({error}); unpack the archive again") from error
-
-
-WATCH_WINDOW, WATCH_STRIDE = 100, 50
-"""Length of a window (2 s at 50 Hz) and stride between windows, in time steps."""
 
 
 def watch() -> SequenceData:
@@ -277,7 +210,7 @@ def watch() -> SequenceData:
     return normalized("watch", windows_of(range(1, 7)), windows_of([7]), windows_of(range(8, 11)), num_classes=7)
 
 
-def windows(series: Tensor, width: int = WATCH_WINDOW, stride: int = WATCH_STRIDE) -> Tensor:
+def windows(series: Tensor, width: int = 100, stride: int = 50) -> Tensor:
     """Divide a series (T, F) into windows (N, width, F). The incomplete window at the end is dropped.
 
     Examples:

@@ -4,16 +4,18 @@ import hashlib
 import math
 import re
 import wave
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from sparing.data.cache import cached
 from sparing.data.sequence import SequenceData, Sequences, normalized
 from sparing.errors import InputError
-from sparing.files import atomic_write, read_text
+from sparing.files import read_text
 
 FILTERS = 32
 WINDOW, STRIDE = 0.025, 0.010
@@ -26,22 +28,14 @@ SPEECH_COMMANDS_PAGE = "https://www.tensorflow.org/datasets/catalog/speech_comma
 FSDD_PAGE = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Section of a WAV file.
-
-    Attributes:
-        path: path of the file.
-        start: index of the first sample.
-        samples: maximum number of samples.
-        pad: pad with zeros to the maximum number of samples.
-        volume: factor on the samples.
-    """
+class Clip(NamedTuple):
+    """Section of a WAV file: its samples times `volume`, and zeros up to `samples` if `padded`."""
 
     path: Path
-    start: int
+    label: int
     samples: int
-    pad: bool
+    padded: bool = True
+    start: int = 0
     volume: float = 1.0
 
 
@@ -52,41 +46,35 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
     of unknown words and the number of silences are each 10% of the number of examples of the ten words. (The
     FastGRNN paper has 22,246 training and 3,081 test examples, from version 1 of the archive; not verified here.)
 
-    No speaker is in two splits: the splits are those of the lists in the archive, or of the rule in its README if
-    there are no lists (`which_split`). Silences are sections of the archive's noise files with a random volume
-    between 0 and 1: from the first 80% of each file for training, the next 10% for validation, the last 10% for
-    the test. Each filter is normalized with its mean and std over the training split.
+    The splits are those of the lists in the archive; no speaker is in two. Silences are sections of the archive's
+    noise files with a random volume between 0 and 1: from the first 80% of each file for training, the next 10% for
+    validation, the last 10% for the test. Each filter is normalized with its mean and std over the training split.
 
     Args:
         root: folder of the unpacked archive, with one folder per word and `_background_noise_`.
         cache: file for the computed spectrograms. None uses `google12.safetensors` in `root`.
 
     Raises:
-        InputError: a folder, a list or a listed recording is missing; a recording is not a 16-bit mono WAV file at
-            16 kHz; the cache cannot be written; kaldi-native-fbank is not installed.
+        InputError: a file is missing or is not a 16-bit mono WAV file at 16 kHz; kaldi-native-fbank is not installed.
 
     Reference: Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", 2018.
     Deviation: TensorFlow's speech_commands example draws the unknown words at random; here they are those with the
     smallest SHA-1 hash of their names.
     """
     folder = Path(root)
-    absent = [name for name in (*WORDS, NOISE) if not (folder / name).is_dir()]
-    if absent:
+    if absent := [name for name in (*WORDS, NOISE) if not (folder / name).is_dir()]:
         raise InputError(
             f"data google12: {folder} has no folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
             f"unpack speech_commands_v0.01.tar.gz ({SPEECH_COMMANDS_PAGE}) and set data.root to its folder"
         )
-    clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
+    clips: dict[str, list[Clip]] = {"train": [], "validation": [], "test": []}
     others: dict[str, list[Path]] = {split: [] for split in clips}
-    split_of = _speech_commands_splits(folder)
+    listed = _listed_splits(folder)
     for path in sorted(folder.glob("*/*.wav")):
-        word = path.parent.name
-        if word == NOISE:
-            continue
-        split = split_of(path)
+        word, split = path.parent.name, listed.get(_relative(path), "train")
         if word in WORDS:
-            clips[split].append((Clip(path, 0, 16_000, True), WORDS.index(word)))
-        else:
+            clips[split].append(Clip(path, WORDS.index(word), 16_000))
+        elif word != NOISE:
             others[split].append(path)
     noises = sorted((folder / NOISE).glob("*.wav"))
     if not noises:
@@ -94,8 +82,8 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
     for split, examples in clips.items():
         count = math.ceil(len(examples) / 10)
         chosen = sorted(others[split], key=lambda path: hashlib.sha1(_relative(path).encode()).hexdigest())[:count]
-        examples += [(Clip(path, 0, 16_000, True), UNKNOWN) for path in chosen]
-        examples += [(clip, SILENCE) for clip in _silences(noises, split, count)]
+        examples += [Clip(path, UNKNOWN, 16_000) for path in chosen]
+        examples += _silences(noises, split, count)
     return _build("google12", clips, 16_000, Path(cache) if cache else folder / "google12.safetensors", 12)
 
 
@@ -111,15 +99,14 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
         cache: file for the computed spectrograms. None uses `spoken_digits.safetensors` in `root`.
 
     Raises:
-        InputError: there are no recordings, or the digits of a speaker and recording number are incomplete; a
-            recording is not a 16-bit mono WAV file at 8 kHz; the cache cannot be written; kaldi-native-fbank is
-            not installed.
+        InputError: a digit of a speaker and recording number is missing; a recording is not a 16-bit mono WAV file at
+            8 kHz; kaldi-native-fbank is not installed.
 
     Reference: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
     """
     folder = Path(root)
     named = re.compile(r"([0-9])_(\w+)_(\d+)\.wav")
-    clips: dict[str, list[tuple[Clip, int]]] = {"train": [], "validation": [], "test": []}
+    clips: dict[str, list[Clip]] = {"train": [], "validation": [], "test": []}
     spoken: dict[tuple[str, int], set[int]] = {}
     recordings = folder / "recordings" if (folder / "recordings").is_dir() else folder
     for path in sorted(recordings.glob("*.wav")):
@@ -128,7 +115,7 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
             raise InputError(f"data {path}: the file name must be <digit>_<speaker>_<number>.wav, see {FSDD_PAGE}")
         digit, number = int(match[1]), int(match[3])
         split = "test" if number < 5 else "validation" if number < 10 else "train"
-        clips[split].append((Clip(path, 0, 8_000, False), digit))
+        clips[split].append(Clip(path, digit, 8_000, padded=False))
         spoken.setdefault((match[2], number), set()).add(digit)
     if not all(clips.values()):
         raise InputError(
@@ -149,9 +136,8 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
 
         steps = ⌈(n − window) / stride⌉ + 1
 
-    The last window is padded with zeros. One second at 16 kHz gives 99 steps. The windows are Hann windows, with
-    pre-emphasis 0.97, and the values are natural logarithms of the power. There is no dither, so the result is
-    deterministic.
+    The last window is padded with zeros. The windows are Hann windows, with pre-emphasis 0.97, and the values are
+    natural logarithms of the power. There is no dither, so the result is deterministic.
 
     Args:
         samples: the recording, (n,).
@@ -159,9 +145,6 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
 
     Returns:
         The spectrogram, (steps, 32).
-
-    Raises:
-        InputError: there are no samples; kaldi-native-fbank is not installed.
 
     Examples:
         >>> log_mel(torch.zeros(16_000), 16_000).shape
@@ -181,21 +164,13 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
     options.frame_opts.window_type = "hanning"
     options.mel_opts.num_bins = FILTERS
     extractor = OnlineFbank(options)
-    padded = torch.nn.functional.pad(samples, (0, (steps - 1) * stride + window - len(samples)))
-    extractor.accept_waveform(rate, padded.tolist())
+    extractor.accept_waveform(rate, pad(samples, (0, (steps - 1) * stride + window - len(samples))).tolist())
     extractor.input_finished()
     return torch.stack([torch.from_numpy(extractor.get_frame(step).copy()) for step in range(steps)])
 
 
 def read_wav(path: Path, rate: int) -> Tensor:
-    """Read a 16-bit mono WAV file.
-
-    Args:
-        path: path of the file.
-        rate: expected sampling rate in Hz.
-
-    Returns:
-        The samples, float32, not scaled (−32,768 to 32,767), (n,).
+    """Read a 16-bit mono WAV file of a sampling rate in Hz. The samples, (n,), float32, are not scaled.
 
     Raises:
         InputError: the file has another rate, number of channels or bit depth, is empty, or is damaged.
@@ -218,45 +193,17 @@ def read_wav(path: Path, rate: int) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.int16).float()
 
 
-def which_split(name: str, validation: float = 10.0, testing: float = 10.0) -> str:
-    """Return the split of a Speech Commands recording, by the rule in the archive's README.
-
-    The rule is a SHA-1 hash of the speaker, which is the file name up to `_nohash_`.
-
-    Args:
-        name: file name, such as "0a7c2a8d_nohash_0.wav".
-        validation: size of the validation split, in percent.
-        testing: size of the test split, in percent.
-
-    Returns:
-        "train", "validation" or "test".
-
-    Examples:
-        >>> which_split("0a7c2a8d_nohash_0.wav") == which_split("0a7c2a8d_nohash_4.wav")
-        True
-    """
-    most = 2**27 - 1
-    speaker = re.sub(r"_nohash_.*$", "", name)
-    share = (int(hashlib.sha1(speaker.encode()).hexdigest(), 16) % (most + 1)) * (100.0 / most)
-    return "validation" if share < validation else "test" if share < testing + validation else "train"
-
-
-def _speech_commands_splits(folder: Path) -> Callable[[Path], str]:
-    files = {"validation": folder / "validation_list.txt", "test": folder / "testing_list.txt"}
-    found = [path for path in files.values() if path.is_file()]
-    if not found:
-        return lambda path: which_split(path.name)
-    if len(found) == 1:
-        (absent,) = set(files.values()) - set(found)
-        raise InputError(f"data google12: {absent} is missing, but {found[0].name} exists; unpack the archive again")
-    listed = {line: split for split, path in files.items() for line in read_text(path, f"data {path}").split()}
-    missing = [line for line in listed if not (folder / line).is_file()]
-    if missing:
+def _listed_splits(folder: Path) -> dict[str, str]:
+    """Return the split of each recording in the lists of the archive; no speaker is in two."""
+    listed: dict[str, str] = {}
+    for split, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
+        listed |= dict.fromkeys(read_text(folder / name, f"data {folder / name}").split(), split)
+    if missing := [line for line in listed if not (folder / line).is_file()]:
         raise InputError(
             f"data google12: {folder / missing[0]} is missing ({len(missing)} of the {len(listed)} listed recordings "
             "are missing); unpack the archive again"
         )
-    return lambda path: listed.get(_relative(path), "train")
+    return listed
 
 
 def _relative(path: Path) -> str:
@@ -273,56 +220,40 @@ def _silences(noises: Sequence[Path], split: str, count: int) -> list[Clip]:
         length = lengths[index % len(noises)]
         position, volume = torch.rand(2, generator=generator).tolist()
         first, last = round(begin * length), max(round(end * length) - 16_000, round(begin * length))
-        clips.append(Clip(noises[index % len(noises)], first + round(position * (last - first)), 16_000, True, volume))
+        start = first + round(position * (last - first))
+        clips.append(Clip(noises[index % len(noises)], SILENCE, 16_000, start=start, volume=volume))
     return clips
 
 
-def _build(
-    name: str, clips: Mapping[str, Sequence[tuple[Clip, int]]], rate: int, cache: Path, num_classes: int
-) -> SequenceData:
+def _build(name: str, clips: dict[str, list[Clip]], rate: int, cache: Path, num_classes: int) -> SequenceData:
     """Build a data set from clips. If the cache was made from the same clips, the spectrograms are read from it."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    for split, examples in clips.items():
+        if not examples:
+            raise InputError(f"data {name}: the {split} split is empty; unpack the archive again")
 
-    described = [
-        (split, _relative(clip.path), clip.path.stat().st_size, clip.start, clip.samples, clip.pad, clip.volume)
-        for split, examples in clips.items()
-        for clip, _ in examples
-    ]
-    key = hashlib.sha256(repr((1, rate, FILTERS, WINDOW, STRIDE, described)).encode()).hexdigest()
-    tensors: dict[str, Tensor] = {}
-    if cache.is_file():
-        try:
-            with safe_open(cache, "pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (OSError, SafetensorError):
-            pass  # A damaged cache is computed again.
-    if not tensors:
+    def compute() -> dict[str, Tensor]:
+        tensors = {}
         for split, examples in clips.items():
-            if not examples:
-                raise InputError(f"data {name}: the {split} split is empty; unpack the archive again")
-        for split, examples in clips.items():
-            spectrograms = [log_mel(_read_clip(clip, rate), rate) for clip, _ in examples]
+            spectrograms = [log_mel(_read_clip(clip, rate), rate) for clip in examples]
             tensors[f"{split}.values"] = torch.nn.utils.rnn.pad_sequence(spectrograms, batch_first=True)
             tensors[f"{split}.lengths"] = torch.tensor([len(spectrogram) for spectrogram in spectrograms])
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache) as temporary:
-                save_file(tensors, temporary, {"key": key})
-        except (OSError, InputError) as error:
-            raise InputError(
-                f"data {name}: cannot write the spectrograms ({error}); set data.cache to another file"
-            ) from error
+        return tensors
+
+    described = [
+        (split, _relative(clip.path), clip.path.stat().st_size, *clip[1:])
+        for split, examples in clips.items()
+        for clip in examples
+    ]
+    tensors = cached(cache, (1, rate, FILTERS, WINDOW, STRIDE, described), compute)
     splits = []
     for split, examples in clips.items():
-        labels = torch.tensor([label for _, label in examples])
         values, lengths = tensors[f"{split}.values"], tensors[f"{split}.lengths"]
         same = bool((lengths == values.shape[1]).all())
+        labels = torch.tensor([clip.label for clip in examples])
         splits.append(Sequences(values, labels, None if same else lengths))
     return normalized(name, splits[0], splits[1], splits[2], num_classes)
 
 
 def _read_clip(clip: Clip, rate: int) -> Tensor:
     samples = clip.volume * read_wav(clip.path, rate)[clip.start : clip.start + clip.samples]
-    return torch.nn.functional.pad(samples, (0, clip.samples - len(samples))) if clip.pad else samples
+    return pad(samples, (0, clip.samples - len(samples))) if clip.padded else samples

@@ -1,13 +1,15 @@
-"""Read tar archives as a stream, without trust in their content."""
+"""Read tar archives without trust in their content."""
 
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 MAX_MEMBER_BYTES = 2**28
 """Maximum size of a member, and of a header with extensions."""
 MAX_PADDING_BYTES = 2**20
 """Number of bytes after the end of an archive that are checked to be zero. tar pads archives to 10 kB by default."""
+MAX_NAME = 4096
 
 
 class _Member(tarfile.TarInfo):
@@ -25,41 +27,42 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Member":
         member = super().frombuf(buf, encoding, errors)
-        _check_size(member)
+        _check(member)
         return member
 
     def _proc_gnusparse_10(self, *unused: Any) -> None:
-        # The map of a sparse member has no maximum length.
-        raise tarfile.ReadError(f"{self.name!r} is a sparse file")
+        _check(self, sparse=True)  # the map of a sparse member has no maximum length
 
 
-def read_tar(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the regular files of a tar archive, in order.
-
-    The archive may be compressed. Memory is limited by `MAX_MEMBER_BYTES`.
+def read_tar(stream: BinaryIO, mode: str = "r|*") -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yield the regular files of a tar archive in order: the header, and a function that reads the content.
 
     Args:
-        stream: the archive, read once from begin to end.
-        wanted: whether to read the file of a name.
+        stream: the archive, read once from begin to end. It may be compressed.
+        mode: "r:" for an archive without compression that can be sought: what is not read is skipped.
 
     Raises:
         tarfile.TarError: the archive is damaged; it does not end with a block of zeros, as one that was cut between two
-            members; a member is larger than `MAX_MEMBER_BYTES`; other data follows the archive.
+            members; a member is larger than `MAX_MEMBER_BYTES`, or sparse; other data follows the archive.
         EOFError, OSError, ValueError: the archive is damaged.
     """
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member) as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
-            _check_size(member)  # again: an extended header can set another size
-            if member.isreg() and wanted(member.name):
-                content = archive.extractfile(member)
-                assert content is not None
-                yield member.name, content.read()
-            archive.members = []  # type: ignore[attr-defined] # tarfile would keep all headers
-        assert archive.fileobj is not None
+            _check(member, sparse=member.issparse())  # again: an extended header can set another size
+            if member.isreg():
+                yield member, partial(_content, archive, member)
+            archive.members = []  # tarfile would keep all headers
         if archive.fileobj.read(MAX_PADDING_BYTES).strip(b"\0"):
             raise tarfile.ReadError("data follows the end of the archive")
 
 
-def _check_size(member: tarfile.TarInfo) -> None:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _check(member: tarfile.TarInfo, sparse: bool = False) -> None:
     if not 0 <= member.size <= MAX_MEMBER_BYTES:
         raise tarfile.ReadError(f"{member.name!r} has {member.size:,} bytes; the maximum is {MAX_MEMBER_BYTES:,}")
+    if sparse or len(member.name) > MAX_NAME:
+        raise tarfile.ReadError(f"{member.name[:MAX_NAME]!r} is a sparse file, or its name is too long")
