@@ -194,27 +194,15 @@ def sentences():
     return [{"input_ids": row, "labels": number % 3} for number, row in enumerate(ids)]
 
 
-def train_with_trainer(transformers, model, method, folder, stopped=None, attach="first", **options):
+def train_with_trainer(transformers, model, method, folder, stopped=None, **options):
     sparsifier = sparing.sparsify_(model, method, steps=STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    class Attach(transformers.TrainerCallback):
-        def on_train_begin(self, *args, optimizer, **kwargs):
-            sparsifier.attach(optimizer)
-
-    if attach == "first":
-        sparsifier.attach(optimizer)
+    sparsifier.attach(optimizer)
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=STEPS, save_steps=5, per_device_train_batch_size=2, use_cpu=True, report_to=[],
         disable_tqdm=True, logging_strategy="no", **options,
     )  # fmt: skip
-    trainer = transformers.Trainer(
-        model,
-        arguments,
-        train_dataset=sentences(),
-        optimizers=(optimizer if attach == "first" else None, None),
-        callbacks=[] if attach == "first" else [Attach],
-    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=sentences(), optimizers=(optimizer, None))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=stopped and f"{folder}/{stopped}")
     assert sparsifier.step == STEPS
@@ -227,14 +215,6 @@ def test_a_trainer_resumes_exactly(name, batches, transformers, tmp_path):
     options = {"folder": tmp_path, "gradient_accumulation_steps": batches}
     model = train_with_trainer(transformers, bert(transformers), METHODS[name], **options)
     assert (tmp_path / "checkpoint-5" / "model.safetensors").is_file()
-    resumed = train_with_trainer(transformers, bert(transformers), METHODS[name], stopped="checkpoint-5", **options)
-    assert_same_run(model, resumed)
-
-
-@each_method
-def test_a_callback_attaches_the_optimizer_of_a_trainer(name, transformers, tmp_path):
-    options = {"folder": tmp_path, "attach": "callback", "bf16": True}
-    model = train_with_trainer(transformers, bert(transformers), METHODS[name], **options)
     resumed = train_with_trainer(transformers, bert(transformers), METHODS[name], stopped="checkpoint-5", **options)
     assert_same_run(model, resumed)
 

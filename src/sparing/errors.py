@@ -35,4 +35,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices) or 'nothing'}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f" and {len(choices) - 50} others" if len(choices) > 50 else ""
+    return f"choose from {', '.join(choices[:50]) or 'nothing'}{more}"

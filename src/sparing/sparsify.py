@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import make_clock, set_costs, start_ramp, warn_missed_target
-from sparing.integrations.huggingface import check_saved, save_effective_weights
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
+from sparing.pretrained import check_saved, save_effective_weights
 from sparing.register import check_held_once, check_weight, register, unregister
 from sparing.schedules import check_steps
 from sparing.select import Select, resolve

@@ -1,62 +1,135 @@
-"""Checkpoints of Hugging Face models, which are read by `from_pretrained` into a model that is not sparsified.
+"""Train with `transformers.Trainer`, and write folders for the Hugging Face Hub. Requires transformers."""
 
-`save_pretrained` writes the state dict of a model, and `transformers.Trainer` calls it at every checkpoint. The keys of
-parametrizations mean nothing to `from_pretrained`: it would ignore them and initialize the weights at random. Therefore
-the state dict of such a model also has the effective weights, under the plain keys. Loading ignores them where the
-layer is sparsified.
-"""
-
-from collections.abc import Mapping
+import warnings
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from huggingface_hub import ModelCardData
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparing.errors import InputError
-from sparing.layers import Layer
+from sparing.errors import InputError, SparsityWarning
+from sparing.files import write_text
+from sparing.report import Report, report
+from sparing.sparsifier import Sparsifier
+from sparing.sparsify import dense_state_dict, densify_
 
 
-def check_saved(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Check that `from_pretrained` of the model will find the effective weights of the layers.
+class SparsityCallback(TrainerCallback):  # type: ignore[misc]
+    """Attach a sparsifier to the optimizer of a `Trainer`, log the sparsity, and densify the model at the end.
+
+    The sparsity of the sparsified layers, together and of each, is added to every entry of `trainer.state.log_history`
+    that has a loss. Callbacks before this one, such as that of TensorBoard, do not see it.
+
+    Args:
+        sparsifier: of the model that is trained. Its `steps` are the optimizer steps of the Trainer.
+        densify: whether the model is plain at the end of training, so that `trainer.save_model` writes dense tensors
+            with zeros. A second call of `train` needs a sparsified model.
 
     Raises:
-        InputError: it looks for the parameters from which another parametrization computes a weight.
+        InputError: the Trainer trains another model.
+
+    Warns:
+        SparsityWarning: the run of the Trainer is longer or shorter than that of the sparsifier.
+
+    Examples:
+        >>> from sparing.integrations.huggingface import SparsityCallback
+        >>> sparsifier = sparing.sparsify_(model, sparing.GMP(sparsity=0.9), steps=1000)  # doctest: +SKIP
+        >>> arguments = TrainingArguments(output_dir="out", max_steps=1000)  # doctest: +SKIP
+        >>> Trainer(model, arguments, train_dataset=data, callbacks=[SparsityCallback(sparsifier)])  # doctest: +SKIP
     """
-    computed = [name for name, layer in layers.items() if not isinstance(layer.weight, nn.Parameter)]
-    if computed and _is_pretrained(model):
-        raise InputError(
-            f"another parametrization computes the weight of layer {computed[0]!r}, and from_pretrained() would load "
-            "it without the zeros: leave the layer out with select="
-        )
+
+    def __init__(self, sparsifier: Sparsifier, densify: bool = True) -> None:
+        self.sparsifier, self.densify = sparsifier, densify
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach the optimizer, which exists by now, and compare the lengths of the runs."""
+        parameters = {id(parameter) for parameter in kwargs["model"].parameters()}
+        other = [name for name, layer in self.sparsifier.layers.items() if id(layer.weight) not in parameters]
+        if other:
+            raise InputError(
+                f"the Trainer's model has no sparsified layer {other[0]!r}: give the callback the "
+                "sparsifier of this model"
+            )
+        self.sparsifier.attach(kwargs["optimizer"])
+        steps = self.sparsifier.steps
+        if steps is not None and steps != state.max_steps:
+            warnings.warn(
+                f"the Trainer takes {state.max_steps:,} optimizer steps, and sparsify_() was given steps={steps:,}: "
+                f"give it steps={state.max_steps}, or the Trainer max_steps={steps}",
+                SparsityWarning,
+                stacklevel=2,
+            )
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the sparsity to what is logged while training."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        layers = self.sparsifier.layers
+        nonzero = {name: layer.nonzero() for name, layer in layers.items()}
+        sparsity = {f"sparsity/{name}": 1 - nonzero[name] / layer.weight.numel() for name, layer in layers.items()}
+        sparsity["sparsity"] = 1 - sum(nonzero.values()) / sum(layer.weight.numel() for layer in layers.values())
+        for record in (logs, state.log_history[-1]):
+            record.update(sparsity)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Perform what is due in steps that a gradient scaler skipped, and make the model plain."""
+        if state.global_step >= state.max_steps:
+            self.sparsifier.finish()
+        if self.densify:
+            densify_(self.sparsifier.model)
 
 
-def save_effective_weights(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Add the effective weights to the state dict of a model that has `save_pretrained`; leave others as they are."""
-    if _is_pretrained(model):
-        for layer in layers.values():
-            for place in layer.places:
-                _add_plain_keys(type(place.module))
+def save_pretrained(model: nn.Module, folder: str | Path, base_model: str | None = None, **options: Any) -> None:
+    """Write the effective weights of a model of transformers, and a model card that says how sparse it is.
+
+    `from_pretrained` reads the folder without sparing, and `huggingface_hub.upload_folder` publishes it. The model is
+    not changed.
+
+    Args:
+        model: sparsified, densified or dense.
+        folder: where to write. A README.md in it is replaced.
+        base_model: name on the Hub of the model from which this one was trained.
+        options: of the model's own `save_pretrained`.
+    """
+    model.save_pretrained(folder, state_dict=dense_state_dict(model), **options)  # type: ignore[operator]
+    write_text(Path(folder) / "README.md", model_card(report(model), base_model))
 
 
-def _is_pretrained(model: nn.Module) -> bool:
-    return any(hasattr(module, "save_pretrained") for module in model.modules())
+def model_card(counts: Report, base_model: str | None = None) -> str:
+    """Return the model card of a sparse model: metadata for the Hub, and the sparsity of every layer."""
+    sparse = counts.sparsified or counts.total
+    data = ModelCardData(library_name="transformers", base_model=base_model, tags=["sparse", "pruning", "sparing"])
+    rows = "\n".join(
+        f"| `{row.name}` | {row.weights:,} | {row.nonzero:,} | {100 * row.sparsity:.2f} % |"
+        for row in (*counts.layers, *counts.sums)
+    )
+    return _CARD.format(
+        metadata=data.to_yaml(),
+        sparsity=100 * sparse.sparsity,
+        nonzero=sparse.nonzero,
+        weights=sparse.weights,
+        missed="".join(f"\n**Target missed.** {text}\n" for text in counts.missed),
+        rows=rows,
+    )
 
 
-def _add_plain_keys(parametrized: Any) -> None:
-    """Change the class of a parametrized module, which `densify_` takes off again."""
-    if "_save_to_state_dict" in vars(parametrized):
-        return
-    save, load = parametrized._save_to_state_dict, parametrized._load_from_state_dict
+_CARD = """\
+---
+{metadata}
+---
 
-    def save_both(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        save(self, destination, prefix, keep_vars)
-        with torch.no_grad():  # methods that train with noise give the weight of evaluation
-            destination.update({prefix + name: Tensor.detach(getattr(self, name)) for name in self.parametrizations})
+# A sparse model
 
-    def load_dense(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in self.parametrizations:
-            if f"{prefix}parametrizations.{name}.original" in state_dict:
-                state_dict.pop(prefix + name, None)
-        load(self, state_dict, prefix, *args)
-
-    parametrized._save_to_state_dict, parametrized._load_from_state_dict = save_both, load_dense
+{nonzero:,} of {weights:,} weights of the sparsified matrices are not zero: a sparsity of {sparsity:.2f} %. The zeros
+are stored in dense tensors, so `from_pretrained` reads the model as any other.
+{missed}
+| layer | weights | nonzero | sparsity |
+|---|---|---|---|
+{rows}
+"""

@@ -12,6 +12,7 @@ from sparing.data import DATASETS, SplitDataset
 from sparing.errors import InputError, nearest
 from sparing.imports import import_object
 from sparing.models import MODELS
+from sparing.models.timm import PREFIX, timm_model
 from sparing.param_groups import param_groups
 from sparing.run.method_section import build_method
 from sparing.run.recipe import DataSection, ModelSection, OptimizerSection, Recipe
@@ -58,7 +59,7 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
             function returns no module.
     """
     own = spec.name not in MODELS
-    function: Callable[..., Any] = _imported(spec.name, "model", nn.Module) if own else MODELS[spec.name]
+    function = _model_function(spec.name)
     known = _check_arguments("model", spec, function)
     arguments = dict(spec.model_extra or {})
     for key in arguments:
@@ -85,6 +86,12 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is no torch.nn.Module")
     return model
+
+
+def _model_function(name: str) -> Callable[..., Any]:
+    if name in MODELS:
+        return MODELS[name]
+    return timm_model(name) if name.startswith(PREFIX) else _imported(name, "model", nn.Module)
 
 
 def _imported(path: str, kind: str, result: type) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from sparing.data import DATASETS
 from sparing.errors import InputError, nearest
 from sparing.imports import PATH
 from sparing.models import MODELS
+from sparing.models.timm import PREFIX
 from sparing.run.method_section import check_method
 from sparing.run.reading import explain, override, read_mapping
 from sparing.schedules import warmup_cosine, warmup_drops
@@ -28,7 +29,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """`name` of `sparing.models`, or an import path such as `my_package.nets:MyNet`; the other keys are its arguments.
+    """`name` of `sparing.models`, `timm/NAME`, or an import path `my_package.nets:MyNet`; other keys are its arguments.
 
     An imported class or function returns a module from inputs to logits. Of `num_classes`, `in_channels` and
     `input_size` it receives those that it has as named arguments.
@@ -41,7 +42,7 @@ class ModelSection(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _check_name(name, MODELS)
+        return name if name.startswith(PREFIX) else _check_name(name, MODELS)
 
 
 class DataSection(Section):

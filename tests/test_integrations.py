@@ -1,0 +1,225 @@
+"""`sparing.integrations`, with the real packages; `pip install sparing[frameworks]`."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import sparing
+from sparing import GMP, InputError, SparsityWarning
+from sparing.run.build import build_model
+from sparing.run.recipe import ModelSection
+from test_frameworks import METHODS, STEPS, assert_same_run, batches, bert, llama, network, sentences
+from test_frameworks import lightning as lightning  # fixtures
+from test_frameworks import timm as timm
+from test_frameworks import transformers as transformers
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("vision_operators")]
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def trainer(transformers, sparsifier, folder, steps=STEPS, **options):
+    from sparing.integrations import SparsityCallback
+
+    densify = options.pop("densify", True)
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=steps, save_steps=5, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        disable_tqdm=True, logging_steps=5, **options,
+    )  # fmt: skip
+    made = transformers.Trainer(
+        sparsifier.model, arguments, train_dataset=sentences(), callbacks=[SparsityCallback(sparsifier, densify)]
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+@each_method
+def test_a_trainer_resumes_exactly_with_the_optimizer_it_makes(name, transformers, tmp_path):
+    runs = []
+    for stopped in (None, f"{tmp_path}/checkpoint-5"):
+        sparsifier = sparing.sparsify_(bert(transformers), METHODS[name], steps=STEPS)
+        trainer(transformers, sparsifier, tmp_path, bf16=True, densify=False).train(resume_from_checkpoint=stopped)
+        assert sparsifier.step == STEPS
+        runs.append(sparsifier.model)
+    assert_same_run(*runs)
+
+
+@each_method
+def test_a_trained_model_is_plain_and_its_log_has_the_sparsity(name, transformers, tmp_path):
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS[name], steps=STEPS)
+    run = trainer(transformers, sparsifier, tmp_path)
+    names = list(sparsifier.layers)
+    weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
+    run.train()
+    last = [record for record in run.state.log_history if "loss" in record][-1]
+    nonzero = sum(round((1 - last[f"sparsity/{name}"]) * weights[name]) for name in names)
+    assert last["sparsity"] == pytest.approx(1 - nonzero / sum(weights.values())) == pytest.approx(0.8, abs=0.001)
+    assert not any("parametrizations" in key for key in run.model.state_dict())
+    run.save_model(tmp_path / "saved")
+    saved = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.arange(8)[None]
+    assert torch.equal(saved(ids).logits, run.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("steps", [5, 15])
+def test_another_length_of_run_is_warned_of(steps, transformers, tmp_path):
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    run = trainer(transformers, sparsifier, tmp_path, steps=steps)
+    with pytest.warns(SparsityWarning, match=f"the Trainer takes {steps} optimizer steps, .* steps=10"):
+        run.train()
+
+
+def test_a_trainer_that_stops_early_gets_no_more_zeros(transformers, tmp_path):
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    run = trainer(transformers, sparsifier, tmp_path, densify=False)
+    run.add_callback(Stop)
+    run.train()
+    assert sparsifier.step == 5
+    assert "5 of 10 optimizer steps" in sparing.report(sparsifier.model).missed[0]
+
+
+def test_the_sparsifier_of_another_model_is_refused(transformers, tmp_path):
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    run = trainer(transformers, sparsifier, tmp_path)
+    other = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    run.callback_handler.callbacks[-1].sparsifier = other
+    with pytest.raises(InputError, match="has no sparsified layer"):
+        run.train()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_for_the_hub_is_read_without_sparing_and_has_a_card(tied, transformers, tmp_path):
+    from huggingface_hub import ModelCard
+
+    from sparing.integrations.huggingface import save_pretrained
+
+    model = llama(transformers, tied).eval()
+    sparing.sparsify_(model, GMP(sparsity=0.5, begin=0, end=0), steps=STEPS)
+    before = model.state_dict()
+    save_pretrained(model, tmp_path, base_model="someone/llama")
+    assert before.keys() == model.state_dict().keys()
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(8)[None]
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    assert torch.equal(plain.generate(ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("transformers", "someone/llama")
+    sparsified = sparing.report(model).sparsified
+    assert f"{sparsified.nonzero:,} of {sparsified.weights:,} weights" in card.text
+    assert all(f"`{row.name}`" in card.text for row in sparing.report(model).layers)
+
+
+def lightning_module(lightning):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = network()
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def predict_step(self, batch, index):
+            return self.model(batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    return Module()
+
+
+def fit(lightning, module, folder, callback, stopped=None, accumulate=1, **options):
+    saved = lightning.pytorch.callbacks.ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{epoch}")
+    run = lightning.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=False, callbacks=[saved, callback],
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
+        **{"max_epochs": 2, **options},
+    )  # fmt: skip
+    run.fit(module, DataLoader(batches(STEPS // 2 * accumulate), 8), ckpt_path=stopped and folder / stopped)
+    return run
+
+
+@each_method
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_resumes_exactly(name, accumulate, lightning, tmp_path):
+    from sparing.integrations.lightning import SparsityCallback
+
+    modules = []
+    for stopped in (None, "epoch=0.ckpt"):
+        module, callback = lightning_module(lightning), SparsityCallback(METHODS[name])
+        run = fit(lightning, module, tmp_path, callback, stopped, accumulate)
+        assert (callback.sparsifier.step, callback.sparsifier.steps) == (STEPS, STEPS)
+        assert float(run.callback_metrics["sparsity"]) == pytest.approx(0.8, abs=0.01)
+        modules.append(module)
+    assert_same_run(*modules)
+
+
+def test_lightning_that_stops_early_gets_no_more_zeros(lightning, tmp_path):
+    from sparing.integrations.lightning import SparsityCallback
+
+    callback = SparsityCallback(METHODS["gmp"], steps=2 * STEPS)
+    fit(lightning, lightning_module(lightning), tmp_path, callback)
+    assert callback.sparsifier.step == STEPS
+
+
+def test_lightning_goes_on_with_a_densified_module(lightning, tmp_path):
+    from sparing.integrations.lightning import SparsityCallback
+
+    module, callback = lightning_module(lightning), SparsityCallback(METHODS["gmp"])
+    run = fit(lightning, module, tmp_path, callback)
+    assert len(run.predict(module, DataLoader(batches(), 8))) == STEPS
+    with pytest.raises(InputError, match="the module is sparsified already"):
+        fit(lightning, module, tmp_path, SparsityCallback(METHODS["gmp"]))
+    sparing.densify_(module)
+    zeros = module.model[0].weight == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsityWarning)
+        fit(lightning, module, tmp_path, callback)
+    assert (module.model[0].weight[zeros] == 0).all()
+
+
+def test_lightning_needs_a_length(lightning, tmp_path):
+    from sparing.integrations.lightning import SparsityCallback
+
+    with pytest.raises(InputError, match="the Trainer's run has no end"):
+        fit(lightning, lightning_module(lightning), tmp_path, SparsityCallback(METHODS["gmp"]), max_epochs=-1)
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_recipe_names_a_model_of_timm():
+    model = build_model(ModelSection(name="timm/test_resnet", drop_rate=0.1), {"num_classes": 7, "in_channels": 1})
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    assert model.drop_rate == 0.1
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet50e", "timm has no model 'resnet50e'; did you mean 'resnet50"),
+        ("timm/hf-hub:someone/model", "timm has no model"),
+        ("timm/", "timm has no model ''"),
+    ],
+)
+def test_an_unknown_model_of_timm_is_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        build_model(ModelSection(name=name), {"num_classes": 10, "in_channels": 3})
+
+
+def test_timm_is_not_required(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="pip install timm"):
+        build_model(ModelSection(name="timm/resnet50"), {"num_classes": 10, "in_channels": 3})
+
+
+def test_the_package_has_no_other_names():
+    import sparing.integrations
+
+    with pytest.raises(AttributeError, match="no attribute 'Missing'"):
+        _ = sparing.integrations.Missing
