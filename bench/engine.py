@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -160,6 +161,17 @@ def declare_vision_operators():
         declare_vision_operators.library = library  # the operators are removed when it is deleted
 
 
+def round_trip():
+    """Return how many nanoseconds a cache line takes to another processor and back; None if there is no other."""
+    if (os.cpu_count() or 1) < 2:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/round_trip"
+        source = ROOT / "bench" / "round_trip.cpp"
+        subprocess.run(["c++", "-O2", "-std=c++17", "-pthread", source, "-o", program], check=True)
+        return int(subprocess.run([program], capture_output=True, check=True, text=True).stdout)
+
+
 CASES = {
     **{
         f"resnet50-{budget}": Case(lambda b=budget: convolutional("resnet50", b), batches=(1, 16))
@@ -201,17 +213,19 @@ def measure(name, case, options):
     with torch.no_grad():
         first, second = model(torch.randn(2, *example[1:]))
     assert not torch.equal(first, second), f"{name}: the output does not depend on the input"
-    before = os.getloadavg()[0]
+    load, trips = [os.getloadavg()[0]], [round_trip()]
     measured = latency.measure(
         model, example, batches=options.batch or case.batches, threads=options.threads or case.threads,
         backends={key: backend for key, backend in (BACKENDS | EXTRA).items() if key in options.backend},
         sweep=() if options.no_sweep else case.sweep, rounds=options.rounds, turn=options.turn or case.turn,
     )  # fmt: skip
     print(f"\n{name}\n{measured}", flush=True)
+    load.append(os.getloadavg()[0])
+    trips.append(round_trip())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "recipe": "bench/engine.py", "case": name, "weights": case.weights, "commit": commit or None, "seed": 0,
-        "runs": 1, "load": [before, os.getloadavg()[0]], **json.loads(measured.to_json()),
+        "runs": 1, "load": load, "round_trip_ns": trips, **json.loads(measured.to_json()),
     }  # fmt: skip
 
 

@@ -131,15 +131,16 @@ def threads_table():
 
     def build(results):
         rows = [
-            "| network | batch | threads | speedup over one thread | small pages, relative time |",
-            "|---|---|---|---|---|",
+            "| network | batch | threads | round trip, ns | speedup over one thread | small pages, relative time |",
+            "|---|---|---|---|---|---|",
         ]
         for result in results:
             for (batch, threads), mine in groups(result).items():
                 engine, small, one = (mine.get(f"engine{name}") for name in ("", ", small pages", ", 1 thread"))
                 if engine and engine["seconds"] and small and one:
                     cells = [f"{one['seconds'] / engine['seconds']:.2f}", f"{small['seconds'] / engine['seconds']:.2f}"]
-                    rows.append(f"| {result['case']} | {batch} | {threads} | {' | '.join(cells)} |")
+                    trip = " to ".join(map(str, result.get("round_trip_ns", ["not measured"])))
+                    rows.append(f"| {result['case']} | {batch} | {threads} | {trip} | {' | '.join(cells)} |")
         return rows
 
     return by_machine(build, lambda result: True)
