@@ -15,9 +15,11 @@ from pathlib import Path
 import markupsafe
 import pytest
 from torch import nn
+from typer.testing import CliRunner
 
 import sparing
 from sparing import InputError
+from sparing.cli import app
 from sparing.latency.timings import Latency, Timing
 from sparing.page.charts import MAX_POINTS, SIZE, lines
 from sparing.run.recipe import load_recipe
@@ -210,6 +212,11 @@ def test_the_page_of_several_runs_compares_them(run, tmp_path):
     assert [value for name, value in page.attributes if name == "href"] == ["#run-1", "#run-2"]
     for name in Run.open(run).budget():
         assert page.texts.count(name) >= 3  # compared, and once per run
+    done = CliRunner().invoke(app, ["report", str(run), str(run / "dense"), "--html", str(tmp_path / "command.html")])
+    assert (tmp_path / "command.html").read_text() == (tmp_path / "page.html").read_text()
+    assert done.output.count("backbone") == 2
+    done = CliRunner().invoke(app, ["report", str(run), str(run), "--csv", "table.csv"])
+    assert "--csv and --json take one run, got 2" in str(done.exception)
     same = page_of(tmp_path / "same.html", run, run)
     assert str(run) in same.text  # equal names would be ambiguous
 
@@ -229,7 +236,11 @@ def test_an_unfinished_run_has_a_page(run, tmp_path):
     [
         ("metrics.json", '{"accuracy": "<b>"}', "metrics.json: accuracy: input should be a valid number"),
         ("metrics.json", "{}", "metrics.json: accuracy: field required"),
-        ("history.jsonl", '{"epoch": 1, "sparsity": "<", "layers": {}}', "history.jsonl: 0.sparsity: input should be a"),
+        (
+            "history.jsonl",
+            '{"epoch": 1, "sparsity": "<", "layers": {}}',
+            "history.jsonl: 0.sparsity: input should be a",
+        ),
         ("latency.json", '{"rows": 1}', "latency.json: rows: input should be a valid tuple"),
         ("latency.json", "[" * 100_000, "latency.json: unreadable"),
     ],
