@@ -164,9 +164,10 @@ class _FeatherThreshold(Operator):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # read once, as checkpointing asks
+        if not saved:
             return grad_output, None, None, None, None
-        (effective,) = ctx.saved_tensors
+        (effective,) = saved
         grad = grad_output if ctx.theta == 1 else torch.where(effective != 0, grad_output, ctx.theta * grad_output)
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None, None

@@ -5,12 +5,14 @@ Everything a checkpoint needs is in the state_dict of these modules: parameters,
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from sparing.errors import InputError
 from sparing.operators import Operator, apply_operator
@@ -222,6 +224,20 @@ class DenseGradientMask(Masked):
 
     def forward(self, weight: Tensor) -> Tensor:
         return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))
+
+
+def in_training_step(module: nn.Module) -> bool:
+    """Return whether this call of a module belongs to a training step: gradients are recorded in training mode.
+
+    The first pass of reentrant checkpointing belongs to one, too. It records no gradients, and is repeated in the
+    backward pass, where the weights must be the same.
+    """
+    if not module.training or torch.is_grad_enabled():
+        return module.training
+    frame = None if torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def straight_through(weight: Tensor, effective: Tensor) -> Tensor:

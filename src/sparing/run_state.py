@@ -31,12 +31,15 @@ class RunState(nn.Module):
     exported copy keeps the state that it has.
     """
 
-    _names: tuple[str, ...] = ()
-    # The ParametrizationList of the weight, once for each name of the weight. In a tuple it is not a submodule.
-    _home: tuple[nn.Module, ...] = ()
-    _source: "_Source | None" = None
-    _start: tuple[Callable[[], None], ...] = ()
-    _undefined: bool = False  # moved from the meta device, so far without values
+    def __init__(self) -> None:
+        super().__init__()
+        # Set here, not as defaults of the class: torch.compile would compile anew once an instance gets them.
+        self._names: tuple[str, ...] = ()
+        # The ParametrizationList of the weight, once for each name of the weight. In a tuple it is not a submodule.
+        self._home: tuple[nn.Module, ...] = ()
+        self._source: _Source | None = None
+        self._start: tuple[Callable[[], None], ...] = ()
+        self._undefined = False  # moved from the meta device, so far without values
 
     def register_state(self, name: str, tensor: Tensor) -> None:
         """Make a tensor an attribute that is in the state_dict and is moved with the model, but is not averaged."""
@@ -219,7 +222,7 @@ class RunState(nn.Module):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_source", "_start")}
+        return {**vars(self), "_source": None, "_start": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunState":
         self.refresh()

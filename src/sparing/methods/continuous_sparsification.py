@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparing.method import Layers, Method, Optimizers, Parametrizations
 from sparing.operators import Operator, apply_operator, save
-from sparing.parametrizations import Sparse, learned_number
+from sparing.parametrizations import Sparse, in_training_step, learned_number
 from sparing.schedules import check_number, to_step
 from sparing.sparsifier import Sparsifier
 
@@ -48,7 +48,7 @@ class SigmoidMask(Sparse):
 
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives the hard mask.
-        if not (self.training and torch.is_grad_enabled()):
+        if not in_training_step(self):
             return weight * (self.scale * (self.m > 0)).to(weight.dtype)
         return apply_operator(_SigmoidMask, weight, self.m, self.temperature, self.finished, self.scale)
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sparing.method import Layers, Method, Parametrizations
 from sparing.operators import Operator, apply_operator, save
-from sparing.parametrizations import Sparse, learned_number
+from sparing.parametrizations import Sparse, in_training_step, learned_number
 from sparing.schedules import Updates, check_number, check_positions
 from sparing.sparsifier import Sparsifier
 
@@ -46,7 +46,7 @@ class GaussianNoise(Sparse):
 
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives it without noise.
-        if not (self.training and torch.is_grad_enabled()):
+        if not in_training_step(self):
             return torch.where(_log_alpha(weight, self.log_sigma2) < self.cut, weight, 0.0)
         return apply_operator(_Noise, weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
 
