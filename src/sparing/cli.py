@@ -49,10 +49,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, such as optimizer.lr=0.05. Repeatable."),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run directory.")]
-WeightsOption = Annotated[
-    WeightsSource,
-    typer.Option(help="last: last checkpoint; best: best epoch; dense: the exported model.safetensors."),
-]
+WeightsOption = Annotated[WeightsSource, typer.Option(help="last checkpoint, best epoch or dense model.safetensors.")]
 
 
 def _completing(names: Iterable[str]) -> Callable[[str], list[str]]:
@@ -174,7 +171,7 @@ def eval_(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     weights: WeightsOption = "last",
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table of one run as CSV.")] = None,
     html: Annotated[
@@ -313,9 +310,9 @@ def budget_extract(
 
     Other methods read the file with --set method.budget=FILE.
     """
-    sparsities = Run.open(run).budget(weights)
-    sparsities.save(out)
-    print(f"Written to {out}: {len(sparsities)} layers")
+    budget = Run.open(run).budget(weights)
+    budget.save(out)
+    print(f"Written to {out}: {len(budget)} layers")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import inspect
 import re
 import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def method_card(method: dict[str, Any]) -> str:
     return "\n\n".join([*filter(None, parts), *(textwrap.fill(text, _width()) for text in paragraphs)])
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows in aligned columns; the last column continues below itself."""
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)][:-1]
     lines = []
