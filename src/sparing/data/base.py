@@ -88,7 +88,7 @@ class Shares:
     """Base class of batches: which examples this rank has of each batch. This depends only on (seed, epoch).
 
     Args:
-        count: number of examples.
+        count: number of examples, over all ranks; `evaluate` compares it with what came.
         batch_size: examples per batch, over all ranks; the last batch may be smaller.
         shuffle: draw a new order every epoch, and drop a last batch with fewer examples than ranks.
         seed: seed of the order.
@@ -99,7 +99,8 @@ class Shares:
     def __init__(
         self, count: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.count = self.examples = count
         self.rank, self.ranks = rank, ranks
         self.epoch = self.start = 0
 

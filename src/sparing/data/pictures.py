@@ -144,12 +144,11 @@ class ImageLoader(Shares):
     def __init__(self, data: FileData, split: Split, batch_size: int, **shares: Any) -> None:
         self._files: ImageFiles = getattr(data, split)
         super().__init__(len(self._files), batch_size, **shares)
-        self.examples = self.count
         self.unreadable = 0
         self.skipped: dict[str, str] = {}
         self.waited_seconds = 0.0
         self._split, self._device, self._max_corrupt = split, data.device, data.max_corrupt
-        self._limit = max_unreadable(data.max_corrupt, self.count)
+        self._limit = max_unreadable(data.max_corrupt, self.examples)
         # Scaled to pixels from 0 to 255.
         self._mean, self._std = (255 * torch.tensor(each, device=data.device).view(-1, 1, 1) for each in (MEAN, STD))
         self._plan: list[tuple[int, NDArray[np.int64]]] = []

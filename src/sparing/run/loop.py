@@ -129,6 +129,11 @@ class _Training:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         self.train = data.training(recipe.data.batch_size, recipe.seed, ranks.rank, ranks.count)
+        if not hasattr(self.train, "start"):
+            raise InputError(
+                f"the batches of data {recipe.data.name!r} have no attribute `start`; a run that resumes in mid-epoch "
+                "sets it to the number of batches to leave out"
+            )
         self.validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
         self.learning_rates = recipe.learning_rates(len(self.train))
         self.sparsifier = build_sparsifier(recipe, model)
@@ -180,12 +185,18 @@ class _Training:
         self.train.epoch, self.train.start = epoch, progress.step
         rates = self.learning_rates[(epoch - 1) * len(self.train) : epoch * len(self.train)]
         batches = log.progress(self.train, epoch, recipe.schedule.epochs, recipe.data.batch_size) if log else self.train
-        # There are fewer batches than rates if no image of a batch can be read.
-        for batch, rate in zip(batches, rates[progress.step :], strict=False):
-            self._take_step(batch, rate)
+        for batch in batches:
+            if progress.step == len(self.train):
+                raise InputError(
+                    f"the data has more than the {len(self.train)} batches per epoch of its len(), or does not leave "
+                    "out the first `start` batches"
+                )
+            self._take_step(batch, rates[progress.step])
             progress.step += 1
             progress.epoch_seconds = time.perf_counter() - epoch_began
             self._save_if_due(before_end=progress.step < len(self.train))
+        if progress.step < len(self.train):
+            raise InputError(f"the data has {progress.step} of the {len(self.train)} batches per epoch of its len()")
 
         loss_sum, seen = ranks.sum(float(self._loss), self._examples)
         if not seen:
