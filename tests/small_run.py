@@ -224,7 +224,7 @@ def torchrun(ranks, *arguments, restarts=0):
     command += ["from sparing.cli import main; main()", "train", *map(str, arguments)]
     # With a store shared over restarts, the new ranks would connect to the addresses of the killed ones.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

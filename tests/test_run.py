@@ -264,6 +264,11 @@ def test_starting_weights_that_do_not_fit_are_named(tmp_path, network, change, m
 def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     with pytest.raises(CheckpointError, match="absent.pt: unreadable or truncated"):
         resolve(own(f"weights={tmp_path}/absent.pt"))
+    with pytest.raises(CheckpointError, match="/dev/zero: is not a regular file"):
+        resolve(own("weights=/dev/zero"))
+    (tmp_path / "w.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="w.safetensors: is not a regular file"):
+        load_weights(network, tmp_path / "w.safetensors")
     torch.save(load_checkpoint(moved / "checkpoint.pt")["model"], tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="holds a sparsified model in training; give the model.safetensors"):
         load_weights(network, tmp_path / "w.pt")
@@ -336,3 +341,8 @@ def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
         (tmp_path / "metrics.json").write_text(text)
         with pytest.raises(InputError, match=r"metrics.json: unreadable"):
             _ = Run.open(tmp_path).metrics
+    for name in ("metrics.json", "history.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("/dev/zero")
+        with pytest.raises(InputError, match=rf"{name}: .*not a regular file"):
+            _ = getattr(Run.open(tmp_path), name.split(".")[0])

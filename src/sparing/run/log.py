@@ -99,6 +99,8 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         SparsityWarning: a line is damaged, and left out.
     """
     path = run / "history.jsonl"
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a regular file")
     try:
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:

@@ -12,7 +12,7 @@ from sparing.data import SplitDataset, check_split
 from sparing.errors import CheckpointError, InputError
 from sparing.export.network import Written
 from sparing.export.shrink import shrink
-from sparing.files import atomic_write, write_text
+from sparing.files import atomic_write, read_text, write_text
 from sparing.formats import FORMATS
 from sparing.layers import find_layers, sparse_layers
 from sparing.plots import latency_bars
@@ -87,10 +87,12 @@ class Run:
         if not path.exists():
             return None
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            metrics = json.loads(read_text(path, str(path)))
             if not isinstance(metrics, dict):
                 raise ValueError("it is no JSON object")
-        except (OSError, ValueError, RecursionError) as error:
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: unreadable ({error}); delete it and resume the run to write it again") from error
         return metrics
 

@@ -30,6 +30,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    _check_regular(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -90,6 +91,7 @@ def checksum(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
+    _check_regular(path)
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
@@ -98,6 +100,12 @@ def checksum(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({error.strerror})") from error
     return digest.hexdigest()
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse devices, which may never end, and pipes, which may never begin."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: is not a regular file")
 
 
 def write_weights(model: nn.Module, out: Path) -> None:
