@@ -31,9 +31,6 @@ def cifar10(root: str = "data/cifar-10-batches-bin", shift: int = 4, flip: bool 
         shift: maximum random shift of a training image, in pixels, per direction.
         flip: flip training images horizontally with probability 0.5.
 
-    Raises:
-        InputError: a file is missing or damaged.
-
     Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
     https://www.cs.toronto.edu/~kriz/cifar.html.
     """
@@ -62,9 +59,6 @@ def cifar10_jpeg(root: str = "data/cifar10-jpeg.tar.xz", shift: int = 4, flip: b
             `test/<class>/*.jpg`, with equal counts per class.
         shift: maximum random shift of a training image, in pixels, per direction.
         flip: flip training images horizontally with probability 0.5.
-
-    Raises:
-        InputError: the archive is missing, damaged or has other content; Pillow is not installed.
     """
     archive = Path(root)
     if not archive.is_file():

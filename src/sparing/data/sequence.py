@@ -89,11 +89,7 @@ class SequenceBatches(Shares):
 
 
 def normalized(name: str, train: Sequences, validation: Sequences, test: Sequences, num_classes: int) -> SequenceData:
-    """Build a data set whose features have mean 0 and std 1 over the time steps of the training split.
-
-    Raises:
-        InputError: a split is empty, a sequence has no time steps, or a value is NaN or infinite.
-    """
+    """Build a data set whose features have mean 0 and std 1 over the time steps of the training split."""
     for split, sequences in (("training", train), ("validation", validation), ("test", test)):
         if not len(sequences):
             raise InputError(f"data {name}: the {split} split is empty")
@@ -129,11 +125,7 @@ def har6(root: str = "data/UCI HAR Dataset") -> SequenceData:
     Args:
         root: folder "UCI HAR Dataset" of the archive, with `train/Inertial Signals` etc.
 
-    Raises:
-        InputError: a file is missing, damaged, or does not match the others.
-
-    Reference: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones",
-    ESANN 2013; https://archive.ics.uci.edu/dataset/240/human+activity+recognition+using+smartphones.
+    Reference: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones", ESANN 2013.
     """
     train, test = _read_har(Path(root), "train"), _read_har(Path(root), "test")
     keep, order = len(train) - len(train) // 5, torch.arange(len(train))
@@ -189,9 +181,6 @@ def watch() -> SequenceData:
     steps × 6 features) with a stride of 50 steps. Persons 1 to 6 are the training split, person 7 is the
     validation split, persons 8 to 10 are the test split. Each feature is normalized with its mean and std over
     the training split.
-
-    Raises:
-        InputError: seglearn is not installed.
 
     Reference: Burns et al., "Shoulder Physiotherapy Exercise Recognition", 2018, arXiv 1802.01489.
     """

@@ -54,9 +54,6 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
         root: folder of the unpacked archive, with one folder per word and `_background_noise_`.
         cache: file for the computed spectrograms. None uses `google12.safetensors` in `root`.
 
-    Raises:
-        InputError: a file is missing or is not a 16-bit mono WAV file at 16 kHz; kaldi-native-fbank is not installed.
-
     Reference: Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", 2018.
     Deviation: TensorFlow's speech_commands example draws the unknown words at random; here they are those with the
     smallest SHA-1 hash of their names.
@@ -97,10 +94,6 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
     Args:
         root: folder that contains `recordings`, or the folder of the recordings.
         cache: file for the computed spectrograms. None uses `spoken_digits.safetensors` in `root`.
-
-    Raises:
-        InputError: a digit of a speaker and recording number is missing; a recording is not a 16-bit mono WAV file at
-            8 kHz; kaldi-native-fbank is not installed.
 
     Reference: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
     """
@@ -143,9 +136,6 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
         samples: the recording, (n,).
         rate: sampling rate in Hz.
 
-    Returns:
-        The spectrogram, (steps, 32).
-
     Examples:
         >>> log_mel(torch.zeros(16_000), 16_000).shape
         torch.Size([99, 32])
@@ -170,11 +160,7 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
 
 
 def read_wav(path: Path, rate: int) -> Tensor:
-    """Read a 16-bit mono WAV file of a sampling rate in Hz. The samples, (n,), float32, are not scaled.
-
-    Raises:
-        InputError: the file has another rate, number of channels or bit depth, is empty, or is damaged.
-    """
+    """Read a 16-bit mono WAV file of a sampling rate in Hz. The samples, (n,), float32, are not scaled."""
     try:
         with wave.open(str(path), "rb") as file:
             found = (file.getframerate(), file.getnchannels(), 8 * file.getsampwidth())
