@@ -50,6 +50,24 @@ PAIRS = {
 }
 SPARSITY_TARGETS, MACS_TARGETS = (80, 90, 95, 98), (20, 10, 5)
 """Targets that bench/target.py trains, in percent; `PAIRS` has the recipes of recipes/targets/."""
+FINETUNE = {
+    "dense": "dense",
+    "gmp": "GMP, uniform",
+    "gmp_global": "GMP, global",
+    "feather": "Feather",
+    "feather_uniform": "Feather, uniform",
+    "str": "STR",
+    "str_feather": "STR-Feather",
+}
+"""Variants that bench/finetune.py trains: name in results/ → label in the table."""
+ONE_SHOT = {
+    "dense": "dense",
+    "magnitude": "|W|",
+    "calibrated": "|W| · ‖x‖, `sparing.calibrate`",
+    "magnitude_global": "|W|, global",
+    "calibrated_global": "|W| · ‖x‖, global",
+}
+"""Variants of bench/one_shot.py: name in results/ → label in the table."""
 FREEZING = {
     "fixed": "s fixed for the last fifth of the run",
     "lifted": "thresholds removed for the last fifth of the run",
@@ -474,6 +492,62 @@ def freezing_table():
     return [*rows, "", f"Mean ± standard deviation of the differences at equal seeds, {count} of them; {note}."]
 
 
+def finetune_table():
+    """Return the accuracies of fine-tuned and pruned networks, and the differences to STR-Feather at equal seeds."""
+    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results/finetune").glob("*.json"))]
+    found = {}
+    for entry in entries:
+        found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
+    percents = sorted({entry["percent"] for entry in entries} - {0})
+    columns = [f"{percent} % sparsity" for percent in percents]
+    rows = [
+        f"| method | {' | '.join(columns)} | {' | '.join(f'STR-Feather − method, {p} %' for p in percents)} |",
+        f"|---|{'---|' * 2 * len(percents)}",
+    ]
+    for name, label in FINETUNE.items():
+        groups = [found.get((name, 0 if name == "dense" else percent), []) for percent in percents]
+        if not any(groups):
+            continue
+        cells = [f"{spread([e['accuracy'] for e in g], 100)} ({len(g)})" if g else "not run" for g in groups]
+        ours = [found.get(("str_feather", percent), []) for percent in percents]
+        cells += ["" if name == "str_feather" else points_apart(a, b) for a, b in zip(ours, groups, strict=True)]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    steps = " or ".join(sorted({str(entry["steps"]) for entry in entries}))
+    note = f"Test accuracy in %, mean ± standard deviation (seeds); differences in points at equal seeds; {steps} steps"
+    versions = ", ".join(sorted({f"transformers {entry['transformers']}" for entry in entries}))
+    return [*rows, "", f"{note}; {versions}; {ran_on(entries)}."]
+
+
+def one_shot_table():
+    """Return what is left of a network that was pruned in one step, without training."""
+    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results/one_shot").glob("*.json"))]
+    keys = {"cosine": (1, ".3f"), "neighbours": (100, ".1f"), "accuracy": (100, ".1f")}
+    head = "| score | sparsity | mean cosine | same nearest neighbour, % | accuracy, % |"
+    rows = [head, "|---|---|---|---|---|"]
+    for percent in sorted({entry["percent"] for entry in entries}):
+        for name, label in ONE_SHOT.items():
+            found = [entry for entry in entries if (entry["variant"], entry["percent"]) == (name, percent)]
+            if found:
+                cells = [spread([e[key] for e in found], scale, form) for key, (scale, form) in keys.items()]
+                rows.append(f"| {label.replace('|', '&#124;')} | {percent} % | {' | '.join(cells)} |")
+    seeds = max(len({entry["seed"] for entry in entries if entry["variant"] == name}) for name in ONE_SHOT)
+    note = f"Mean ± standard deviation of {seeds} draws of 128 sentences to calibrate on"
+    return [*rows, "", f"{note}; {ran_on(entries)}."]
+
+
+def quantized_table():
+    """Return the accuracies of dense and sparse networks with int4 weights."""
+    result = json.loads(ROOT.joinpath("results/quantization.json").read_text())
+    rows = ["| weights | float32 | int4, rounded after training | int4, quantization-aware |", "|---|---|---|---|"]
+    for sparse, label in ((False, "dense"), (True, f"{100 * result['sparsity']:.0f} % zeros")):
+        after, aware = ([r for r in result["rows"] if (r["sparse"], r["aware"]) == (sparse, a)] for a in (False, True))
+        columns = ([r["trained"] for r in after], [r["quantized"] for r in after], [r["quantized"] for r in aware])
+        rows.append(f"| {label} | {' | '.join(spread(column, 100, '.1f') for column in columns)} |")
+    zeros = min(row["zeros"] for row in result["rows"] if row["sparse"])
+    note = f"Test accuracy in %, mean ± standard deviation of {len(after)} seeds; at least {100 * zeros:.1f} % of the int4"
+    return [*rows, "", f"{note} weights of the sparse networks are zero; {ran_on([result])}."]
+
+
 def target_cost_table():
     """Return the time of a step of STR with a target, relative to STR without a target."""
     result = json.loads(ROOT.joinpath("results/step_overhead/target.json").read_text())
@@ -491,6 +565,28 @@ def target_cost_table():
     return [*rows, "", f"{note}torch {result['torch']}, commit {result['commit'][:7]}."]
 
 
+def faults_table():
+    """Return what bench/faults.py tried, how often, and what was lost."""
+    rows = ["| experiment | what was tried | tries | lost | how the tries ended |", "|---|---|---|---|---|"]
+    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results/faults").glob("*.json"))]
+    for entry in entries:
+        ends = "; ".join(f"{outcome}: {count:,}" for outcome, count in entry["outcomes"].items())
+        figures = [f"{name}: {_figure(value)}" for name, value in entry["figures"].items()]
+        cells = (entry["name"], entry["experiment"], f"{entry['tried']:,}", f"{entry['lost']:,}")
+        rows.append(f"| {' | '.join(cells)} | {'; '.join([ends, *figures])} |")
+    notes = sorted({f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries})
+    return [*rows, "", f"{'; '.join(notes)}."]
+
+
+def _figure(value):
+    """Return a figure of bench/faults.py as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{_figure(each)} {name}" for name, each in value.items())
+    if isinstance(value, list):
+        return " → ".join(map(_figure, value))
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
 TABLES = {
     "runs": runs_table,
     "overhead": overhead_table,
@@ -503,7 +599,11 @@ TABLES = {
     "rnn_speed": rnn_speed_table,
     "requests": requests_table,
     "freezing": freezing_table,
+    "finetune": finetune_table,
+    "one_shot": one_shot_table,
+    "quantized": quantized_table,
     "target_cost": target_cost_table,
+    "faults": faults_table,
     **engine_tables.TABLES,
 }
 PAGES = (
@@ -511,10 +611,14 @@ PAGES = (
     "docs/comparison.md",
     "docs/choosing.md",
     "docs/paper.md",
+    "docs/reliability.md",
     "docs/engine.md",
     "docs/export.md",
     "docs/rnn.md",
     "docs/methods/str.md",
+    "docs/finetuning.md",
+    "docs/one_shot.md",
+    "docs/frameworks.md",
 )
 
 

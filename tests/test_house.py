@@ -49,7 +49,7 @@ MAY_IMPORT = {
     },
     "thresholding": {"budget", "layers", "method", "parametrizations", "patterns", "sparsifier"},
     "target": {
-        "budget", "errors", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",
+        "budget", "errors", "goal", "layers", "macs", "masks", "method", "parametrizations", "patterns", "schedules",
     },
     "methods": {
         "budget", "decay", "errors", "group_threshold", "growing", "imports", "layers", "macs", "masks", "method",

@@ -11,10 +11,13 @@ from sparing.errors import InputError, SparsityWarning
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
-from sparing.patterns import NM
+from sparing.patterns import NM, Units
 
 CHANCE = 0.02
 """A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
+
+LONG, ALIKE = 100, 1.02
+"""In a run of so many steps, learned thresholds should differ by more than this factor."""
 
 SLACK = 0.95
 """Budgets round the counts of layers, so a model counts as being at its target down to this share of the weights."""
@@ -144,6 +147,44 @@ def warn_missed_target(model: nn.Module, only: Clock | None = None) -> None:
     """Warn if a run in the model has not reached its target."""
     for text in missed_targets(model, only):
         warnings.warn(text, SparsityWarning, stacklevel=3)
+
+
+@torch.no_grad()
+def warn_unlearned(
+    layers: Mapping[str, Layer], least: Mapping[str, int], units: Mapping[str, Units], clock: Clock
+) -> None:
+    """Warn if learned thresholds did not part from one another in a run, or if layers ended on their floor.
+
+    Args:
+        layers: sparsified with `LearnedThreshold`.
+        least: units that stay active in any case, by layer.
+        units: of each layer.
+        clock: of the run, at its end.
+    """
+    if (clock.steps or 0) < LONG:
+        return
+    name = clock.method["method"]
+    parts = [layer.parametrization for layer in layers.values()]
+    learned = [float(part.g(part.s).mean()) for part in parts]  # type: ignore[union-attr, operator]
+    if len(learned) > 2 and max(learned) < ALIKE * min(learned):
+        warnings.warn(
+            f"{name}: the thresholds of {len(learned)} layers did not part from one another: g(s) is between "
+            f"{min(learned):.4g} and {max(learned):.4g}. Give them a higher learning rate: build the optimizer with "
+            "sparing.param_groups(..., threshold_lr=0.01)",
+            SparsityWarning,
+            stacklevel=4,
+        )
+    kept = {each: layer.nonzero() // units[each].weights for each, layer in layers.items()}
+    few = [each for each in layers if kept[each] <= least[each] > 1]
+    if few:
+        shown = ", ".join(f"{each!r} ({kept[each] / units[each].count:.2%})" for each in few[:4])
+        warnings.warn(
+            f"{name}: {len(few)} of {len(layers)} layers keep the least that is allowed, a tenth of the density of "
+            f"all: {shown}{', ...' if len(few) > 4 else ''}. If their weights are smaller than those of the other "
+            "layers, leave them out with select=, or use sparing.STRFeather",
+            SparsityWarning,
+            stacklevel=4,
+        )
 
 
 def _missed(clock: Clock, layers: Iterable[Layer]) -> str | None:

@@ -14,6 +14,7 @@ def param_groups(
     weight_decay: float,
     threshold_weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
+    threshold_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Sort the parameters of a model into weights, thresholds and normalization, each with its weight decay.
 
@@ -26,13 +27,16 @@ def param_groups(
         weight_decay: λ of the weights and biases, ≥ 0.
         threshold_weight_decay: λ of s; None takes `weight_decay`.
         norm_weight_decay: λ of normalization layers; None takes `weight_decay`.
+        threshold_lr: learning rate of s; None takes `Sparse.rate`: 0.01 for STR-Feather, and that of the optimizer for
+            other methods. A scheduler such as `LambdaLR` multiplies it as it does the others.
 
     Returns:
-        Groups with keys "name" ("weights", "thresholds", "norms" or "no_decay"), "params" and "weight_decay". A group
-        without parameters is left out; parameters that do not require a gradient are in none.
+        Groups with keys "name" ("weights", "thresholds", "norms" or "no_decay"), "params", "weight_decay" and, for
+        thresholds with a rate of their own, "lr". A group without parameters is left out; parameters that do not
+        require a gradient are in none.
 
     Raises:
-        InputError: a weight decay is negative.
+        InputError: a weight decay or `threshold_lr` is negative.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
@@ -49,13 +53,21 @@ def param_groups(
     for name, decay in decays.items():
         if not decay >= 0:
             raise InputError(f"the weight decay of {name} must be ≥ 0, got {decay!r}")
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in decays}
+    if threshold_lr is not None and not threshold_lr >= 0:
+        raise InputError(f"threshold_lr must be ≥ 0, got {threshold_lr!r}")
+    members: dict[tuple[str, float | None], list[nn.Parameter]] = {(name, None): [] for name in decays}
     seen: set[int] = set()
     for module in model.modules():
-        group = "norms" if isinstance(module, NORMALIZATIONS) else "weights"
+        group, rate = "norms" if isinstance(module, NORMALIZATIONS) else "weights", None
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                own = module.decays.get(name, "no_decay") if isinstance(module, Sparse) else group
-                members[own].append(parameter)
-    return [{"name": n, "params": members[n], "weight_decay": decays[n]} for n in decays if members[n]]
+                if isinstance(module, Sparse):
+                    group = module.decays.get(name, "no_decay")
+                    rate = module.rate if threshold_lr is None else threshold_lr
+                members.setdefault((group, rate if group == "thresholds" else None), []).append(parameter)
+    return [
+        {"name": name, "params": parameters, "weight_decay": decays[name], **({} if rate is None else {"lr": rate})}
+        for (name, rate), parameters in members.items()
+        if parameters
+    ]

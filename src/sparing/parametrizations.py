@@ -85,12 +85,14 @@ class Sparse(RunState):
     Attributes:
         decays: for each parameter that gets weight decay, the group of `param_groups` whose decay it gets:
             "thresholds", "weights" or "norms". A parameter that is not named gets none.
+        rate: learning rate of the thresholds in `param_groups`; None is that of the optimizer.
         clock: of the run; set by `sparsify_`.
         cost: of one weight, in the unit of the goal of the run.
         sparsifier: the sparsifier of the run, alone in a tuple; a copy of the model has none.
     """
 
     decays: ClassVar[Mapping[str, str]] = {}
+    rate: ClassVar[float | None] = None
     clock: Clock | None = None
     cost: int = 1
     sparsifier: tuple[Any, ...] = ()
@@ -133,26 +135,48 @@ class Sparse(RunState):
 
 
 class LearnedThreshold(Sparse):
-    """Abstract: a threshold t = scale · g(s) that is learned through s.
+    """Abstract: a threshold that is learned through s.
+
+    t = scale · g(s)                   in units of a weight
+    t = scale · rms(W) · g(s)          in units of the layer, if `weight` is given
 
     Args:
         s: the learned number, of a shape that broadcasts to the weight. The same Parameter in
             several modules makes them share one threshold.
         g: the map from s to numbers ≥ 0.
         scale: a constant factor, the k of k · sigmoid.
+        weight: the dense weight W, whose root mean square `measure` takes. It is saved with the model.
     """
 
     decays: ClassVar[Mapping[str, str]] = {"s": "thresholds"}
+    rms: Tensor | None = None
 
-    def __init__(self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
+    def __init__(
+        self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0, weight: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.s = s
         self.g = g
         self.scale = scale
+        if weight is not None:
+            self.register_state("rms", torch.zeros((), dtype=torch.float32, device=weight.device))
+            self.measure(weight)
 
     def threshold(self) -> Tensor:
-        t = self.g(self.s)
-        return t if self.scale == 1.0 else self.scale * t
+        return self.threshold_at(self.s)
+
+    def threshold_at(self, s: Tensor) -> Tensor:
+        """Return the threshold for another s."""
+        t = self.g(s)
+        t = t if self.scale == 1.0 else self.scale * t
+        return t if self.rms is None else self.rms * t
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> None:
+        """Take the root mean square of the dense weight, if thresholds are in units of it."""
+        if self.rms is not None:
+            norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            self.rms.copy_(norm / max(weight.numel(), 1) ** 0.5)
 
     def extra_repr(self) -> str:
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparing.budget import check_target
 from sparing.errors import InputError
+from sparing.goal import warn_unlearned
 from sparing.layers import Layer, all_layers
 from sparing.macs import Example, find_applications
 from sparing.masks import count_kept
@@ -179,6 +180,8 @@ class Rescaling(Method):
         target: ResolvedTarget | None = sparsifier.plan
         if target is not None and target.updates.due(sparsifier.step):
             rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
+        if target is not None and sparsifier.step == sparsifier.steps:
+            warn_unlearned(sparsifier.layers, target.least, target.units, sparsifier.clock)
 
     def _out_of_reach(self, lowest: int, highest: int, beside: int, layers: int) -> str:
         who = type(self).__name__
@@ -207,6 +210,8 @@ def rescale(layers: Layers, target: ResolvedTarget, wanted: int) -> None:
             Weights of equal size are pruned together; in bf16, where many are equal, that is a few tenths of a
             percent of all.
     """
+    for layer in layers.values():
+        layer.parametrization.measure(layer.weight)  # type: ignore[union-attr, operator]
     counts = {
         name: _Count(layer, target.units[name], target.costs[name], target.least[name])
         for name, layer in layers.items()
@@ -268,7 +273,7 @@ class _Count:
 
     def _above(self, factor: float) -> Tensor:
         # As the operator has it, to the last bit.
-        threshold = self.part.scale * self.part.g(_moved(self.s, factor))
+        threshold = self.part.threshold_at(_moved(self.s, factor))
         norms = self.norms
         return norms > threshold.to(norms.dtype)
 

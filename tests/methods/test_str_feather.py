@@ -7,6 +7,7 @@ from torch import nn
 import sparing
 from sparing import InputError, STRFeather
 from sparing.patterns import Block, Filters, Unstructured
+from sparing.target import rescale
 
 WEIGHT = torch.tensor([[0.3, -0.09, 0.2], [0.05, 0.0, -0.4]])
 
@@ -17,7 +18,7 @@ def sparsified(weight=WEIGHT, t=0.1, **settings):
     model.weight.data = weight.clone()
     sparsifier = sparing.sparsify_(model, STRFeather(sparsity=0.5, **settings), steps=100)
     part = sparsifier.layers["weight"].parametrization
-    part.s.data.fill_(torch.logit(torch.tensor(t)).item())
+    part.s.data.fill_(torch.logit(t / (part.scale * part.rms)).item())
     return model, part
 
 
@@ -39,7 +40,7 @@ def test_a_case_by_hand():
     ids=str,
 )
 def test_gradients_are_those_of_the_formula(pattern, view, theta):
-    """dW = dS (M + θ (1 − M)),  ds = −sigmoid'(s) Σ dS ⊙ sign(S); the middle dimension of `view` is the group."""
+    """dW = dS (M + θ (1 − M)),  ds = −dt/ds Σ dS ⊙ sign(S); the middle dimension of `view` is the group."""
     weight, gradient = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     model, part = sparsified(weight, t=0.9, theta=theta, pattern=pattern)
     model.weight.backward(gradient)
@@ -47,7 +48,8 @@ def test_gradients_are_those_of_the_formula(pattern, view, theta):
     mask = (norm > 0.9).expand(view).reshape(4, 6)
     assert 0 < int(mask.sum()) < 24
     assert torch.equal(model.parametrizations.weight.original.grad, torch.where(mask, gradient, theta * gradient))
-    expected = -0.9 * 0.1 * (gradient * weight.sign() * mask).sum()
+    slope = 0.9 * torch.sigmoid(-part.s.detach())  # of k · rms · sigmoid(s) = 0.9
+    expected = -slope * (gradient * weight.sign() * mask).sum()
     assert part.s.grad.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -78,12 +80,30 @@ def test_thresholds_of_layers_differ_and_macs_are_met(pattern):
     assert thresholds[0] != pytest.approx(thresholds[1], rel=1e-3)
 
 
+def test_thresholds_are_in_units_of_each_layer():
+    """k · rms(W): the same s prunes the same share of layers whose weights differ in size, measured at each update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
+    with torch.no_grad():
+        for module, size in zip(model, (1.0, 1e-3, 1e-5), strict=True):
+            nn.init.normal_(module.weight, std=size)
+    sparsifier = sparing.sparsify_(model, STRFeather(sparsity=0.9), steps=100)
+    first, second, third = sparsifier.layers.values()
+    with torch.no_grad():
+        ratio = float(first.threshold / second.threshold)
+        assert ratio == pytest.approx(float(first.weight.std() / second.weight.std()), rel=0.01)
+        third.weight.normal_()
+    rescale(sparsifier.layers, sparsifier.plan, sparsifier.plan.final)
+    assert [layer.sparsity() for layer in (first, second, third)] == pytest.approx([0.9] * 3, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({}, r"STRFeather: give sparsity=, a fraction in \[0, 1\), or macs=$"),
         ({"sparsity": 0.9, "theta": 1.5}, r"STRFeather: theta must be a number in \[0, 1\], got 1.5"),
         ({"sparsity": 0.9, "init": 2.0}, r"STRFeather: init must be a number in \[-100, 0\], got 2.0"),
+        ({"sparsity": 0.9, "scale": 0}, r"STRFeather: scale must be a number in \(0, inf\), got 0"),
     ],
 )
 def test_bad_arguments_are_refused(settings, message):

@@ -1,14 +1,21 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
-    t_l = sigmoid(s_l)                                              one s per layer
+    t_l = k · rms(W_l) · sigmoid(s_l)                               one s per layer
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
-    s_l ← (1 − ηλ) s_l + η · sigmoid'(s_l) · Σ dS ⊙ sign(S)         as in STR
+    G_l = −dt_l/ds_l · Σ dS ⊙ sign(S)                               dL/ds of STR
+    s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩
     s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
 
-Feather's one threshold for the whole network keeps many weights in early layers, where each weight costs a MAC for
-every pixel. Learned thresholds keep fewer there.
+C_l is the cost that layer l saves per unit of s_l, and G − μ C is the gradient along the directions that keep the
+total. It is zero if a saved weight costs all layers the same loss, G_l / C_l. Each G_l alone says that its threshold
+should be lower, and AdamW, whose steps hardly depend on the size of a gradient, would lower all of them alike. G is
+divided by its root mean square over the layers, so that one learning rate suits SGD and AdamW.
+
+Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
+units of the root mean square of W_l, so that layers whose weights differ in size start with equal sparsities. rms(W_l)
+is measured at every update.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
@@ -31,6 +38,9 @@ from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 from sparing.target import Rescaling, rescale
 
+NEAR = 0.05
+"""Half the width, relative to the threshold, of the interval in which units are counted for `saving`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class STRFeather(Rescaling):
@@ -43,6 +53,7 @@ class STRFeather(Rescaling):
     Args:
         theta: θ in [0, 1], the factor on the gradient of pruned weights.
         init: the value s starts from, in [-100, 0].
+        scale: k; weights of more than k root mean squares are never pruned.
 
     Raises:
         InputError: there is no target, or a value is out of range.
@@ -56,6 +67,7 @@ class STRFeather(Rescaling):
 
     theta: float = 0.5
     init: float = -5.0
+    scale: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,32 +75,73 @@ class STRFeather(Rescaling):
             raise InputError("STRFeather: give sparsity=, a fraction in [0, 1), or macs=")
         check_number(self, "theta", "[0, 1]")
         check_number(self, "init", "[-100, 0]")
+        check_number(self, "scale", "(0, inf)")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {name: self._parametrization(layer) for name, layer in layers.items()}
 
+    @torch.no_grad()
+    def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        parts = [part for _, part in sparsifier.each(FeatherLearnedThreshold) if part.s.grad is not None]
+        if sparsifier.step < max(sparsifier.plan.updates.begin, 1):  # nothing is measured yet: optimizers skip s
+            for part in parts:
+                part.s.grad = None
+        elif parts:
+            self._project(parts)
+
+    @staticmethod
+    def _project(parts: "list[FeatherLearnedThreshold]") -> None:
+        gradients = [part.s.grad for part in parts]
+        device = parts[0].s.device
+        g = torch.cat([gradient.to(device) for gradient in gradients])  # type: ignore[union-attr]
+        c = torch.stack([part.saving.to(device) for part in parts])
+        along = g - c * (g @ c / (c @ c).clamp_min(1.0))
+        along /= g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+        for gradient, value in zip(gradients, along.split(1), strict=True):
+            gradient.copy_(value)  # type: ignore[union-attr]
+
+    @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
-        if sparsifier.due or sparsifier.holds:
-            target = sparsifier.plan
+        target = sparsifier.plan
+        if sparsifier.holds and not sparsifier.due:
             rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
+        super().after_step(sparsifier, optimizers)
+        if sparsifier.due:
+            for layer, part in sparsifier.each(FeatherLearnedThreshold):
+                part.saving.copy_(target.costs[layer.name] * part.pruned_per_s(layer.weight))
 
     def _parametrization(self, layer: Layer) -> LearnedThreshold:
         s = learned_number((1,), self.init, layer.weight)
-        return FeatherLearnedThreshold(s, self.theta, self.pattern.units(layer))
+        return FeatherLearnedThreshold(s, self.scale, layer.weight, self.theta, self.pattern.units(layer))
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
-    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = sigmoid(s).
+    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = k · rms(W) · sigmoid(s).
 
     Args:
         s: shape (1,).
+        scale: k.
+        weight: W.
         theta: θ.
         units: what is pruned together.
+
+    Attributes:
+        saving: cost that is saved per unit of s, C of the formula, measured at the last update.
     """
 
-    def __init__(self, s: nn.Parameter, theta: float, units: Units) -> None:
-        super().__init__(s, torch.sigmoid)
+    rate = 0.01
+    saving: Tensor
+
+    def __init__(self, s: nn.Parameter, scale: float, weight: Tensor, theta: float, units: Units) -> None:
+        super().__init__(s, torch.sigmoid, scale, weight)
         self.theta, self.units = theta, units
+        self.register_state("saving", torch.zeros((), dtype=torch.float32, device=weight.device))
+
+    def pruned_per_s(self, weight: Tensor) -> Tensor:
+        """Return how many units are pruned per unit of s: those within 5 % of the threshold, over the s between."""
+        norm, t = self.units.norm(weight), self.threshold()
+        near = ((norm > (1 - NEAR) * t) & (norm < (1 + NEAR) * t)).sum()
+        return near / (2 * NEAR) * torch.sigmoid(-self.s[0])  # d ln t / ds
 
     def forward(self, weight: Tensor) -> Tensor:
         return feather_threshold(weight, self.threshold(), self.theta, self.units.view, self.units.dims)

@@ -143,7 +143,11 @@ def build_sparsifier(recipe: Recipe, model: nn.Module) -> Sparsifier | None:
 
 def build_optimizer(spec: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of a recipe, with the parameter groups of `sparing.param_groups`."""
-    groups = param_groups(model, spec.weight_decay, spec.threshold_weight_decay, spec.norm_weight_decay)
+    decays = (spec.weight_decay, spec.threshold_weight_decay, spec.norm_weight_decay)
+    groups = param_groups(model, *decays, threshold_lr=spec.threshold_lr)
+    for group in groups:
+        if "lr" in group:  # follows the schedule of the learning rate
+            group["relative_lr"] = group["lr"] / spec.lr
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas)
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)

@@ -250,7 +250,7 @@ class _Training:
 
     def _take_step(self, batch: tuple[Tensor, ...], rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("relative_lr", 1.0)
         self.optimizer.zero_grad()
         self._loss += backward(self._run_model, batch, self.recipe, self.ranks, self.scaler, self.sparsifier)
         self._examples += len(batch[-1])
@@ -364,14 +364,18 @@ class _Training:
         return stateful if self.average is None else {**stateful, "average": self.average}
 
     def _check_ranks(self) -> None:
-        """Check that weights, thresholds, masks and the clock are equal on all ranks; statistics of batches differ.
+        """Check that progress, weights, thresholds and masks are equal on all ranks; statistics of batches differ.
+
+        Progress differs if the run directory is not the same on all hosts.
 
         Raises:
             InputError: they differ.
         """
         buffers = {name for name, _ in self.model.named_buffers()}
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in buffers}
-        self.ranks.check_same("weights or masks", {name: content_hash(each) for name, each in state.items()})
+        progress = {"epoch": self.progress.epoch, "step": self.progress.step}
+        hashes = {name: content_hash(each) for name, each in state.items()}
+        self.ranks.check_same("progress, weights or masks", progress | hashes)
 
 
 def _reason(error: Exception) -> str:

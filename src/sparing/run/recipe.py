@@ -81,6 +81,8 @@ class OptimizerSection(Section):
     """λ of weights and biases."""
     threshold_weight_decay: NotNegative | None = None
     """λ of the s of learned thresholds; defaults to `weight_decay`."""
+    threshold_lr: Positive | None = None
+    """Peak learning rate of the s of learned thresholds; defaults to 0.01 for str_feather, and to `lr` otherwise."""
     norm_weight_decay: NotNegative | None = None
     """λ of normalization layers; defaults to `weight_decay`."""
 
