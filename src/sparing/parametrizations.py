@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from sparing.errors import InputError
-from sparing.operators import Operator, apply_operator
+from sparing.operators import Operator, apply_operator, masked
 from sparing.run_state import RunState
 from sparing.threshold import soft_threshold
 
@@ -219,7 +219,7 @@ class Masked(Sparse):
         self.register_state("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0.0)
+        return masked(weight, self.mask)
 
     def extra_repr(self) -> str:
         return f"mask={tuple(self.mask.shape)}"
@@ -247,7 +247,7 @@ class DenseGradientMask(Masked):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))
+        return straight_through(weight, masked(weight.detach(), self.mask))
 
 
 def in_training_step(module: nn.Module) -> bool:

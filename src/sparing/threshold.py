@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparing.errors import InputError
-from sparing.operators import Operator, apply_operator, save
+from sparing.operators import Operator, apply_operator, is_recorded, plain_on_cpu, save
 
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 """Maps g from the learned number s to a threshold, by the name that recipes use."""
@@ -64,10 +64,7 @@ class _SoftThreshold(Operator):
 
     @staticmethod
     def forward(weight: Tensor, threshold: Tensor) -> Tensor:
-        t = threshold.to(weight.dtype)
-        # W − clamp(W, −t, t) is the formula above to the last bit, in a third of the memory traffic
-        # and without negative zeros.
-        return torch.clamp(weight, -t, t).neg_().add_(weight)
+        return shrink(weight, threshold.to(weight.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
@@ -79,14 +76,38 @@ class _SoftThreshold(Operator):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def, override]
         (effective,) = ctx.saved_tensors
         # At λ = 0 the hardshrink backward is grad ⊙ 1{S ≠ 0}: one kernel, no mask in memory.
-        grad_weight = torch.ops.aten.hardshrink_backward(grad_output, effective, 0.0)
+        grad_weight = torch.ops.aten.hardshrink_backward.default(grad_output, effective, 0.0)
         if not ctx.needs_input_grad[1]:
             return grad_weight, None
-        signed = effective.sign() * grad_weight
-        return grad_weight, -sum_to(signed, ctx.threshold_shape, ctx.threshold_dtype)
+        return grad_weight, -_signed_sum(grad_weight, effective, ctx.threshold_shape, ctx.threshold_dtype)
+
+
+def shrink(weight: Tensor, t: Tensor) -> Tensor:
+    """Return W − clamp(W, −t, t): the formula to the last bit, in less memory traffic, without negative zeros."""
+    if t.numel() == 1 and plain_on_cpu(weight, t) and not is_recorded(weight):
+        bound = t.item()  # On a CPU, clamp is vectorized for numbers only.
+        clamped = torch.clamp(weight, -bound, bound)
+        return torch.sub(weight, clamped, out=clamped)
+    return weight - torch.clamp(weight, -t, t)
 
 
 # --8<-- [end:operator]
+
+
+def _signed_sum(grad: Tensor, effective: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return Σ grad ⊙ sign(S), summed to a shape in a dtype."""
+    sign = effective.sign()
+    one = shape.numel() == 1 and dtype == grad.dtype and plain_on_cpu(grad, sign) and not is_recorded(effective)
+    if one and sign.stride() == grad.stride() and _is_dense(grad):
+        flat = (grad.numel(),), (1,)
+        return torch.dot(grad.as_strided(*flat), sign.as_strided(*flat)).view(shape)  # no product in memory
+    return sum_to(sign * grad, shape, dtype)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements lie in memory without gaps, in any order."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return extent + 1 == tensor.numel()
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

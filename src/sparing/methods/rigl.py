@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparing.growing import Growing, MaskUpdate
 from sparing.method import Optimizers
-from sparing.operators import Operator, apply_operator, save
+from sparing.operators import Operator, apply_operator, masked, save
 from sparing.parametrizations import Masked
 from sparing.schedules import cosine
 from sparing.sparsifier import Sparsifier
@@ -79,7 +79,7 @@ class ProbingMask(Masked):
 class _Probe(Operator):
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, probing: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0.0)
+        return masked(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -88,4 +88,4 @@ class _Probe(Operator):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mask, probing = ctx.saved_tensors
-        return torch.where(mask | probing, grad_output, 0.0), None, None
+        return masked(grad_output, mask | probing), None, None

@@ -26,6 +26,7 @@ from sparing.errors import InputError
 from sparing.growing import Growing, MaskUpdate
 from sparing.masks import apportion, keep_top
 from sparing.method import Optimizers
+from sparing.operators import masked
 from sparing.parametrizations import Masked, straight_through
 from sparing.schedules import check_number, cosine
 from sparing.sparsifier import Sparsifier
@@ -41,7 +42,7 @@ class MomentumMask(Masked):
         self.register_state("momentum", torch.zeros_like(mask, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return straight_through(weight, torch.where(self.mask, weight.detach(), 0.0))
+        return straight_through(weight, masked(weight.detach(), self.mask))
 
 
 @dataclass(frozen=True, kw_only=True)

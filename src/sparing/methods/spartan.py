@@ -31,6 +31,7 @@ from sparing.group_threshold import wide
 from sparing.layers import Layer
 from sparing.masks import Scores, global_threshold
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.operators import masked
 from sparing.parametrizations import Masked, straight_through
 from sparing.patterns import Units
 from sparing.schedules import Updates, check_number, to_step
@@ -151,7 +152,7 @@ class SoftTopK(Masked):
         self.register_state("soft", torch.ones_like(weight, dtype=torch.float32))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return straight_through(weight, torch.where(self.mask, weight.detach() * self.soft.to(weight.dtype), 0.0))
+        return straight_through(weight, masked(weight.detach() * self.soft.to(weight.dtype), self.mask))
 
 
 def soft_top_k(values: Sequence[Scores], count: int, beta: float) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from sparing.group_threshold import group_norm, wide
 from sparing.parametrizations import straight_through
 from sparing.patterns import Units
+from sparing.threshold import shrink
 from sparing.thresholding import RankedThreshold, Thresholding
 
 
@@ -111,12 +112,11 @@ class RescaledSoftThreshold(RankedThreshold):
     def _effective(self, weight: Tensor) -> Tensor:
         scale = self.scale.to(weight.dtype)
         if not self.units.dims:
-            th = self.th.to(weight.dtype)
-            return scale * (weight - weight.clamp(-th, th))
+            return scale * shrink(weight, self.th.to(weight.dtype))
         view = self.units.view
         norm = group_norm(weight, view, self.units.dims)
-        shrink = torch.where(norm > self.th, 1 - self.th / norm, 0.0).to(weight.dtype)
-        return scale * (weight.reshape(view) * shrink).reshape(weight.shape)
+        factor = torch.where(norm > self.th, 1 - self.th / norm, 0.0).to(weight.dtype)
+        return scale * (weight.reshape(view) * factor).reshape(weight.shape)
 
 
 # --8<-- [end:rescaled]
