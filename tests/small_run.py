@@ -181,7 +181,7 @@ def train_ranks(rank, wanted, out, differs="", stop=0, **options):
         rank: given by `on_ranks`.
         wanted: recipe for two ranks.
         out: run directory, which is continued if it exists.
-        differs: what rank 1 has of its own: a "learning rate", "data", "masks", or "masks later".
+        differs: what rank 1 has of its own: a "learning rate", "data", a "directory", "masks", or "masks later".
         stop: step in which rank 1 receives SIGTERM; 0 for none.
         options: of `train_run`.
     """
@@ -210,6 +210,8 @@ def train_ranks(rank, wanted, out, differs="", stop=0, **options):
         loop.backward = step
         if differs == "learning rate":
             wanted = wanted.model_copy(update={"optimizer": wanted.optimizer.model_copy(update={"lr": 0.051})})
+        if differs == "directory":
+            out = out.with_name("elsewhere")
         if differs == "data":
             training.build_data = other_data
         if differs == "masks":

@@ -22,8 +22,8 @@ TWO = {"method": RIGL, "checkpoint": {"steps": 4}, "schedule": {"epochs": 2}}
     [
         ("learning rate", "the ranks have different recipes or options: optimizer.lr is 0.05 on rank 0 and", False),
         ("data", "the ranks have different data: train is", False),
-        ("masks", "different weights or masks: conv1.parametrizations.weight.0.mask is", False),
-        ("masks later", "different weights or masks: conv1.parametrizations.weight.0.mask is", True),
+        ("masks", "weights or masks: conv1.parametrizations.weight.0.mask is", False),
+        ("masks later", "weights or masks: conv1.parametrizations.weight.0.mask is", True),
     ],
 )
 def test_ranks_that_differ_stop_and_name_the_difference(tmp_path, differs, message, written):
@@ -33,6 +33,16 @@ def test_ranks_that_differ_stop_and_name_the_difference(tmp_path, differs, messa
     assert (tmp_path / "run" / "checkpoint.pt").exists() == written
     if written:
         assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]["step"] == 4
+
+
+def test_ranks_without_a_shared_run_directory_are_reported_when_they_continue(tmp_path):
+    def train(rank, differs, **options):
+        train_ranks(rank, recipe(2, **TWO), tmp_path / "run", differs, **options)
+
+    assert on_ranks(2, tmp_path, lambda rank: train(rank, "", stop_after=1)) == [("", 0)] * 2
+    for text, status in on_ranks(2, tmp_path, lambda rank: train(rank, "directory")):
+        assert status == 2
+        assert "different progress, weights or masks: epoch is 1 on rank 0 and 0 on rank 1" in text
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
