@@ -155,10 +155,10 @@ def tar_of_files(path, **files):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"0_txt": b"", "0_cls": b"1"}, "0 has no .jpg, .jpeg, .png or .webp file"),
-        ({"0_jpg": b""}, "0 has no .cls file"),
-        ({"0_jpg": b"", "0_cls": b"cat"}, "0.cls is not a label"),
-        ({"0_jpg": b"", "0_cls": b"1" * 5000}, "0.cls is not a label"),
+        ({"0_txt": b"", "0_cls": b"1"}, "example 0 has no image 0.jpg"),
+        ({"0_jpg": b""}, "example 0 has no decimal number in 0.cls"),
+        ({"0_jpg": b"", "0_cls": b"cat"}, "example 0 has no decimal number in 0.cls"),
+        ({"0_jpg": b"", "0_cls": b"1" * 5000}, "example 0 has no decimal number in 0.cls"),
         ({"0_jpg": b"", "0_JPG": b"", "0_cls": b"1"}, "0.JPG is there twice"),
         ({"0_md": b""}, "no examples in .*train.tar"),
         ({"0_jpg": b"", "0_cls": b"24"}, r"train.tar: 0: labels must be from 0 to 23 with num_classes=24, got 24"),
@@ -188,6 +188,16 @@ def test_fewer_examples_than_promised_are_an_error(shards):
     for split, count in (("train", 120), ("validation", 30), ("test", 35)):
         with pytest.raises(InputError, match=f"of {split} have {count} examples, but {split}_examples is {count + 1}"):
             webdataset(shards, **{f"{split}_examples": count + 1})
+
+
+def test_the_fingerprint_tells_shards_apart(shards):
+    none = {"validation": None, "validation_examples": 0}
+    first, again, other = (
+        webdataset(shards, train=f"{shards}/train-{{{numbers}}}.tar", train_examples=20, **none).fingerprint()
+        for numbers in ("000,001", "000..001", "000,002")
+    )
+    assert first == again
+    assert {key for key in first if first[key] != other[key]} == {"train"}
 
 
 def test_the_index_is_kept_until_a_shard_changes(shards, tmp_path, monkeypatch):

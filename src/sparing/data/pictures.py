@@ -103,10 +103,11 @@ class FileData(Splits[ImageFiles]):
         return {"num_classes": self.num_classes, "in_channels": 3}
 
     def fingerprint(self) -> dict[str, object]:
-        files = {split: getattr(self, split) for split in SPLITS}
+        files = {split: vars(getattr(self, split)).values() for split in SPLITS}
+        arrays = {split: [each for each in values if isinstance(each, np.ndarray)] for split, values in files.items()}
         return SplitDataset.fingerprint(self) | {
-            split: content_hash(torch.from_numpy(each.names.view(np.uint8)), torch.from_numpy(each.labels))
-            for split, each in files.items()
+            split: content_hash(*(torch.from_numpy(each.view(np.uint8)) for each in found))
+            for split, found in arrays.items()
         }
 
     def to(self, device: torch.device) -> "FileData":

@@ -129,13 +129,13 @@ class ShardFiles(ImageFiles):
     def scan(cls, shards: list[str], cache: str | None, shuffle: int) -> "ShardFiles":
         """Download shards with a URL, and index all."""
         if not shards:
-            empty = np.empty((0, 3), dtype=np.int64)
-            return cls(np.empty(0, dtype=np.bytes_), empty[:, 0], empty, [], shuffle)
+            empty = np.empty(0, dtype=np.int64)
+            return cls(np.empty(0, dtype=np.bytes_), empty, empty.reshape(0, 3), [], shuffle)
         if cache is None and any(map(URL.match, shards)):
             raise InputError("data webdataset: set data.cache to a folder on a disk that holds the shards of the URLs")
         folder = Path(os.path.dirname(shards[0]) if cache is None else cache).expanduser()
         files = [str(download(shard, folder, _check)) if URL.match(shard) else shard for shard in shards]
-        status = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+        status = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
         path = folder / f".index-{hashlib.sha256(repr(status).encode()).hexdigest()[:16]}.safetensors"
         index = cached(path, (1, status), lambda: _index(files))
         try:
@@ -185,39 +185,31 @@ def scan_shard(number: int, file: str) -> tuple[NDArray[np.bytes_], NDArray[np.i
     Raises:
         InputError: the shard is missing, truncated, damaged or not a tar file; an example lacks its image or label.
     """
-    examples: dict[str, dict[str, tuple[int, int]]] = {}
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    labels: dict[str, bytes] = {}
+    rows = []
     try:
         with open(file, "rb") as stream:
             for member, content in read_tar(stream, "r:"):
                 match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name, re.DOTALL)
-                extension = match[2].lower() if match else ""
-                if match is None or extension not in ("cls", *IMAGE_EXTENSIONS):
+                key, extension = (match[1], match[2].lower()) if match else ("", "")
+                if extension not in ("cls", *IMAGE_EXTENSIONS):
                     continue
-                parts = examples.setdefault(match[1], {})
-                if extension in parts:
+                if extension in found.setdefault(key, {}):
                     raise ValueError(f"{member.name} is there twice")
-                label = extension == "cls"
-                parts[extension] = (_label(member.name, content()), 0) if label else (member.offset_data, member.size)
-        rows = [(number, *_image(key, parts), parts["cls"][0]) for key, parts in examples.items()]
+                found[key][extension] = member.offset_data, member.size
+                if extension == "cls" and member.size <= 1024:
+                    labels[key] = content()
+        for key, parts in found.items():
+            image = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
+            if image is None or not re.fullmatch(rb"\s*\d{1,9}\s*", labels.get(key, b"")):
+                what = f"image {key}.jpg" if image is None else f"decimal number in {key}.cls"
+                raise ValueError(f"example {key} has no {what}")
+            rows.append((number, *image, int(labels[key])))
     except DAMAGES as error:
         raise InputError(f"data webdataset: shard {file} cannot be read ({one_line(error)})") from error
-    names = np.array([os.fsencode(key) for key in examples], dtype=np.bytes_)
+    names = np.array([os.fsencode(key) for key in found], dtype=np.bytes_)
     return names, np.array(rows, dtype=np.int64).reshape(-1, 4)
-
-
-def _label(name: str, content: bytes) -> int:
-    if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
-        raise ValueError(f"{name} is not a label")
-    return int(content)
-
-
-def _image(key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    if "cls" not in parts:
-        raise ValueError(f"{key} has no .cls file")
-    for extension in IMAGE_EXTENSIONS:
-        if extension in parts:
-            return parts[extension]
-    raise ValueError(f"{key} has no .{', .'.join(IMAGE_EXTENSIONS[:-1])} or .{IMAGE_EXTENSIONS[-1]} file")
 
 
 def expand_shards(split: str, patterns: str | list[str]) -> list[str]:
@@ -239,8 +231,8 @@ def expand_shards(split: str, patterns: str | list[str]) -> list[str]:
             )
         path = os.path.expanduser(name)
         matching = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        if not matching or not os.path.isfile(matching[0]):
-            raise InputError(f"data webdataset: {split} shard {name} not found")
+        if not matching or not all(map(os.path.isfile, matching)):  # reading a pipe could wait for ever
+            raise InputError(f"data webdataset: {split} shard {name} not found, or not a file")
         # An absolute path is never taken for a URL, whatever the name of the file.
         found += map(os.path.abspath, matching)
     return found
