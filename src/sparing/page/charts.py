@@ -116,7 +116,7 @@ def shares_by_depth(report: "Report", quantity: Literal["weights", "MACs"]) -> B
 
 
 def _bar(row: "Row", text: str, *heights: float) -> Bar:
-    name = row.name if len(row.name) <= 20 else f"…{row.name[-19:]}"
+    name = row.name if len(row.name) <= 24 else f"…{row.name[-23:]}"
     return Bar(name, f"{row.name}: {text}", tuple(round(height, 1) for height in heights))
 
 

@@ -78,13 +78,13 @@ def short(count: float) -> str:
 
 
 def factor(dense: float, sparse: float, word: str) -> str:
-    """Return by which factor a number of the dense model is larger, as the end of a sentence.
+    """Return by which factor a number of the dense model is larger, as the end of a sentence; "" if it is not.
 
     Examples:
-        >>> factor(100, 40, "smaller"), factor(100, 0, "smaller")
-        (', 2.5x smaller', '')
+        >>> factor(100, 40, "smaller"), factor(100, 0, "smaller"), factor(100, 100, "smaller")
+        (', 2.5x smaller', '', '')
     """
-    return f", {dense / sparse:.3g}x {word}" if sparse else ""
+    return f", {dense / sparse:.3g}x {word}" if 0 < sparse < dense else ""
 
 
 def render(title: str, entries: Sequence[Entry], charts: Sequence[Lines] = (), fragment: bool = False) -> str:
