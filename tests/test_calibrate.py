@@ -155,6 +155,24 @@ def kept(scores, mask):
     return bool(scores[mask].min() >= scores[~mask].max())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.ConvTranspose2d])
+def test_scores_are_relative_to_the_mean_of_their_output(kind, groups):
+    """Weights that are a hundred times larger in some outputs leave the masks as they are."""
+    model = kind(8, 4) if kind is nn.Linear else kind(8, 4, 3, groups=groups)
+    batch, twin = torch.randn(5, 8, 4, 4) if kind is not nn.Linear else torch.randn(5, 8), copy.deepcopy(model)
+    with torch.no_grad():
+        transposed = kind is nn.ConvTranspose2d
+        # Of a transposed convolution, output channel c of a group is [inputs of the group, c].
+        model.weight[: 8 // groups, 1] *= 100 if transposed else 1
+        model.weight[1] *= 1 if transposed else 100
+    masks = []
+    for each in (model, twin):
+        method = GMP(sparsity=0.5, score=calibrate(each, [batch]), **ONE_SHOT)
+        masks += [layer.parametrization.mask for layer in sparing.sparsify_(each, method).layers.values()]
+    assert torch.equal(*masks)
+
+
 @pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(2), NM(2, 4), Filters()], ids=str)
 @pytest.mark.parametrize(
@@ -167,6 +185,8 @@ def test_the_largest_scores_are_kept(pattern, budget):
     batches = [torch.randn(5, 8) * torch.logspace(-1, 1, 8) for _ in range(2)]
     found = norms(model, *batches)
     scores = [model[index].weight.detach().abs() * found[str(index)] for index in (0, 2)]
+    if not isinstance(pattern, Filters):
+        scores = [s / s.mean(1, keepdim=True) for s in scores]
     sparsity = {} if isinstance(pattern, NM) or isinstance(budget, Budget) else {"sparsity": 0.5}
     method = GMP(**sparsity, budget=budget, pattern=pattern, score=calibrate(model, batches), **ONE_SHOT)
     masks = [layer.parametrization.mask for layer in sparing.sparsify_(model, method).layers.values()]
@@ -201,6 +221,7 @@ def test_a_ramp_ranks_by_the_norms_of_the_calibration():
         optimizer.step()
     (layer,) = sparsifier.layers.values()
     scores = layer.weight.detach().abs() * roots(x**2)
+    scores /= scores.mean(1, keepdim=True)
     assert torch.equal(layer.parametrization.mask, scores >= scores.flatten().sort().values[16])
 
 

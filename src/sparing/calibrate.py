@@ -1,6 +1,7 @@
 """Score weights by their size and by the inputs that they multiply: one-shot pruning with data.
 
-    score = |W| · ‖x‖₂          x: all values that the weight multiplies, over all batches, positions and tokens
+    a     = |W| · ‖x‖₂              x: all values that the weight multiplies, over all batches, positions and tokens
+    score = a / mean of a           over the weights of the same output; for whole filters a itself
 
     Linear, attention    ‖x_j‖₂ of input feature j, for every weight W_ij of shape (outputs, inputs)
     Conv1D               the same for W_ji of shape (inputs, outputs)
@@ -13,9 +14,10 @@ all uses.
 
 Source: Sun, Liu, Bair & Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), ICLR
 2024, section 3.
-Deviations: the paper compares the scores within each output row, and measures Linear layers. Here they are compared as
-the budget says: within each layer, or over all layers. A convolution takes the norm of the whole input channel, also
-where padding or stride keep a position from a weight.
+Deviations: the paper keeps equally many weights of every output, and measures Linear layers. Here the score is relative
+to the mean of its output, and compared as the budget says, within each layer or over all layers. On MiniLM this agrees
+as much with the dense model as the paper's rule, and more with a global budget, where the paper has none. A convolution
+takes the norm of the whole input channel, also where padding or stride keep a position from a weight.
 """
 
 import hashlib
@@ -31,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparing.errors import InputError
-from sparing.layers import Layer, all_layers
+from sparing.layers import Layer, all_layers, is_transposed
 from sparing.macs import evaluation
 from sparing.patterns import Units
 
@@ -42,7 +44,7 @@ _COPIES = {aten.clone, aten._to_copy}
 
 
 class Calibration:
-    """The score |W| · ‖x‖₂ of a calibrated model; `calibrate` makes it.
+    """The score |W| · ‖x‖₂ of a calibrated model, relative to the mean of its output; `calibrate` makes it.
 
     Args:
         norms: by layer: ‖x‖₂ of the input of each weight, of a shape that broadcasts to the weight.
@@ -69,7 +71,14 @@ class Calibration:
                 f"the score of calibrate() was made for another model: layer {layer.name!r} has shape {layer.shape}, "
                 f"and its norms {tuple(norm.shape)}"
             )
-        return units.norm(layer.weight * norm.to(layer.weight.device))
+        sizes = layer.weight.abs() * norm.to(layer.weight.device)
+        # The dimensions are channel group, input and output of a transposed convolution, or output and inputs.
+        transposed, groups = is_transposed(layer.module), getattr(layer.module, "groups", 1)
+        rows = sizes.unflatten(0, (groups, -1)) if transposed else sizes
+        means = rows.mean([d for d in range(1, rows.dim()) if not transposed or d != 2], keepdim=True)
+        if units.weights * means.numel() < sizes.numel():  # otherwise a unit is all of an output
+            sizes = (rows / means.clamp_min(torch.finfo(means.dtype).tiny)).reshape(sizes.shape)
+        return units.norm(sizes)
 
     def __repr__(self) -> str:
         return f"Calibration({len(self.norms)} layers, {self._digest})"
@@ -78,7 +87,7 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
     """Run a model over batches, without gradients, and return a score of its weights for one-shot pruning.
 
-    score = |W| · ‖x‖₂, of the input x that the weight multiplies
+    score = |W| · ‖x‖₂ of the input x that the weight multiplies, relative to the mean of its output
 
     The model runs in evaluation mode, and is as before afterwards. Some hundred examples are enough. In distributed
     training, give every process the same batches, so that all have the same masks.
