@@ -87,16 +87,17 @@ class STRFeather(Rescaling):
             for part in parts:
                 part.s.grad = None
         elif parts:
-            self._project(parts)
+            self._project(sparsifier, parts)
 
     @staticmethod
-    def _project(parts: "list[FeatherLearnedThreshold]") -> None:
+    def _project(sparsifier: Sparsifier, parts: "list[FeatherLearnedThreshold]") -> None:
         gradients = [part.s.grad for part in parts]
         device = parts[0].s.device
         g = torch.cat([gradient.to(device) for gradient in gradients])  # type: ignore[union-attr]
         c = torch.stack([part.saving.to(device) for part in parts])
         along = g - c * (g @ c / (c @ c).clamp_min(1.0))
-        along /= g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+        # A fused optimizer divides by the scale of a GradScaler later, so the result keeps it.
+        along /= sparsifier.unscale(g).square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
         for gradient, value in zip(gradients, along.split(1), strict=True):
             gradient.copy_(value)  # type: ignore[union-attr]
 
