@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from small_run import RIGL, assert_same, history, on_ranks, recipe, train_ranks
+from small_run import RIGL, RUNS, assert_same, history, on_ranks, recipe, train_ranks
 from sparing.run import distributed, watch
 from sparing.run.checkpoint import load_checkpoint
 
@@ -46,13 +46,16 @@ def test_ranks_without_a_shared_run_directory_are_reported_when_they_continue(tm
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
-    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", "", 3):
+    # The noise of this method is another one on each rank.
+    wanted = recipe(2, **TWO | RUNS["variational_dropout"])
+    for text, status in on_ranks(2, tmp_path, train_ranks, wanted, tmp_path / "run", "", 3):
         assert status == 2
         assert "stopped by SIGTERM" in text
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (saved["progress"]["step"], [part["examples"] for part in saved["ranks"]]) == (3, [6, 6])
+    assert not torch.equal(*(part["random"]["cpu"] for part in saved["ranks"]))
     for out in ("run", "straight"):
-        assert on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / out) == [("", 0)] * 2
+        assert on_ranks(2, tmp_path, train_ranks, wanted, tmp_path / out) == [("", 0)] * 2
     assert_same(*(load_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("run", "straight")))
     assert history(tmp_path / "run") == history(tmp_path / "straight")
 
