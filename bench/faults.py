@@ -49,7 +49,7 @@ HANGS = 60.0
 """Seconds after which a process counts as hanging."""
 EXPERIMENTS = {}
 """Name → generator of one pair (how a try ended, what was lost or "") per try, and its default number of tries."""
-numbers = itertools.count()
+numbers, durations = itertools.count(), {}
 
 
 def experiment(count):
@@ -129,8 +129,10 @@ class Case:
         changes = small_run.RUNS[self.name] | {"checkpoint": {"steps": 2}} | changes
         self.recipe.write_text(small_run.recipe(**changes).to_yaml())
         if not self.straight.exists():
+            began = time.perf_counter()
             assert ended(small_run.start(train(self.recipe, self.straight), self.log)) == 0, self.name
-        self.seconds = Run.open(self.straight).metrics["seconds"] + 0.3
+            durations[self.straight] = time.perf_counter() - began
+        self.seconds = durations[self.straight]
 
     def start(self, before=lambda: None):
         """Train or continue in another process, and return its id."""
@@ -163,7 +165,7 @@ def signalled(folder, count, draw, figures, signals):
         case, finished, figures["runs"] = Case(folder, draw), False, figures["runs"] + 1
         while sent < count and not finished:
             child, number = case.start(), draw.choice(signals)
-            time.sleep(draw.uniform(0, 1.3 * case.seconds))
+            time.sleep(draw.uniform(0, 1.2 * case.seconds))
             os.kill(child, number)  # a zombie if it has ended
             outcome, wrong = case.ended(child)
             if outcome == "success":
@@ -186,7 +188,7 @@ def kill(folder, count, draw, figures):
     yield from signalled(folder, count, draw, figures, [signal.SIGKILL])
 
 
-@experiment(100)
+@experiment(60)
 def signals(folder, count, draw, figures):
     """SIGTERM, SIGUSR1, SIGINT at random instants; resumed runs compared bit for bit"""
     yield from signalled(folder, count, draw, figures, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -208,7 +210,7 @@ def disk(folder):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@experiment(40)
+@experiment(24)
 def full(folder, count, draw, figures):
     """full disk (a tmpfs of random size, every second try) or a limit on the size of files (RLIMIT_FSIZE)"""
     for index in range(count):
@@ -237,7 +239,7 @@ def disturb_directory(case, change):
             before.touch()
 
 
-@experiment(40)
+@experiment(24)
 def directories(folder, count, draw, figures):
     """run directory removed, renamed, replaced by a file or made read-only at a random instant"""
     for index in range(count):
@@ -249,7 +251,7 @@ def directories(folder, count, draw, figures):
             child = case.start(lambda: os.setuid(65534))  # root may write into read-only directories
             while not case.out.exists():
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, case.seconds))
+            time.sleep(draw.uniform(0, 0.7 * case.seconds))
             disturb_directory(case, change)
             outcome, wrong = case.ended(child, place)
             yield f"{change}: {outcome}", wrong or case.lost()
@@ -330,7 +332,7 @@ def long_run(steps, method, file):
     file.write_text(json.dumps(rows))
 
 
-@experiment(4)
+@experiment(3)
 def threads(folder, count, draw, figures):
     """the same run with 1 and with 2 threads: whether the results are equal to the last bit (not a fault)"""
     figures |= {"largest difference of a weight": 0.0, "largest difference in accuracy": 0.0}
@@ -372,7 +374,7 @@ def of_two_ranks(folder, changes):
     return folder / "two.yaml", folder / "two", time.perf_counter() - began
 
 
-@experiment(10)
+@experiment(8)
 def kill_ranks(folder, count, draw, figures):
     """SIGKILL under torchrun with 2 ranks (gloo), of all processes or of one rank, at random instants"""
     recipe, straight, seconds = of_two_ranks(folder, {"schedule": {"epochs": 10}})
