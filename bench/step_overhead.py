@@ -1,11 +1,13 @@
 """Measure the time of a training step: every method, and the formula of STR with autograd, relative to dense.
 
-    python bench/step_overhead.py [--model resnet50] [--variant str gmp] [--batch 32] [--rounds 7] [--compile]
+    python bench/step_overhead.py [--model resnet50] [--variant str gmp] [--batch 32] [--rounds 7]
+    python bench/step_overhead.py --model mlp --batch 128 --mode eager compiled
     python bench/step_overhead.py --against str --variant str_sparsity str_macs
 
 The steps of copies of one model alternate in one process, so that changes in the speed of the machine affect all of
-them equally; the result is the median of the ratios of neighbouring steps. A second part compares `import sparing`
-with `import torch`, alternating, in fresh interpreters.
+them equally. The result is the median of the ratios of neighbouring steps, and the ratio of the fastest steps, which
+others on the machine affect least. With --imports, `import sparing` is compared with `import torch`, alternating, in
+fresh interpreters.
 
 A method with periodic updates is timed in a step without an update, and in two steps with one update between them; the
 result is the mean over its default interval. The methods may differ by less than the noise of a step, so their work
@@ -16,6 +18,7 @@ The naive formula is that of the 2020 release, sign(w) · relu(|w| − sigmoid(s
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import statistics
@@ -82,6 +85,14 @@ VARIANTS |= {
 }
 
 
+def mlp():
+    """Build a network of three linear layers with 1.86 million weights, of which each is used once per example."""
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+MODELS = {**sparing.models.MODELS, "mlp": mlp}
+
+
 class Side:
     """A variant of the model with its optimizer."""
 
@@ -146,11 +157,13 @@ class Side:
         return (self.clock() - start) / self.every
 
 
-def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, device):
+def measure(name, against, wanted, batch, size, rounds, repeat, amp, compiled, clock, device):
     """Return the time of every variant relative to the baseline, and its peak memory on a GPU."""
-    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (batch,), device=device)
-    model = sparing.models.MODELS[name]()
+    images = torch.randn(batch, 784, device=device)
+    if name != "mlp":
+        images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    model = MODELS[name]()
+    labels = torch.randint(0, list(model.parameters())[-1].shape[0], (batch,), device=device)
     kinds = dict.fromkeys([against, *wanted])
     sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled, clock) for kind in kinds}
     peaks = {}
@@ -166,13 +179,15 @@ def measure(name, against, wanted, batch, size, rounds, amp, compiled, clock, de
     order = list(sides)
     for turn in range(rounds):
         for kind in order if turn % 2 == 0 else reversed(order):
-            seconds[kind].append(sides[kind].seconds())
+            seconds[kind].append(min(sides[kind].seconds() for _ in range(repeat)))
             updates[kind].append(sides[kind].update_seconds())
     rows = []
     for kind, times in seconds.items():
         ratios = [mine / other for mine, other in zip(times, seconds[against], strict=True)]
-        row = {"model": name, "batch": batch, "size": size, "variant": kind, "ratio": statistics.median(ratios)}
-        row |= {"lowest": min(ratios), "highest": max(ratios), "seconds": statistics.median(times)}
+        row = {"model": name, "batch": batch, "size": size if name != "mlp" else None}
+        row |= {"mode": "compiled" if compiled else "eager", "variant": kind, "ratio": statistics.median(ratios)}
+        row |= {"lowest": min(ratios), "highest": max(ratios), "fastest": min(times) / min(seconds[against])}
+        row |= {"seconds": statistics.median(times), "fastest_seconds": min(times)}
         row["update_share"] = statistics.median(updates[kind]) / statistics.median(seconds[against])
         if peaks:
             row["memory_ratio"] = peaks[kind] / peaks[against]
@@ -198,14 +213,16 @@ def import_ratio(rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["resnet50", "mobilenet_v1"])
+    parser.add_argument("--model", nargs="+", default=["resnet50", "mobilenet_v1"], choices=list(MODELS))
     parser.add_argument("--variant", nargs="+", default=["str", "naive"], choices=list(VARIANTS))
     parser.add_argument("--against", default="dense", choices=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=1, help="steps of a variant in a row; the fastest counts")
+    parser.add_argument("--imports", type=int, default=0, metavar="ROUNDS", help="rounds of imports")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--mode", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, for one thread on a shared machine")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
     options = parser.parse_args()
@@ -214,25 +231,26 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    imports = import_ratio(options.rounds)
-    print(
-        f"import sparing / import torch: {imports['ratio']:.3f} ({imports['lowest']:.3f} to {imports['highest']:.3f})"
-    )
+    imports = import_ratio(options.imports) if options.imports else None
+    if imports:
+        spread = f"{imports['lowest']:.3f} to {imports['highest']:.3f}"
+        print(f"import sparing / import torch: {imports['ratio']:.3f} ({spread})")
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     result = {"commit": commit.stdout.strip() or None, "torch": torch.__version__, "device": where}
     result |= {"options": chosen, "import": imports, "rows": []}
     clock = time.process_time if options.cpu_time else time.perf_counter
-    for name in options.model:
-        how = (options.batch, options.size, options.rounds, options.amp, options.compile, clock, device)
-        rows = measure(name, options.against, options.variant, *how)
+    for name, mode in itertools.product(options.model, options.mode):
+        how = (options.batch, options.size, options.rounds, options.repeat, options.amp, mode == "compiled", clock)
+        rows = measure(name, options.against, options.variant, *how, device)
         result["rows"] += rows
         for row in rows:
             memory = f"  memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
-            spread = f"{row['lowest']:.3f} to {row['highest']:.3f}"
+            spread = f"{row['lowest']:.3f} to {row['highest']:.3f}, fastest {row['fastest']:.3f}"
             share = f"  after the step {row['update_share']:.4f}"
             print(
-                f"{name:>14}  {row['variant']:>6}  {row['ratio']:.3f} of {options.against} ({spread}){share}{memory}",
+                f"{name:>12} {mode:>8}  {row['variant']:>13}  {row['ratio']:.3f} of {options.against} ({spread})"
+                f"{share}{memory}",
                 flush=True,
             )
     if options.json:
