@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from sparing.cli import app
 from sparing.export.str_release import convert
 from sparing.run.log import read_history
 from sparing.run.recipe import load_recipe
@@ -67,13 +69,13 @@ def _one_thread():
 
 
 def sparing(*arguments, ranks=1):
-    command = [sys.executable, "-c", PROGRAM]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-        command = [*launcher, "--no-python", *command]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    if ranks == 1:
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command = [*launcher, "--no-python", sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,7 +85,7 @@ def changes(**values):
 
 
 SHORT = {
-    "data__size": 64, "data__workers": 0, "data__batch_size": 40, "method__init": -3, "schedule__epochs": 2,
+    "data__size": 32, "data__workers": 0, "data__batch_size": 40, "method__init": -4, "schedule__epochs": 2,
     "schedule__warmup_epochs": 0, "optimizer__lr": 0.02, "tensorboard": "false", "device": "cpu",
 }  # fmt: skip
 
