@@ -135,6 +135,14 @@ def test_views_and_copies_of_a_weight_are_recognized():
     torch.testing.assert_close(found["left"], y[0].square().sum(1).sqrt().expand(4, 4))
 
 
+def test_a_weight_that_is_a_part_of_a_larger_tensor_is_calibrated():
+    model, x = nn.Module(), torch.randn(3, 4)
+    model.weight = nn.Parameter(torch.randn(5, 8)[:, 2:6])
+    model.forward = lambda x: (x @ model.weight[:3].t(), 2 * x @ model.weight[3:].t())
+    squares = x.square().sum(0).expand(5, 4) * torch.tensor([1.0, 1.0, 1.0, 4.0, 4.0])[:, None]
+    torch.testing.assert_close(norms(model, x)["weight"], squares.sqrt())
+
+
 def test_the_model_is_as_before_and_runs_in_evaluation_mode():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.9), nn.Linear(4, 2)).train()
     model[1].eval()

@@ -207,7 +207,7 @@ class _Inputs(TorchDispatchMode):
         """
         norms = {}
         for index, name in enumerate(self._names):
-            reached = torch.zeros_like(self._tensors[index], dtype=torch.bool)
+            reached = _zeros(self._tensors[index], torch.bool)
             for view in self._sums.get(index, ()):
                 reached.as_strided(*view).fill_(True)
             if not reached.all():
@@ -231,7 +231,8 @@ class _Inputs(TorchDispatchMode):
             return None
         for index in self._stored.get(tensor.untyped_storage().data_ptr(), ()):
             known = self._tensors[index]
-            if 0 <= tensor.storage_offset() - known.storage_offset() < known.numel():
+            end = sum((size - 1) * stride for size, stride in zip(known.shape, known.stride(), strict=True))
+            if 0 <= tensor.storage_offset() - known.storage_offset() <= end:
                 return index
         return None
 
@@ -251,11 +252,15 @@ class _Inputs(TorchDispatchMode):
     def _total(self, index: int) -> Tensor:
         """Return the sum for each weight of a tensor."""
         tensor = self._tensors[index]
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        total = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device).zero_()
+        total = _zeros(tensor, torch.promote_types(tensor.dtype, torch.float32))
         for view, squares in self._sums.get(index, {}).items():
             total.as_strided(*view).add_(squares)
         return total
+
+
+def _zeros(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros with the strides of a tensor, so that its views are views of the zeros, too."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device).zero_()
 
 
 def _squares(tensor: Tensor) -> Tensor:
