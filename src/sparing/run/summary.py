@@ -131,10 +131,8 @@ def _latency(path: Path) -> list[Fact]:
         return []
     best = min(dense, key=lambda name: dense[name])
     seconds, baseline = rows[sparse].seconds or 0, rows[best].seconds or 0
-    against = (
-        f"dense {1000 * baseline:.3g} ms ({best}), {dense[best]:.3g}x as fast, batch {batch}, {format_threads(threads)}"
-    )
-    return [Fact("latency", f"{1000 * seconds:.3g} ms", against, seconds)]
+    against = f"dense {_time(baseline)} ({best}), {dense[best]:.3g}x as fast, batch {batch}, {format_threads(threads)}"
+    return [Fact("latency", _time(seconds), against, seconds)]
 
 
 def _charts(history: list[Epoch], dense: list[Epoch]) -> tuple[Lines, ...]:
@@ -201,6 +199,10 @@ def _check(kind: type[Content], content: Any, path: Path) -> Content:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
 def _bytes(count: int) -> str:
