@@ -185,7 +185,7 @@ def train_ranks(rank, wanted, out, differs="", stop=0, **options):
         stop: step in which rank 1 receives SIGTERM; 0 for none.
         options: of `train_run`.
     """
-    watch.INTERVAL = 0.2
+    watch.INTERVAL = 1.0
     build_data, build_sparsifier, backward, taken = training.build_data, loop.build_sparsifier, loop.backward, []
 
     def change_mask(sparsifier):

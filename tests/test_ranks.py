@@ -7,9 +7,11 @@ import time
 import pytest
 import torch
 
-from small_run import RIGL, RUNS, assert_same, history, on_ranks, recipe, train_ranks
-from sparing.run import distributed, watch
+from small_run import RIGL, RUNS, assert_same, history, noise, on_ranks, recipe, train_ranks
+from sparing.run import distributed, loop, watch
 from sparing.run.checkpoint import load_checkpoint
+from sparing.run.distributed import Ranks
+from sparing.run.interrupt import StopSignals
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -27,9 +29,12 @@ TWO = {"method": RIGL, "checkpoint": {"steps": 4}, "schedule": {"epochs": 2}}
     ],
 )
 def test_ranks_that_differ_stop_and_name_the_difference(tmp_path, differs, message, written):
-    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", differs):
+    # Without checkpoints in mid-epoch, a difference that is not found at the start is found after the first epoch.
+    wanted = recipe(2, **TWO | ({} if written else {"checkpoint": {}}))
+    for text, status in on_ranks(2, tmp_path, train_ranks, wanted, tmp_path / "run", differs):
         assert status == 2
         assert message in text
+    assert not history(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").exists() == written
     if written:
         assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]["step"] == 4
@@ -58,6 +63,17 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the
         assert on_ranks(2, tmp_path, train_ranks, wanted, tmp_path / out) == [("", 0)] * 2
     assert_same(*(load_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("run", "straight")))
     assert history(tmp_path / "run") == history(tmp_path / "straight")
+
+
+def test_one_rank_continues_the_epoch_of_two(tmp_path):
+    out = tmp_path / "run"
+    on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), out, "", 3)
+    parts = load_checkpoint(out / "checkpoint.pt")["ranks"]
+    one = loop._Training(recipe(**TWO), noise(), Ranks(torch.device("cpu")), out, StopSignals())
+    assert (one.progress.step, one._examples) == (3, 12)
+    assert float(one._loss) == float(parts[0]["loss"] + parts[1]["loss"])
+    one.run_epoch(1, None)
+    assert (one.progress.epoch, one.progress.step) == (1, 0)
 
 
 def stop_rank(rank, stopped, whole):

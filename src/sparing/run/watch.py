@@ -22,7 +22,7 @@ ANOTHER_ENDED = (
 )
 
 _RUNNING, _LEAVING, _FAILED = 0, 1, 2
-_GO_ON, _ALL_LEAVE, _ONE_FAILED = -1, -2, -3
+_GO_ON, _ALL_LEAVE, _ONE_FAILED, _LOST = -1, -2, -3, -4
 
 
 class Watch:
@@ -70,13 +70,14 @@ class Watch:
             try:
                 verdict = report(state)
             except RuntimeError:  # the connection was closed
-                time.sleep(INTERVAL)
-                if self._state == _RUNNING:
-                    os.write(2, f"sparing: rank {self._rank}: {ANOTHER_ENDED}\n".encode())
-                verdict = _ONE_FAILED
+                verdict = _LOST
+            if verdict in (_ONE_FAILED, _LOST):
+                time.sleep(INTERVAL)  # the main thread may be about to end with a message of its own
             if verdict == _ALL_LEAVE or state == _FAILED or self._state == _FAILED:
                 return
-            if verdict == _ONE_FAILED:
+            if verdict in (_ONE_FAILED, _LOST):
+                if verdict == _LOST and self._state == _RUNNING:
+                    os.write(2, f"sparing: rank {self._rank}: {ANOTHER_ENDED}\n".encode())
                 os._exit(1)
             if verdict != _GO_ON:
                 self._end(verdict)
