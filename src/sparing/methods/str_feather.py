@@ -82,15 +82,11 @@ class STRFeather(Rescaling):
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
+        if sparsifier.step < max(sparsifier.plan.updates.begin, 1):
+            return  # C is not measured yet
         parts = [part for _, part in sparsifier.each(FeatherLearnedThreshold) if part.s.grad is not None]
-        if sparsifier.step < max(sparsifier.plan.updates.begin, 1):  # nothing is measured yet: optimizers skip s
-            for part in parts:
-                part.s.grad = None
-        elif parts:
-            self._project(sparsifier, parts)
-
-    @staticmethod
-    def _project(sparsifier: Sparsifier, parts: "list[FeatherLearnedThreshold]") -> None:
+        if not parts:
+            return
         gradients = [part.s.grad for part in parts]
         device = parts[0].s.device
         g = torch.cat([gradient.to(device) for gradient in gradients])  # type: ignore[union-attr]
