@@ -72,3 +72,17 @@ def test_fewer_batches_than_promised_are_an_error(use, tmp_path):
     use(Short)
     with pytest.raises(InputError, match=r"the data has 7 of the 10 batches per epoch"):
         train_run(recipe(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_fewer_examples_than_the_size_of_a_split_are_an_error(monkeypatch, tmp_path, split):
+    """Batches of somebody's own data set have no attribute `examples`."""
+    original = ImageData.evaluation
+
+    def evaluation(self, wanted, *arguments):
+        batches = list(original(self, wanted, *arguments))
+        return [(x[:-1], y[:-1]) if wanted == split else (x, y) for x, y in batches]
+
+    monkeypatch.setattr(ImageData, "evaluation", evaluation)
+    with pytest.raises(InputError, match="the data has 39 examples to evaluate, but 40 were promised"):
+        train_run(recipe(schedule={"epochs": 1}), tmp_path / "run")

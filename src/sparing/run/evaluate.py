@@ -50,6 +50,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, ...]],
     ranks: Ranks | None = None,
     before_batch: Callable[[], None] = lambda: None,
+    size: int | None = None,
 ) -> Evaluation:
     """Compute loss and accuracy in evaluation mode, and restore the mode of the model afterwards.
 
@@ -58,6 +59,7 @@ def evaluate(
         batches: batches `(*inputs, labels)`; with several ranks, the share of this rank.
         ranks: with several ranks, all of them: every rank returns the result over all examples.
         before_batch: called before each batch; it can raise an error to leave the evaluation.
+        size: number of examples that the data set promised, over all ranks, if the batches have no `examples`.
 
     Raises:
         InputError: there are no examples, or not as many as the data set promised.
@@ -79,8 +81,8 @@ def evaluate(
     if ranks is not None:
         loss, *counts = ranks.sum(loss, correct, top5, count, unreadable)
         correct, top5, count, unreadable = map(int, counts)
-    promised = getattr(batches, "examples", count + unreadable)
-    if count + unreadable != promised:
+    promised = getattr(batches, "examples", size)
+    if promised is not None and count + unreadable != promised:
         raise InputError(f"the data has {count + unreadable} examples to evaluate, but {promised} were promised")
     if count == 0:
         raise InputError("there are no examples to evaluate")

@@ -134,7 +134,8 @@ class _Training:
                 f"the batches of data {recipe.data.name!r} have no attribute `start`; a run that resumes in mid-epoch "
                 "sets it to the number of batches to leave out"
             )
-        self.validation = data.evaluation("validation", ranks.rank, ranks.count) if data.size("validation") else None
+        self.promised = data.size("validation")
+        self.validation = data.evaluation("validation", ranks.rank, ranks.count) if self.promised else None
         self.learning_rates = recipe.learning_rates(len(self.train))
         self.sparsifier = build_sparsifier(recipe, model)
         self.optimizer = build_optimizer(recipe.optimizer, model)
@@ -214,7 +215,7 @@ class _Training:
         ranks.share_buffers(self.trained)
         result = None
         if self.validation is not None:
-            result = evaluate(self.trained, self.validation, ranks, self._leave_evaluation)
+            result = evaluate(self.trained, self.validation, ranks, self._leave_evaluation, self.promised)
         accuracy = None if result is None else result.accuracy
         counts = report(self.trained)
         sparsity = counts.total.sparsity

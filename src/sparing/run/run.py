@@ -254,6 +254,6 @@ def evaluate_on(model: nn.Module, data: SplitDataset, device_name: str, part: st
     if not data.size(split):
         raise InputError(f"the data has no {split} split")
     try:
-        return evaluate(model.to(device), data.to(device).evaluation(split))
+        return evaluate(model.to(device), data.to(device).evaluation(split), size=data.size(split))
     finally:
         model.to("cpu")

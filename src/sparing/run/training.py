@@ -119,7 +119,8 @@ def _train(
             if stop.received and ranks.count == 1:
                 raise Interrupted(stop.received)
 
-        test = evaluate(fitted.model, on_device.evaluation("test", ranks.rank, ranks.count), ranks, leave)
+        batches = on_device.evaluation("test", ranks.rank, ranks.count)
+        test = evaluate(fitted.model, batches, ranks, leave, data.size("test"))
         return ranks.run_on_first(lambda: _finish(recipe, data, ranks, out, fitted, test, dense))
 
 
