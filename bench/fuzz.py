@@ -115,7 +115,7 @@ def budgets(draw, folder):
     if Budget.load(folder / "again.json") != budget:
         raise WrongError("another budget after saving")
     model = MODELS["resnet8"](num_classes=10, in_channels=1, width=2)
-    sparing.sparsify_(model, sparing.GMP(budget=budget, begin=0, end=0), steps=5)
+    sparing.sparsify_(model, sparing.GMP(budget=budget, begin=0, end=0), list(budget), 5)
 
 
 def begun(folder, **changes):
@@ -206,27 +206,21 @@ def layer(draw, size):
         groups = size if draw.random() < 0.3 and not out % size else 1
         kernel = draw.choice([1, 2, 3])
         return getattr(nn, kind)(size, out, kernel, groups=groups), (size, *[6] * int(kind[-2]))
-    if kind in ("GRU", "LSTM"):
-        return Recurrent(getattr(nn, kind)(6, out)), (size, 6)
-    return Twice(nn.MultiheadAttention(6, 2) if kind == "Attention" else nn.Bilinear(6, 6, out)), (size, 6)
+    if kind == "Attention":
+        return Call(nn.MultiheadAttention(6, 2), 3), (size, 6)
+    module = getattr(nn, kind)
+    return Call(module(6, 6, out), 2) if kind == "Bilinear" else Call(module(6, out), 1), (size, 6)
 
 
-class Recurrent(nn.Module):
-    def __init__(self, rnn):
+class Call(nn.Module):
+    """Calls a module with its input, so many times, and returns a tensor."""
+
+    def __init__(self, module, times):
         super().__init__()
-        self.rnn = rnn
+        self.module, self.times = module, times
 
     def forward(self, x):
-        return self.rnn(x)[0]
-
-
-class Twice(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        found = self.module(x, x, x) if isinstance(self.module, nn.MultiheadAttention) else self.module(x, x)
+        found = self.module(*[x] * self.times)
         return found[0] if isinstance(found, tuple) else found
 
 
@@ -249,7 +243,7 @@ def models(draw, folder):
     try:
         sparsifier = sparing.sparsify_(model, cls(**arguments), steps=steps)
     except TypeError as error:
-        if "missing" in str(error) or "unhashable" in str(error):
+        if "missing" in str(error):
             return
         raise
     optimizer_class = draw.choice([torch.optim.SGD, torch.optim.AdamW])
@@ -272,7 +266,8 @@ def models(draw, folder):
     if report.total.nonzero < nonzero or not 0 <= report.total.sparsity <= 1:
         raise WrongError(f"{cls.name} {arguments}: {report.total}")
     compressed.save(plain, folder / "c.safetensors")
-    if any(not torch.equal(each, plain[key]) for key, each in compressed.load(folder / "c.safetensors").items()):
+    loaded = compressed.load(folder / "c.safetensors")
+    if any(not torch.allclose(each, plain[key], rtol=0, atol=0, equal_nan=True) for key, each in loaded.items()):
         raise WrongError(f"{cls.name} {arguments}: compressed.load gives another content")
 
 

@@ -182,11 +182,12 @@ def train_ranks(rank, wanted, out, differs="", stop=0, **options):
         wanted: recipe for two ranks.
         out: run directory, which is continued if it exists.
         differs: what rank 1 has of its own: a "learning rate", "data", a "directory", "masks", or "masks later".
-        stop: step in which rank 1 receives SIGTERM; 0 for none.
+        stop: step in which rank 1 receives SIGTERM; 0 for none, -1 for an evaluation.
         options: of `train_run`.
     """
     watch.INTERVAL = 1.0
-    build_data, build_sparsifier, backward, taken = training.build_data, loop.build_sparsifier, loop.backward, []
+    build_data, build_sparsifier = training.build_data, loop.build_sparsifier
+    backward, evaluate, taken = loop.backward, loop.evaluate, []
 
     def change_mask(sparsifier):
         mask = sparsifier.layers["conv1"].parametrization.mask
@@ -206,8 +207,14 @@ def train_ranks(rank, wanted, out, differs="", stop=0, **options):
             change_mask(arguments[-1])
         return backward(*arguments)
 
+    def evaluation(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
     if rank == 1:
         loop.backward = step
+        if stop == -1:
+            loop.evaluate = evaluation
         if differs == "learning rate":
             wanted = wanted.model_copy(update={"optimizer": wanted.optimizer.model_copy(update={"lr": 0.051})})
         if differs == "directory":

@@ -218,7 +218,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
                 load_checkpoint(path)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
     wanted = recipe(checkpoint={"steps": 3})
     fit(wanted, tmp_path / "straight")
     out = tmp_path / "run"
@@ -228,10 +228,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    with pytest.warns(SparsityWarning, match=rf"{newest}: is damaged.*Using the checkpoint before, {before}"):
-        assert fit(wanted, out) is not None
+    stop_at(monkeypatch, {1: signal.SIGTERM})
+    damaged = rf"{newest}: is damaged.*Using the checkpoint before, {before}"
+    with pytest.warns(SparsityWarning, match=damaged), pytest.raises(Interrupted):
+        fit(wanted, out)
+    assert load_checkpoint(before)["progress"]["step"] == 9, "the damaged file was not kept as the one before"
+    assert fit(wanted, out) is not None
     assert_same(*(load_checkpoint(tmp_path / run / "checkpoint.pt") for run in ("straight", "run")))
-    assert load_checkpoint(before), "the damaged file was not kept as the one before"
     newest.unlink()  # as if the process was killed between two renames
     with pytest.warns(SparsityWarning, match="there is no such file. Using"):
         assert load_newest(newest)[1] == before

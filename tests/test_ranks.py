@@ -65,6 +65,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the
     assert history(tmp_path / "run") == history(tmp_path / "straight")
 
 
+def test_a_signal_to_one_rank_during_an_evaluation_stops_all_after_the_epoch(tmp_path):
+    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", "", -1):
+        assert status == 2
+        assert "stopped by SIGTERM" in text
+    progress = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 0)
+
+
 def test_one_rank_continues_the_epoch_of_two(tmp_path):
     out = tmp_path / "run"
     on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), out, "", 3)
