@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.operators import Operator, apply_operator, in_forward_mode, save
-from sparing.threshold import sum_to
+from sparing.operators import Operator, apply_operator, in_forward_mode, masked, save
+from sparing.threshold import signed_sum, sum_to
 
 Shape = tuple[int, ...]
 
@@ -151,9 +151,8 @@ class _FeatherThreshold(Operator):
         t = threshold.to(norm.dtype)
         # Divided by ‖W‖ before the cube, which would underflow for a small weight.
         norm = wide(norm)
-        factor = (1 - (t.to(norm.dtype) / norm) ** 3).clamp_min(0) ** (1 / 3)
-        shrunk = weight.reshape(view) * factor.to(weight.dtype)
-        return torch.where(norm > t, shrunk, 0.0).reshape(weight.shape)
+        factor = (t.to(norm.dtype) / norm).pow_(3).neg_().add_(1).clamp_min_(0).pow_(1 / 3)
+        return masked(weight.reshape(view) * factor.to(weight.dtype), norm > t).reshape(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,7 +171,7 @@ class _FeatherThreshold(Operator):
         if not ctx.needs_input_grad[1]:
             return grad, None, None, None, None
         shape, dtype = ctx.t
-        return grad, -(grad_output * effective.sign()).sum(dtype=dtype).reshape(shape), None, None, None
+        return grad, -signed_sum(grad_output, effective, shape, dtype), None, None, None
 
 
 # --8<-- [end:feather]

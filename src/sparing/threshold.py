@@ -79,7 +79,7 @@ class _SoftThreshold(Operator):
         grad_weight = torch.ops.aten.hardshrink_backward.default(grad_output, effective, 0.0)
         if not ctx.needs_input_grad[1]:
             return grad_weight, None
-        return grad_weight, -_signed_sum(grad_weight, effective, ctx.threshold_shape, ctx.threshold_dtype)
+        return grad_weight, -signed_sum(grad_weight, effective, ctx.threshold_shape, ctx.threshold_dtype)
 
 
 def shrink(weight: Tensor, t: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def shrink(weight: Tensor, t: Tensor) -> Tensor:
 # --8<-- [end:operator]
 
 
-def _signed_sum(grad: Tensor, effective: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def signed_sum(grad: Tensor, effective: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return Σ grad ⊙ sign(S), summed to a shape in a dtype."""
     sign = effective.sign()
     one = shape.numel() == 1 and dtype == grad.dtype and plain_on_cpu(grad, sign) and not is_recorded(effective)

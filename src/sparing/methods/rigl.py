@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparing.growing import Growing, MaskUpdate
 from sparing.method import Optimizers
-from sparing.operators import Operator, apply_operator, masked, save
+from sparing.operators import Operator, apply_operator, masked, plain_on_cpu, save
 from sparing.parametrizations import Masked
 from sparing.schedules import cosine
 from sparing.sparsifier import Sparsifier
@@ -88,4 +88,6 @@ class _Probe(Operator):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mask, probing = ctx.saved_tensors
-        return masked(grad_output, mask | probing), None, None
+        if plain_on_cpu(probing):  # the host knows the value, and need not combine it with the mask
+            return grad_output if probing.item() else masked(grad_output, mask), None, None
+        return torch.where(mask | probing, grad_output, 0.0), None, None
