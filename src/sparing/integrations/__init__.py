@@ -1,4 +1,7 @@
-"""Callbacks for other training frameworks. `SparsityCallback` is that of transformers; `lightning` has its own."""
+"""Callbacks for other training frameworks, and models of timm.
+
+`SparsityCallback` is that of transformers; the module `lightning` has its own.
+"""
 
 from typing import Any
 

@@ -11,8 +11,8 @@ from torch import nn
 from sparing.data import DATASETS, SplitDataset
 from sparing.errors import InputError, nearest
 from sparing.imports import import_object
+from sparing.integrations.timm import PREFIX, timm_model
 from sparing.models import MODELS
-from sparing.models.timm import PREFIX, timm_model
 from sparing.param_groups import param_groups
 from sparing.run.method_section import build_method
 from sparing.run.recipe import DataSection, ModelSection, OptimizerSection, Recipe

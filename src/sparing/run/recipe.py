@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sparing.data import DATASETS
 from sparing.errors import InputError, nearest
 from sparing.imports import PATH
+from sparing.integrations.timm import PREFIX
 from sparing.models import MODELS
-from sparing.models.timm import PREFIX
 from sparing.run.method_section import check_method
 from sparing.run.reading import explain, override, read_mapping
 from sparing.schedules import warmup_cosine, warmup_drops
