@@ -66,7 +66,7 @@ def is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) 
 
 def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the trained parameters and the state of the optimizer are finite."""
-    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tensors += [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
     # Compared on the device: reading each result would synchronize with the GPU for each tensor.
     return bool(torch.stack([each.isfinite().all().to(tensors[0].device) for each in tensors]).all())
