@@ -4,8 +4,8 @@
 
 The images are 500 × 375 JPEG files of about 100 kB, as in ImageNet, made from noise. torchvision is ImageFolder with a
 DataLoader and v2 transforms to normalized float32, which is what its reference scripts do. All loaders have the same
-random crops and flips, batches and numbers of persistent workers. An epoch of each in turn is a round. With --workers 0,
-everything is in one process, and CPU time is measured, which other programs disturb less.
+random crops and flips, batches and numbers of persistent workers. An epoch of each in turn is a round. With
+--workers 0, everything is in one process, and CPU time is measured, which other programs disturb less.
 """
 
 import argparse

@@ -68,9 +68,9 @@ MAY_IMPORT = {
     "formats": {"engine", "errors", "export", "files", "sparsify"},
     "latency": {"engine", "errors", "export", "layers"},
     "run": {
-        "budget", "data", "errors", "export", "files", "formats", "imports", "integrations", "latency", "layers", "macs", "method",
-        "methods", "models", "page", "param_groups", "patterns", "plots", "report", "rnn", "schedules", "sparsifier",
-        "sparsify",
+        "budget", "data", "errors", "export", "files", "formats", "imports", "integrations", "latency", "layers",
+        "macs", "method", "methods", "models", "page", "param_groups", "patterns", "plots", "report", "rnn",
+        "schedules", "sparsifier", "sparsify",
     },
     "tables": {
         "budget", "errors", "export", "files", "latency", "layers", "macs", "masks", "method", "methods", "models",
