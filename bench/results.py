@@ -61,11 +61,12 @@ FINETUNE = {
 }
 """Variants that bench/finetune.py trains: name in results/ → label in the table."""
 ONE_SHOT = {
-    "dense": "dense",
     "magnitude": "|W|",
-    "calibrated": "|W| · ‖x‖, `sparing.calibrate`",
+    "calibrated": "`calibrate`",
+    "calibrated_rows": "|W| · ‖x‖, equally many weights of each output (Wanda)",
     "magnitude_global": "|W|, global",
-    "calibrated_global": "|W| · ‖x‖, global",
+    "calibrated_global": "`calibrate`, global",
+    "calibrated_unscaled_global": "|W| · ‖x‖, compared over all layers",
 }
 """Variants of bench/one_shot.py: name in results/ → label in the table."""
 FREEZING = {
@@ -521,9 +522,8 @@ def finetune_table():
 def one_shot_table():
     """Return what is left of a network that was pruned in one step, without training."""
     entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results/one_shot").glob("*.json"))]
-    keys = {"cosine": (1, ".3f"), "neighbours": (100, ".1f"), "accuracy": (100, ".1f")}
-    head = "| score | sparsity | mean cosine | same nearest neighbour, % | accuracy, % |"
-    rows = [head, "|---|---|---|---|---|"]
+    keys = {"cosine": (1, ".3f"), "neighbours": (100, ".1f")}
+    rows = ["| score | sparsity | mean cosine | same nearest neighbour, % |", "|---|---|---|---|"]
     for percent in sorted({entry["percent"] for entry in entries}):
         for name, label in ONE_SHOT.items():
             found = [entry for entry in entries if (entry["variant"], entry["percent"]) == (name, percent)]
@@ -532,20 +532,24 @@ def one_shot_table():
                 rows.append(f"| {label.replace('|', '&#124;')} | {percent} % | {' | '.join(cells)} |")
     seeds = max(len({entry["seed"] for entry in entries if entry["variant"] == name}) for name in ONE_SHOT)
     note = f"Mean ± standard deviation of {seeds} draws of 128 sentences to calibrate on"
-    return [*rows, "", f"{note}; {ran_on(entries)}."]
+    return [*rows, "", f"{note}; {ran_on(entries).partition('; commit')[0]}."]
 
 
 def quantized_table():
-    """Return the accuracies of dense and sparse networks with int4 weights."""
+    """Return the accuracies of dense and sparse networks with int2 weights."""
     result = json.loads(ROOT.joinpath("results/quantization.json").read_text())
-    rows = ["| weights | float32 | int4, rounded after training | int4, quantization-aware |", "|---|---|---|---|"]
-    for sparse, label in ((False, "dense"), (True, f"{100 * result['sparsity']:.0f} % zeros")):
-        after, aware = ([r for r in result["rows"] if (r["sparse"], r["aware"]) == (sparse, a)] for a in (False, True))
-        columns = ([r["trained"] for r in after], [r["quantized"] for r in after], [r["quantized"] for r in aware])
-        rows.append(f"| {label} | {' | '.join(spread(column, 100, '.1f') for column in columns)} |")
-    zeros = min(row["zeros"] for row in result["rows"] if row["sparse"])
-    note = f"Test accuracy in %, mean ± standard deviation of {len(after)} seeds; at least {100 * zeros:.1f} % of the int4"
-    return [*rows, "", f"{note} weights of the sparse networks are zero; {ran_on([result])}."]
+    columns = {
+        "float32": "float32",
+        "rounded": "int2, rounded after training",
+        "aware": "int2 and sparse from the start",
+        "tuned": "int2, 3 more epochs",
+    }
+    rows = [f"| | {' | '.join(columns.values())} |", "|---|---|---|---|---|"]
+    for sparse, label in ((False, "dense"), (True, f"{100 * result['sparsity']:.0f} % of the hidden layers zero")):
+        found = [row for row in result["rows"] if row["sparse"] == sparse]
+        rows.append(f"| {label} | {' | '.join(spread([row[key] for row in found], 100, '.1f') for key in columns)} |")
+    note = f"Test accuracy in %, mean ± standard deviation of {len(found)} seeds; {ran_on([result])}."
+    return [*rows, "", note]
 
 
 def target_cost_table():
