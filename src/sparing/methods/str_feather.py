@@ -51,7 +51,8 @@ class STRFeather(Rescaling):
     `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
 
     Args:
-        theta: θ in [0, 1], the factor on the gradient of pruned weights.
+        theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if `sparsity` is above 0.95,
+            and 1 otherwise, as in Feather.
         init: the value s starts from, in [-100, 0].
         scale: k; weights of more than k root mean squares are never pruned.
 
@@ -59,13 +60,15 @@ class STRFeather(Rescaling):
         InputError: there is no target, or a value is out of range.
 
     Examples:
-        >>> STRFeather(sparsity=0.9).theta
+        >>> STRFeather(sparsity=0.9).end
         0.5
     """
 
     name = "str_feather"
 
-    theta: float = 0.5
+    begin: int | float = 0.0
+    end: int | float = 0.5
+    theta: float | None = None
     init: float = -5.0
     scale: float = 8.0
 
@@ -73,7 +76,8 @@ class STRFeather(Rescaling):
         super().__post_init__()
         if not self.rescales:
             raise InputError("STRFeather: give sparsity=, a fraction in [0, 1), or macs=")
-        check_number(self, "theta", "[0, 1]")
+        if self.theta is not None:
+            check_number(self, "theta", "[0, 1]")
         check_number(self, "init", "[-100, 0]")
         check_number(self, "scale", "(0, inf)")
 
@@ -109,7 +113,8 @@ class STRFeather(Rescaling):
 
     def _parametrization(self, layer: Layer) -> LearnedThreshold:
         s = learned_number((1,), self.init, layer.weight)
-        return FeatherLearnedThreshold(s, self.scale, layer.weight, self.theta, self.pattern.units(layer))
+        theta = self.theta if self.theta is not None else 0.5 if (self.sparsity or 0) > 0.95 else 1.0
+        return FeatherLearnedThreshold(s, self.scale, layer.weight, theta, self.pattern.units(layer))
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
