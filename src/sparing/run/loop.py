@@ -1,7 +1,6 @@
 """The training loop."""
 
 import copy
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparing.data import SplitDataset
-from sparing.data.base import content_hash
 from sparing.errors import CheckpointError, InputError
 from sparing.report import report
 from sparing.run.build import build_model, build_optimizer, build_sparsifier
@@ -29,7 +27,15 @@ from sparing.run.distributed import Ranks
 from sparing.run.evaluate import evaluate
 from sparing.run.interrupt import Interrupted, StopSignals
 from sparing.run.log import RunLog
-from sparing.run.progress import Progress, all_finite, check_numbers, check_optimizer, is_better
+from sparing.run.progress import (
+    Progress,
+    check_finite,
+    check_numbers,
+    check_optimizer,
+    check_ranks,
+    is_better,
+    reason,
+)
 from sparing.run.recipe import Recipe
 from sparing.run.step import backward
 from sparing.run.weights import load_weights
@@ -157,9 +163,9 @@ class _Training:
                 self._restore(saved)
             # Its checksum is right, so it was made by hand, or is of another run: any type of error is possible.
             except Exception as error:
-                raise CheckpointError(f"checkpoint {used}: does not fit the recipe ({_reason(error)})") from error
+                raise CheckpointError(f"checkpoint {used}: does not fit the recipe ({reason(error)})") from error
         if ranks.count > 1:
-            self._check_ranks()
+            check_ranks(self.ranks, self.model, self.progress)
         if used != path and ranks.first:
             used.replace(path)  # in place of the damaged one, which would otherwise be kept as the one before
         parallel = ranks.wrap(model)
@@ -299,23 +305,13 @@ class _Training:
             raise Interrupted(self._stop.received)
 
     def _check_finite(self) -> None:
-        """Check loss, weights and optimizer, so that no checkpoint is replaced by one from which no run can go on.
-
-        Raises:
-            InputError: the loss or a weight is NaN or infinite. It is raised on all ranks.
-        """
-        (loss,) = self.ranks.sum(float(self._loss))
-        if self.ranks.max(not (math.isfinite(loss) and all_finite(self.model, self.optimizer)))[0]:
-            what = "a weight became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
-            raise InputError(
-                f"{what} in epoch {self.progress.epoch + 1}: lower optimizer.lr ({self.recipe.optimizer.lr:g}) or set "
-                "clip_grad_norm. The last checkpoint is kept"
-            )
+        where = f"epoch {self.progress.epoch + 1}: lower optimizer.lr ({self.recipe.optimizer.lr:g})"
+        check_finite(self.ranks, float(self._loss), self.model, self.optimizer, where)
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint, and `best.pt` if the last epoch is the best so far."""
         if self.ranks.count > 1:
-            self._check_ranks()
+            check_ranks(self.ranks, self.model, self.progress)
         self.progress.seconds = time.perf_counter() - self._began
         own = {
             "random": random_state(self.ranks.device),
@@ -363,23 +359,3 @@ class _Training:
     def _stateful(self) -> dict[str, Any]:
         stateful: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         return stateful if self.average is None else {**stateful, "average": self.average}
-
-    def _check_ranks(self) -> None:
-        """Check that progress, weights, thresholds and masks are equal on all ranks; statistics of batches differ.
-
-        Progress differs if the run directory is not the same on all hosts.
-
-        Raises:
-            InputError: they differ.
-        """
-        buffers = {name for name, _ in self.model.named_buffers()}
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in buffers}
-        progress = {"epoch": self.progress.epoch, "step": self.progress.step}
-        hashes = {name: content_hash(each) for name, each in state.items()}
-        self.ranks.check_same("progress, weights or masks", progress | hashes)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return (str(error) or type(error).__name__).splitlines()[-1].strip()

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.data.base import content_hash
+from sparing.errors import InputError
+from sparing.run.distributed import Ranks
+
 OPTIMIZER_STATE = {frozenset(names) for names in ((), ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))}
 """Names of the state that the optimizers of recipes keep for a parameter."""
 
@@ -64,12 +68,48 @@ def is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) 
     return bool(new["validation_accuracy"] is None or new["validation_accuracy"] >= old["validation_accuracy"])
 
 
-def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the trained parameters and the state of the optimizer are finite."""
+def check_finite(ranks: Ranks, loss: float, model: nn.Module, optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Check loss, weights and optimizer, so that no checkpoint is replaced by one from which no run can go on.
+
+    Args:
+        ranks: all ranks.
+        loss: sum of the losses of this rank.
+        model: the model; its trained parameters are checked.
+        optimizer: its optimizer.
+        where: part of the message.
+
+    Raises:
+        InputError: the loss or a weight is NaN or infinite. It is raised on all ranks.
+    """
+    (loss,) = ranks.sum(loss)
     tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tensors += [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
     # Compared on the device: reading each result would synchronize with the GPU for each tensor.
-    return bool(torch.stack([each.isfinite().all().to(tensors[0].device) for each in tensors]).all())
+    finite = bool(torch.stack([each.isfinite().all().to(ranks.device) for each in tensors]).all())
+    if ranks.max(not finite or not math.isfinite(loss))[0]:
+        what = "a weight became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
+        raise InputError(f"{what} in {where} or set clip_grad_norm. The last checkpoint is kept")
+
+
+def check_ranks(ranks: Ranks, model: nn.Module, progress: Progress) -> None:
+    """Check that progress, weights, thresholds and masks are equal on all ranks; statistics of batches differ.
+
+    Progress differs if the run directory is not the same on all hosts.
+
+    Raises:
+        InputError: they differ.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
+    hashes = {name: content_hash(each) for name, each in state.items()}
+    ranks.check_same("progress, weights or masks", {"epoch": progress.epoch, "step": progress.step, **hashes})
+
+
+def reason(error: Exception) -> str:
+    """Return one line that says why a checkpoint does not fit."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return (str(error) or type(error).__name__).splitlines()[-1].strip()
 
 
 def check_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
