@@ -13,10 +13,12 @@ Source: Kusupati et al., "Soft Threshold Weight Reparameterization for
 Learnable Sparsity", ICML 2020, section 3.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparing.errors import InputError
 from sparing.operators import Operator, apply_operator, is_recorded, plain_on_cpu, save
@@ -84,10 +86,9 @@ class _SoftThreshold(Operator):
 
 def shrink(weight: Tensor, t: Tensor) -> Tensor:
     """Return W − clamp(W, −t, t): the formula to the last bit, in less memory traffic, without negative zeros."""
-    if t.numel() == 1 and plain_on_cpu(weight, t) and not is_recorded(weight):
-        bound = t.item()  # On a CPU, clamp is vectorized for numbers only.
-        clamped = torch.clamp(weight, -bound, bound)
-        return torch.sub(weight, clamped, out=clamped)
+    if t.numel() == 1 and plain_on_cpu(weight, t) and 0 <= t.item() < math.inf:
+        # On a CPU, clamp is vectorized for numbers only. Adding zero makes 0.0 of −0.0.
+        return F.softshrink(weight, t.item()).add_(0.0)
     return weight - torch.clamp(weight, -t, t)
 
 
