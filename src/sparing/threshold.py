@@ -77,8 +77,10 @@ class _SoftThreshold(Operator):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def, override]
         (effective,) = ctx.saved_tensors
-        # At λ = 0 the hardshrink backward is grad ⊙ 1{S ≠ 0}: one kernel, no mask in memory.
-        grad_weight = torch.ops.aten.hardshrink_backward.default(grad_output, effective, 0.0)
+        if torch.compiler.is_compiling():  # torch.compile fuses this one with what follows
+            grad_weight = torch.where(effective == 0, 0.0, grad_output)
+        else:  # At λ = 0 the hardshrink backward is grad ⊙ 1{S ≠ 0}: one kernel, no mask in memory.
+            grad_weight = torch.ops.aten.hardshrink_backward.default(grad_output, effective, 0.0)
         if not ctx.needs_input_grad[1]:
             return grad_weight, None
         return grad_weight, -signed_sum(grad_weight, effective, ctx.threshold_shape, ctx.threshold_dtype)
