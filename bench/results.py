@@ -285,24 +285,24 @@ def frontier_figure():
 
 
 def overhead_table():
-    """Return the time of a training step with STR, relative to dense training."""
-    rows = ["| step time, relative to dense | STR | formula with autograd |", "|---|---|---|"]
-    notes = set()
-    for path in sorted(ROOT.joinpath("results/step_overhead").glob("cpu*.json")):
+    """Return the time of a training step relative to dense training, by network and batch."""
+    names = {"str": "STR", "naive": "formula with autograd", "static_random": "fixed mask", "rigl": "RigL"}
+    found, notes = {}, set()
+    for path in ROOT.joinpath("results/step_overhead").glob("shape_*.json"):
         result = json.loads(path.read_text())
-        notes.add(
-            f"{result['device']}, torch {result['torch']}, {result['options']['rounds']} interleaved rounds, "
-            f"commit {result['commit'][:7]}"
-        )
-        for model in dict.fromkeys(row["model"] for row in result["rows"]):
-            mine = {row["variant"]: row for row in result["rows"] if row["model"] == model}
-            cells = [
-                f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-                for row in (mine["str"], mine["naive"])
-            ]
-            rows.append(f"| {model}, batch {mine['str']['batch']}, {mine['str']['size']}² | {' | '.join(cells)} |")
-        rows.append(f"| `import sparing`, relative to `import torch` | {result['import']['ratio']:.2f} | |")
-    return [*rows, "", f"Median (minimum to maximum); {'; '.join(sorted(notes))}."]
+        notes.add(f"{result['device']}, torch {result['torch']}, commit {result['commit'][:7]}")
+        for row in result["rows"]:
+            key = (row["model"], row["batch"], row["size"] or 0, row.get("mode", "eager"))
+            found.setdefault(key, {})[row["variant"]] = row
+    rows = [f"| network | step | {' | '.join(names.values())} |", "|---|---|" + "---|" * len(names)]
+    for (model, batch, size, mode), mine in sorted(found.items()):
+        cells = []
+        for row in (mine.get(name) for name in names):
+            fastest = f" ({row['fastest']:.2f})" if row and "fastest" in row else ""
+            cells.append(f"{row['ratio']:.2f}{fastest}" if row else "")
+        rows.append(f"| {model}, batch {batch}{f', {size}²' if size else ''} | {mode} | {' | '.join(cells)} |")
+    how = "Median of the ratios of neighbouring steps (ratio of the fastest steps)"
+    return [*rows, "", f"{how}; {'; '.join(sorted(notes))}."]
 
 
 def ranks_table():
@@ -578,8 +578,9 @@ def faults_table():
         figures = [f"{name}: {_figure(value)}" for name, value in entry["figures"].items()]
         cells = (entry["name"], entry["experiment"], f"{entry['tried']:,}", f"{entry['lost']:,}")
         rows.append(f"| {' | '.join(cells)} | {'; '.join([ends, *figures])} |")
-    notes = sorted({f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries})
-    return [*rows, "", f"{'; '.join(notes)}."]
+    machines = sorted({f"{entry['device']}, torch {entry['torch']}" for entry in entries})
+    commits = sorted({entry["commit"][:7] for entry in entries})
+    return [*rows, "", f"{'; '.join(machines)}; commit {', '.join(commits)}."]
 
 
 def _figure(value):
@@ -613,6 +614,7 @@ TABLES = {
 PAGES = (
     "README.md",
     "docs/comparison.md",
+    "docs/cost.md",
     "docs/choosing.md",
     "docs/paper.md",
     "docs/reliability.md",
