@@ -34,8 +34,9 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         select: which layers: a predicate `(module name, module) -> bool`, which chooses the tensors of a module with
             "weight" in their names, or a list of layer names or shell patterns, which chooses any matrix or kernel.
             None takes every convolution, transposed convolution, Linear, recurrent and attention weight, and those of
-            modules like them (see `sparing.select.default`). A tied weight is one layer and is made sparse once. Frozen
-            layers, whose weights have requires_grad=False, are left as they are, and a warning names them.
+            modules like them (see `sparing.select.default`), but the heads of transformers models. A tied weight is one
+            layer and is made sparse once. Frozen layers, whose weights have requires_grad=False, are left as they are,
+            and a warning names them.
         steps: length of the run in optimizer steps, for a method that follows a schedule. With gradient
             accumulation it is smaller than the number of batches.
 
