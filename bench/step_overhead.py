@@ -238,7 +238,7 @@ def main():
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     result = {"commit": commit.stdout.strip() or None, "torch": torch.__version__, "device": where}
-    result |= {"options": chosen, "import": imports, "rows": []}
+    result |= {"threads": torch.get_num_threads(), "options": chosen, "import": imports, "rows": []}
     clock = time.process_time if options.cpu_time else time.perf_counter
     for name, mode in itertools.product(options.model, options.mode):
         how = (options.batch, options.size, options.rounds, options.repeat, options.amp, mode == "compiled", clock)
