@@ -314,7 +314,10 @@ FORGED = [
     (("optimizer", "param_groups", 0, "momentum"), "0.9"), (("optimizer", "param_groups", 0, "nesterov"), True),
     (("scaler", "scale"), "large"), (("scaler", "scale"), float("nan")), (("scaler", "growth_factor"), None),
     (("progress", "epoch"), 99), (("progress", "epoch"), -1), (("progress", "step"), 1.5), (("progress", "x"), 1),
-    (("progress",), [1]), (("ranks",), []), (("ranks", 0, "random", "cpu"), torch.zeros(3, dtype=torch.uint8)),
+    (("progress", "seconds"), "x"), (("progress", "sparsest"), "x"), (("progress", "best"), "x"),
+    (("progress", "best", "sparsity"), float("nan")), (("progress", "step"), None), (("scaler", "scale"), 10**400),
+    (("scaler", "growth_interval"), 2**63), (("scaler", "scale"), True), (("progress",), [1]),
+    (("ranks",), []), (("ranks", 0, "random", "cpu"), torch.zeros(3, dtype=torch.uint8)),
     (("ranks", 0, "random", "python"), (1, 2, 3)), (("ranks", 0, "loss"), torch.zeros(2)),
     (("ranks", 0, "examples"), "many"), (("ranks", 0), {}), (("average", "n_averaged"), None),
 ]  # fmt: skip

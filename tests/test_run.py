@@ -297,6 +297,8 @@ def test_a_file_with_thresholds_is_evaluated_with_a_method(tmp_path):
         "a: !!binary =",
         "!!set {a, b}: 1",
         "- &x !!timestamp x",
+        '"\\ud800"',
+        '"\\0"',
     ],
 )
 def test_a_hostile_yaml_is_refused_in_one_sentence(text, tmp_path):

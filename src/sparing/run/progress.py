@@ -42,12 +42,16 @@ class Progress:
         """Return the progress that a checkpoint holds.
 
         Raises:
-            ValueError: a value is missing, unknown or out of range.
+            Exception: a value is missing, unknown or out of range.
         """
-        try:
-            progress = cls(**saved)
-        except TypeError as error:
-            raise ValueError(f"progress: {error}") from error
+        if not isinstance(saved, dict) or saved.keys() != vars(cls()).keys():
+            raise ValueError("progress: it has other keys")
+        progress = cls(**saved)
+        numbers = [progress.seconds, progress.epoch_seconds, progress.sparsest, progress.validation_accuracy or 0.0]
+        if progress.best is not None:
+            numbers += [progress.best["sparsity"], progress.best["validation_accuracy"] or 0.0]
+        if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers):
+            raise ValueError(f"progress: {saved} has what is no number")
         for name, largest in (("epoch", epochs), ("step", None)):
             value = getattr(progress, name)
             if type(value) is not int or value < 0 or (largest is not None and value > largest):
@@ -65,7 +69,8 @@ def is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) 
         return False
     if old is None or old["sparsity"] < sparsest - 0.005:
         return True
-    return bool(new["validation_accuracy"] is None or new["validation_accuracy"] >= old["validation_accuracy"])
+    accuracies = new["validation_accuracy"], old["validation_accuracy"]
+    return None in accuracies or bool(accuracies[0] >= accuracies[1])
 
 
 def check_finite(ranks: Ranks, loss: float, model: nn.Module, optimizer: torch.optim.Optimizer, where: str) -> None:
@@ -113,10 +118,11 @@ def reason(error: Exception) -> str:
 
 
 def check_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Check that a state of plain numbers has the keys of ours, and finite values."""
+    """Check that the state of a scaler has the keys of ours, and values of the same types that its tensors can hold."""
     for name in ours | theirs:
-        value = theirs.get(name)
-        if name not in ours or not isinstance(value, (int, float)) or not math.isfinite(value):
+        value: Any = theirs.get(name)
+        largest = 1e38 if type(value) is float else 2**31
+        if name not in ours or type(value) is not type(ours[name]) or not abs(value) < largest:
             raise ValueError(f"scaler: {name} is {value!r}")
 
 

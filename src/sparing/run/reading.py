@@ -36,6 +36,12 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)  # type: ignore[no-untyped-call]
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in str(value)):
+            raise yaml.YAMLError("a text has characters that no name of a file can have")
+        return value
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
