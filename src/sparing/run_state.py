@@ -148,7 +148,9 @@ class RunState(nn.Module):
 
     def _weight(self) -> Tensor | None:
         """Return the dense weight, or one of the parameters that another parametrization computes it from."""
-        return next(iter(self._home[0]._parameters.values()), None) if self._home else None
+        # No next() with a default, which torch.compile of PyTorch 2.8 cannot trace.
+        parameters = list(self._home[0]._parameters.values()) if self._home else []
+        return parameters[0] if parameters else None
 
     @contextmanager
     def _as_buffers(self) -> Iterator[None]:

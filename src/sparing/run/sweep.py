@@ -7,6 +7,7 @@ heartbeats to the database; if they stop, the next free worker continues the tri
 
 import functools
 import math
+import random
 import socket
 import time
 import warnings
@@ -101,11 +102,14 @@ def _open_study(out: Path, url: str, identity: dict[str, Any]) -> "Study":
         engine_kwargs={"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}},
     )  # fmt: skip
     try:
-        try:
-            storage = connect()
-        except DBAPIError:  # another worker may be creating the tables
-            time.sleep(2)
-            storage = connect()
+        for tries_left in (4, 3, 2, 1, 0):
+            try:
+                storage = connect()
+                break
+            except DBAPIError:  # another worker may be creating the tables, in several steps
+                if not tries_left:
+                    raise
+                time.sleep(random.uniform(0.3, 1))
     except (ArgumentError, ImportError, RuntimeError) as error:
         raise InputError(
             f"--storage: {_first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
