@@ -94,7 +94,7 @@ def is_recorded(tensor: Tensor) -> bool:
 
 def plain_on_cpu(*tensors: Tensor) -> bool:
     """Return whether tensors are ordinary ones on the CPU, and each operation on them is executed at once."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed():
         return False
     return all(torch._C._dispatch_keys(each).raw_repr() == ORDINARY for each in tensors)
 
