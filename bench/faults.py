@@ -327,8 +327,7 @@ def long_run(steps, method, file):
     loop.backward = timed
     data = {"name": "small_run:noise", "batch_size": 4, "count": 2000}
     recipe = small_run.recipe(method=method, data=data, schedule={"epochs": max(1, steps // 500)})
-    file.with_suffix(".yaml").write_text(recipe.to_yaml())
-    train(file.with_suffix(".yaml"), file.with_suffix(".run"))()
+    training.train_run(recipe, file.with_suffix(".run"))
     file.write_text(json.dumps(rows))
 
 
