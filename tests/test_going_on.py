@@ -653,7 +653,7 @@ def test_a_layer_whose_parametrization_is_removed_is_named_and_the_others_reach_
 def test_finishing_a_run_that_never_began_prunes_nothing_and_says_why():
     model = mlp()
     sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)
-    with pytest.warns(SparsityWarning, match="finish.. does nothing, because no optimizer step was counted; call"):
+    with pytest.warns(SparsityWarning, match="the method did nothing, because no optimizer step was counted; call"):
         sparsifier.finish()
     assert sparing.report(model).total.sparsity == 0
     assert "no optimizer step was counted" in sparing.report(model).missed[0]
@@ -700,3 +700,14 @@ def test_a_layer_that_was_frozen_is_sparsified_once_it_is_not():
     assert list(first.layers) == ["2", "4"]
     assert sparing.report(model).missed == ()
     assert not parametrize.is_parametrized(sparing.densify_(model)[0])
+
+
+@pytest.mark.parametrize("method", [sparing.RigL(sparsity=0.5), sparing.SET(sparsity=0.5)], ids=lambda each: each.name)
+def test_training_without_attach_is_warned_of_where_no_target_tells(method):
+    untrained, model = nn.Linear(8, 8), nn.Linear(8, 8)
+    for each in (untrained, model):
+        sparing.sparsify_(each, method, steps=10)
+    sparing.densify_(untrained)
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.warns(SparsityWarning, match=f"{method.name}: the method did nothing, because no optimizer step"):
+        sparing.densify_(model)

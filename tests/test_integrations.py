@@ -94,6 +94,14 @@ def test_the_sparsifier_of_another_model_is_refused(transformers, tmp_path):
         run.train()
 
 
+def test_a_second_training_of_a_densified_model_is_refused(transformers, tmp_path):
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    run = trainer(transformers, sparsifier, tmp_path)
+    run.train()
+    with pytest.raises(InputError, match="the model is no longer sparsified"):
+        run.train()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_for_the_hub_is_read_without_sparing_and_has_a_card(tied, transformers, tmp_path):
     from huggingface_hub import ModelCard
@@ -215,6 +223,18 @@ def test_an_unknown_model_of_timm_is_refused(name, message):
 def test_timm_is_not_required(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="pip install timm"):
+        build_model(ModelSection(name="timm/resnet50"), {"num_classes": 10, "in_channels": 3})
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_named(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "timm":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(InputError, match="nms does not exist; install a torchvision"):
         build_model(ModelSection(name="timm/resnet50"), {"num_classes": 10, "in_channels": 3})
 
 

@@ -187,6 +187,16 @@ def warn_unlearned(
         )
 
 
+def warn_forgotten(model: nn.Module) -> None:
+    """Warn if a model has gradients, but its method never acted; a missed target has been told already."""
+    layers = sparse_layers(model).values()
+    runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}  # type: ignore[union-attr]
+    for run in runs.values():
+        trained = any(layer.weight.grad is not None for layer in run.layers.values())
+        if trained and run.forgotten is not None and not missed_targets(model, run.clock):
+            warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
+
+
 def _missed(clock: Clock, layers: Iterable[Layer]) -> str | None:
     assert clock.goal is not None
     dense, now = _costs(layers)

@@ -75,6 +75,16 @@ class Sparsifier:
         """Length of the run in optimizer steps; None if it was not given."""
         return self.clock.steps
 
+    @property
+    def forgotten(self) -> str | None:
+        """A sentence if the method has not acted, because no optimizer is attached; None otherwise."""
+        if self.optimizers or self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
+            return None
+        return (
+            f"{self.method.name}: the method did nothing, because no optimizer step was counted; call "
+            "sparsifier.attach(optimizer) before training"
+        )
+
     def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
         """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
         for layer in self.layers.values():
@@ -171,13 +181,8 @@ class Sparsifier:
         """
         if self._stepped:
             self._end_step()
-        if not self.optimizers and self.clock.step == 0 and self.clock.steps is not None and self.method.acts:
-            warnings.warn(
-                f"{self.method.name}: finish() does nothing, because no optimizer step was counted; call "
-                "sparsifier.attach(optimizer) before training",
-                SparsityWarning,
-                stacklevel=2,
-            )
+        if self.forgotten is not None:
+            warnings.warn(self.forgotten, SparsityWarning, stacklevel=2)
             return
         self.drop_lost_layers()
         if not self.layers or self.clock.steps is None or self.clock.step >= self.clock.steps:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import make_clock, set_costs, start_ramp, warn_missed_target
+from sparing.goal import make_clock, set_costs, start_ramp, warn_forgotten, warn_missed_target
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.pretrained import check_saved, save_effective_weights
@@ -119,7 +119,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """Put the effective weights, zeros included, in place of the dense ones; plain modules remain.
 
     Outputs stay equal to the last bit. Each weight keeps its Parameter object. A model without sparsified layers is
-    left as it is. A target that was not met is warned of, with both numbers.
+    left as it is. Warnings tell of a target that was not met, with both numbers, and of training without `attach`.
 
     Returns:
         The same model.
@@ -133,6 +133,7 @@ def densify_(model: nn.Module) -> nn.Module:
         )
     """
     warn_missed_target(model)
+    warn_forgotten(model)
     for layer in sparse_layers(model).values():
         clock = layer.parametrization.clock  # type: ignore[union-attr]
         unregister(layer)

@@ -27,7 +27,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
             with zeros. A second call of `train` needs a sparsified model.
 
     Raises:
-        InputError: the Trainer trains another model.
+        InputError: the Trainer trains another model, or the model is no longer sparsified.
 
     Warns:
         SparsityWarning: the run of the Trainer is longer or shorter than that of the sparsifier.
@@ -46,6 +46,11 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach the optimizer, which exists by now, and compare the lengths of the runs."""
+        if not all(layer.is_sparsified for layer in self.sparsifier.layers.values()):
+            raise InputError(
+                "the model is no longer sparsified, as after a training with SparsityCallback(densify=True): call "
+                "sparsify_() again and give its sparsifier to a new callback, or train with densify=False"
+            )
         parameters = {id(parameter) for parameter in kwargs["model"].parameters()}
         other = [name for name, layer in self.sparsifier.layers.items() if id(layer.weight) not in parameters]
         if other:

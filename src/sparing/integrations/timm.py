@@ -25,8 +25,13 @@ def timm_model(path: str) -> Callable[..., nn.Module]:
     """
     try:
         import timm
-    except Exception as error:  # with a CPU-only torch, torchvision raises a RuntimeError
+    except ImportError as error:
         raise InputError(f"model {path!r} needs timm, which cannot be imported: {error}; pip install timm") from error
+    except Exception as error:  # timm imports torchvision, which raises a RuntimeError if it does not fit torch
+        raise InputError(
+            f"model {path!r} needs timm, which cannot be imported: {error}; install a torchvision that was built for "
+            "this build of torch"
+        ) from error
     name = path.removeprefix(PREFIX)
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
