@@ -7,6 +7,9 @@ from torch import nn
 import sparing
 from sparing.engine.library import library
 
+# These modules import their frameworks, and torchvision with them, which fails without the fixture `vision_operators`.
+collect_ignore_glob = ["src/sparing/integrations/*"]
+
 
 @pytest.fixture(autouse=True)
 def _docstring_names(doctest_namespace):

@@ -192,7 +192,8 @@ def warn_forgotten(model: nn.Module) -> None:
     layers = sparse_layers(model).values()
     runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}  # type: ignore[union-attr]
     for run in runs.values():
-        trained = any(layer.weight.grad is not None for layer in run.layers.values())
+        weights = (layer.weight for layer in run.layers.values())
+        trained = any(weight.is_leaf and weight.grad is not None for weight in weights)
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
 
