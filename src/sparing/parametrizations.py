@@ -159,8 +159,8 @@ class LearnedThreshold(Sparse):
         self.g = g
         self.scale = scale
         if weight is not None:
+            # Measured at the first update: before it, the weights of ranks may differ. Until then nothing is pruned.
             self.register_state("rms", torch.zeros((), dtype=torch.float32, device=weight.device))
-            self.measure(weight)
 
     def threshold(self) -> Tensor:
         return self.threshold_at(self.s)

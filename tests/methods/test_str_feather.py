@@ -18,6 +18,7 @@ def sparsified(weight=WEIGHT, t=0.1, **settings):
     model.weight.data = weight.clone()
     sparsifier = sparing.sparsify_(model, STRFeather(sparsity=0.5, **settings), steps=100)
     part = sparsifier.layers["weight"].parametrization
+    part.measure(sparsifier.layers["weight"].weight)
     part.s.data.fill_(torch.logit(t / (part.scale * part.rms)).item())
     return model, part
 
@@ -89,6 +90,8 @@ def test_thresholds_are_in_units_of_each_layer():
             nn.init.normal_(module.weight, std=size)
     sparsifier = sparing.sparsify_(model, STRFeather(sparsity=0.9), steps=100)
     first, second, third = sparsifier.layers.values()
+    for layer in (first, second, third):
+        layer.parametrization.measure(layer.weight)
     with torch.no_grad():
         ratio = float(first.threshold / second.threshold)
         assert ratio == pytest.approx(float(first.weight.std() / second.weight.std()), rel=0.01)

@@ -15,7 +15,7 @@ divided by its root mean square over the layers, so that one learning rate suits
 
 Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
 units of the root mean square of W_l, so that layers whose weights differ in size start with equal sparsities. rms(W_l)
-is measured at every update.
+is measured at every update; nothing is pruned before the first one.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
