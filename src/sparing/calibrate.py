@@ -102,7 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         of their weights, and raises `InputError` for others.
 
     Raises:
-        InputError: there is no batch, or it is none of these; the model is sharded, on the meta device or not
+        InputError: there is no batch, or one of another type; the model is sharded, on the meta device or not
             initialized; inputs of a layer are not finite.
 
     Examples:

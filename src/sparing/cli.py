@@ -194,6 +194,8 @@ def report(
         ranks = run.ranks(weights)
         heading = [str(run.path)] if len(opened) > 1 else []
         print(*heading, run.report(weights), *([f"\n{ranks}"] if ranks.rows else []), sep="\n")
+    for path in filter(None, (csv, html)):
+        print(f"Written to {path}")
 
 
 @app.command()

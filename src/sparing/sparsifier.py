@@ -112,6 +112,11 @@ class Sparsifier:
         """
         return self.clock.start > 0 and self.clock.step <= self.plan.updates.end
 
+    def sparsity(self) -> float:
+        """Return the fraction of zeros in the effective weights of all layers together, in [0, 1]."""
+        weights = sum(layer.weight.numel() for layer in self.layers.values())
+        return 1 - sum(layer.nonzero() for layer in self.layers.values()) / max(weights, 1)
+
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Copy a mask into each layer, given by the layer's name; of a method with `Masked` parametrizations."""
         for name, mask in masks.items():

@@ -73,12 +73,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
-        layers = self.sparsifier.layers
-        nonzero = {name: layer.nonzero() for name, layer in layers.items()}
-        sparsity = {f"sparsity/{name}": 1 - nonzero[name] / layer.weight.numel() for name, layer in layers.items()}
-        sparsity["sparsity"] = 1 - sum(nonzero.values()) / sum(layer.weight.numel() for layer in layers.values())
+        layers = {f"sparsity/{name}": layer.sparsity() for name, layer in self.sparsifier.layers.items()}
         for record in (logs, state.log_history[-1]):
-            record.update(sparsity)
+            record.update(layers, sparsity=self.sparsifier.sparsity())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

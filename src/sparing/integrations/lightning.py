@@ -51,9 +51,7 @@ class SparsityCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity of the sparsified layers."""
-        layers = self._sparsifier.layers.values()
-        zero = 1 - sum(layer.nonzero() for layer in layers) / sum(layer.weight.numel() for layer in layers)
-        pl_module.log("sparsity", zero)
+        pl_module.log("sparsity", self._sparsifier.sparsity())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Perform what is due in skipped steps, unless training was stopped early."""
