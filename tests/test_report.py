@@ -215,6 +215,7 @@ def test_the_page_of_several_runs_compares_them(run, tmp_path):
     done = CliRunner().invoke(app, ["report", str(run), str(run / "dense"), "--html", str(tmp_path / "command.html")])
     assert (tmp_path / "command.html").read_text() == (tmp_path / "page.html").read_text()
     assert done.output.count("backbone") == 2
+    assert done.output.endswith(f"Written to {tmp_path / 'command.html'}\n")
     done = CliRunner().invoke(app, ["report", str(run), str(run), "--csv", "table.csv"])
     assert "--csv and --json take one run, got 2" in str(done.exception)
     same = page_of(tmp_path / "same.html", run, run)
