@@ -18,7 +18,7 @@ from rich.console import Console
 import sparing
 from sparing import CheckpointError, InputError, SparsityWarning
 from sparing.data import DATASETS, ImageBatches, Images
-from sparing.data.image import ImageData, fashion_mnist, mnist5k, stratified_split
+from sparing.data.image import ImageData, fashion_mnist, mnist, mnist5k, stratified_split
 from sparing.run import checkpoint, loop
 from sparing.run.build import build_model, build_sparsifier
 from sparing.run.checkpoint import FORMAT, load_checkpoint, save_checkpoint
@@ -563,6 +563,8 @@ def test_fashion_mnist_reads_the_original_files(tmp_path):
     for part in (data.train, data.validation, data.test):
         assert part.labels.bincount().tolist() == [len(part) // 10] * 10
         assert torch.equal(part.pixels[:, 0, 13, 13], part.labels.to(torch.uint8))
+    digits = mnist(str(tmp_path))  # the same format, another split
+    assert [digits.size(part) for part in ("train", "validation", "test")] == [54_000, 6_000, 10_000]
     labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
     whole = labels.read_bytes()
     labels.write_bytes(whole[: len(whole) // 2])

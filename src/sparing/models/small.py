@@ -1,12 +1,40 @@
-"""Residual networks with 6n + 2 layers for small images, such as CIFAR-10.
+"""Networks for small images: residual networks with 6n + 2 layers, and LeNet-300-100.
 
-Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
-Deviation: where the shape changes, the shortcut is a 1×1 convolution instead of zero padding.
+References: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2; LeCun et al.,
+"Gradient-based learning applied to document recognition", Proceedings of the IEEE, 1998, section III.
+Deviation: where the shape of a residual network changes, the shortcut is a 1×1 convolution instead of zero padding.
 """
+
+from collections import OrderedDict
 
 from torch import Tensor, nn
 
 from sparing.models.resnet import BasicBlock, initialize_
+
+
+def lenet_300_100(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """Build LeNet-300-100: three Linear layers for images of 28×28 pixels. It has 266,200 weights.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: number of image channels.
+
+    Returns:
+        A module from images (N, in_channels, 28, 28) to logits (N, num_classes).
+
+    Examples:
+        >>> lenet_300_100().fc2
+        Linear(in_features=300, out_features=100, bias=True)
+    """
+    layers = OrderedDict[str, nn.Module](
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(in_channels * 28 * 28, 300),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(300, 100),
+        relu2=nn.ReLU(),
+        fc3=nn.Linear(100, num_classes),
+    )
+    return nn.Sequential(layers)
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_stride: int = 1) -> nn.Module:
