@@ -24,6 +24,7 @@ import tarfile
 import time
 import warnings
 from importlib import metadata, resources
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -65,14 +66,16 @@ def read_sentences(path):
 class Task:
     """Tokens, masks and labels, in an order that is the same for every run: the last `TEST` are to test on."""
 
-    def __init__(self, path):
+    def __init__(self, path, device="cpu"):
         from transformers import AutoTokenizer
 
         texts, labels = read_sentences(path)
         tokenizer = AutoTokenizer.from_pretrained(folder())
         tokens = tokenizer(texts, truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt")
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
-        self.ids, self.mask, self.labels = tokens["input_ids"][order], tokens["attention_mask"][order], labels[order]
+        found = tokens["input_ids"][order], tokens["attention_mask"][order], labels[order]
+        self.lengths = found[1].sum(1)
+        self.ids, self.mask, self.labels = (tensor.to(device) for tensor in found)
 
     def batches(self, steps, seed):
         """Yield the indices of each step, from one shuffle of the training part after another."""
@@ -84,16 +87,17 @@ class Task:
             left = left[BATCH:]
 
     def logits(self, model, index):
-        length = int(self.mask[index].sum(1).max())  # without columns of padding alone
-        with torch.autocast("cpu", torch.bfloat16):
+        length = int(self.lengths[index].max())  # without columns of padding alone
+        index = index.to(self.ids.device)
+        with torch.autocast(self.ids.device.type, torch.bfloat16):
             return model(input_ids=self.ids[index, :length], attention_mask=self.mask[index, :length]).logits.float()
 
     @torch.inference_mode()
     def accuracy(self, model):
         model.eval()
         first = len(self.labels) - TEST
-        parts = (first + self.mask[first:].sum(1).argsort()).split(100)  # of similar lengths
-        right = sum(int((self.logits(model, part).argmax(1) == self.labels[part]).sum()) for part in parts)
+        parts = (first + self.lengths[first:].argsort()).split(100)  # of similar lengths
+        right = sum(int((self.logits(model, part).argmax(1).cpu() == self.labels.cpu()[part]).sum()) for part in parts)
         return right / TEST
 
 
@@ -111,6 +115,7 @@ def load_model(seed, layers=6):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForSequenceClassification.from_pretrained(folder(), num_labels=2, num_hidden_layers=layers)
+    model.float()
     model.bert.embeddings.requires_grad_(False)
     return model
 
@@ -118,6 +123,7 @@ def load_model(seed, layers=6):
 def train(task, model, method, seed, steps=STEPS, **groups):
     """Fine-tune a model, and return its report of each layer, the accuracy and the seconds of a step."""
     torch.manual_seed(seed)
+    model.to(task.ids.device)
     sparsifier = None if method is None else sparing.sparsify_(model, method, steps=steps)
     optimizer = torch.optim.AdamW(sparing.param_groups(model, weight_decay=0.01, **groups), lr=RATE)
     if sparsifier is not None:
@@ -130,7 +136,7 @@ def train(task, model, method, seed, steps=STEPS, **groups):
     begin = time.perf_counter()
     for index in task.batches(steps, seed):
         optimizer.zero_grad()
-        F.cross_entropy(task.logits(model, index), task.labels[index]).backward()
+        F.cross_entropy(task.logits(model, index), task.labels[index.to(task.labels.device)]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -151,12 +157,51 @@ def pruned(model):
     }
 
 
-def where():
+def where(device="cpu"):
     """Return commit, versions and machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    commit = (
+        os.environ.get("SPARING_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+        ).stdout.strip()
+    )
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    device, threads = f"{os.uname().machine} CPU", torch.get_num_threads()
-    return {"commit": commit.stdout.strip() or None, **versions, "device": device, "threads": threads}
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.uname().machine} CPU"
+    return {"commit": commit or None, **versions, "device": name, "threads": torch.get_num_threads()}
+
+
+class Job(NamedTuple):
+    """One run; dense training has no percentage: it is 0."""
+
+    variant: str
+    percent: int
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.variant}-{self.percent}-seed{self.seed}" if self.percent else f"{self.variant}-seed{self.seed}"
+
+
+def jobs(variants=tuple(VARIANTS), percents=(80, 90), seeds=(0, 1, 2)):
+    """Return the runs of the study."""
+    pairs = [(variant, percent) for percent in percents for variant in variants if variant != "dense"]
+    pairs = [("dense", 0)] * ("dense" in variants) + pairs
+    return [Job(*pair, seed) for seed in seeds for pair in pairs]
+
+
+def run(task, job, steps=STEPS, layers=6):
+    """Fine-tune one model and return its results."""
+    method, arguments = VARIANTS[job.variant]
+    arguments = {} if method is None else {"sparsity": job.percent / 100, **arguments}
+    made = None if method is None else sparing.METHODS[method](**arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", sparing.SparsityWarning)
+        result = train(task, load_model(job.seed, layers), made, job.seed, steps)
+    return {
+        "recipe": "bench/finetune.py", **job._asdict(), "method": method, "arguments": arguments, "steps": steps,
+        **where(task.ids.device.type), **result,
+        "warnings": [str(w.message) for w in caught if issubclass(w.category, sparing.SparsityWarning)],
+    }  # fmt: skip
 
 
 def main():
@@ -169,30 +214,15 @@ def main():
     parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
     task, studied = Task(options.text), (options.steps, options.layers) == (STEPS, 6)
-    for seed in options.seeds:
-        for percent in options.percents:
-            for variant in options.variants:
-                name = f"dense-seed{seed}" if variant == "dense" else f"{variant}-{percent}-seed{seed}"
-                entry = ROOT / "results" / "finetune" / f"{name}.json"
-                if studied and entry.is_file():
-                    continue
-                method, arguments = VARIANTS[variant]
-                arguments = {} if method is None else {"sparsity": percent / 100, **arguments}
-                made = None if method is None else sparing.METHODS[method](**arguments)
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", sparing.SparsityWarning)
-                    result = train(task, load_model(seed, options.layers), made, seed, options.steps)
-                result = {
-                    "recipe": "bench/finetune.py", "variant": variant, "percent": percent if method else 0,
-                    "method": method, "arguments": arguments, "seed": seed, "steps": options.steps, **where(), **result,
-                    "warnings": [str(w.message) for w in caught if issubclass(w.category, sparing.SparsityWarning)],
-                }  # fmt: skip
-                if studied:
-                    entry.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(entry, json.dumps(result, indent=2) + "\n")
-                print(
-                    f"{name}: {100 * result['accuracy']:.2f} % at {100 * result['sparsity']:.2f} % sparsity", flush=True
-                )
+    for job in jobs(options.variants, options.percents, options.seeds):
+        entry = ROOT / "results" / "finetune" / f"{job.name}.json"
+        if studied and entry.is_file():
+            continue
+        result = run(task, job, options.steps, options.layers)
+        if studied:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_text(entry, json.dumps(result, indent=2) + "\n")
+        print(f"{job.name}: {100 * result['accuracy']:.2f} % at {100 * result['sparsity']:.2f} % sparsity", flush=True)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,18 @@ class Side:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    def waits(self):
+        """Return how often the host waits for the GPU in a step without an update."""
+        self.at(PLAIN)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in caught)
+
     def seconds(self):
         """Return the seconds of a step, the mean over the update interval of the method."""
         self.at(PLAIN)
@@ -166,7 +178,7 @@ def measure(name, against, wanted, batch, size, rounds, repeat, amp, compiled, c
     labels = torch.randint(0, list(model.parameters())[-1].shape[0], (batch,), device=device)
     kinds = dict.fromkeys([against, *wanted])
     sides = {kind: Side(kind, copy.deepcopy(model), images, labels, amp, compiled, clock) for kind in kinds}
-    peaks = {}
+    peaks, waits = {}, {}
     for kind, side in sides.items():
         side.step()  # the first step has allocations, autotuning and compilation, so it is not measured
         side.at(PLAIN)
@@ -175,6 +187,7 @@ def measure(name, against, wanted, batch, size, rounds, repeat, amp, compiled, c
             before = torch.cuda.memory_allocated()
             side.step()
             peaks[kind] = torch.cuda.max_memory_allocated() - before
+            waits[kind] = side.waits()
     seconds, updates = {kind: [] for kind in sides}, {kind: [] for kind in sides}
     order = list(sides)
     for turn in range(rounds):
@@ -190,7 +203,7 @@ def measure(name, against, wanted, batch, size, rounds, repeat, amp, compiled, c
         row |= {"seconds": statistics.median(times), "fastest_seconds": min(times)}
         row["update_share"] = statistics.median(updates[kind]) / statistics.median(seconds[against])
         if peaks:
-            row["memory_ratio"] = peaks[kind] / peaks[against]
+            row |= {"memory_ratio": peaks[kind] / peaks[against], "peak_bytes": peaks[kind], "waits": waits[kind]}
         rows.append(row)
     return rows
 
@@ -245,7 +258,7 @@ def main():
         rows = measure(name, options.against, options.variant, *how, device)
         result["rows"] += rows
         for row in rows:
-            memory = f"  memory {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
+            memory = f"  memory {row['memory_ratio']:.3f}, waits {row['waits']}" if "memory_ratio" in row else ""
             spread = f"{row['lowest']:.3f} to {row['highest']:.3f}, fastest {row['fastest']:.3f}"
             share = f"  after the step {row['update_share']:.4f}"
             print(
