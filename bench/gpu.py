@@ -69,7 +69,7 @@ def run_tests(options, deadline):
     if not missing(options, "tests"):
         return
     chosen = TESTS[:1] if options.smoke else TESTS
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "4" if CUDA else "0", "-p", "no:cacheprovider", *chosen]
     command += [
         "-k",
         "fp16 and str" if options.smoke else "cuda or gpu",
@@ -196,17 +196,18 @@ def train_lenet(options, deadline):
 
 def frontier(options, deadline):
     """Train small networks at several sparsities."""
-    plans = {"fashion_mnist": (10, 128), "cifar10_jpeg": (40, 128)}
+    plans = {"mnist5k": (1, 128)} if options.smoke else {"fashion_mnist": (10, 128), "cifar10_jpeg": (40, 128)}
+    roots = {"cifar10_jpeg": options.cifar, "fashion_mnist": options.fashion}
+    steps, variants = (3, ["str_sparsity"]) if options.smoke else (None, list(small_runs.VARIANTS))
+    sparsities, seeds = ([0.9], [0]) if options.smoke else ([0.95, 0.98, 0.9, 0.99], [0, 1, 2])
     for data, (epochs, batch) in plans.items():
         if data == "cifar10_jpeg" and options.cifar is None:
             print("CIFAR-10 is left out: give --cifar")
             continue
-        steps, variants = (3, ["str_sparsity"]) if options.smoke else (None, list(small_runs.VARIANTS))
-        sparsities, seeds = ([0.9], [0]) if options.smoke else ([0.95, 0.98, 0.9, 0.99], [0, 1, 2])
         jobs = small_runs.chosen_jobs(data, variants, sparsities, seeds, epochs, batch, steps)
-        out = Path(tempfile.mkdtemp()) if options.smoke else ROOT / "results" / "gpu"
-        roots = {"cifar10_jpeg": options.cifar, "fashion_mnist": options.fashion}
-        small_runs.run_all(jobs, roots, out, options.processes, deadline, DEVICE.type)
+        with tempfile.TemporaryDirectory() as trial:
+            out = Path(trial) if options.smoke else ROOT / "results" / "gpu"
+            small_runs.run_all(jobs, roots, out, options.processes, deadline, DEVICE.type)
 
 
 PARTS = {

@@ -125,6 +125,7 @@ class Tensors:
 def save_tensors(name, root, file):
     """Load a data set and write its tensors into a file."""
     arguments = {"root": root} if root else {}
+    arguments |= {"shift": 2} if name == "mnist5k" else {}
     arguments |= {"shift": 2, "flip": True} if name == "fashion_mnist" else {}
     data = sparing.data.DATASETS[name](**arguments)
     content = {key: torch.tensor(getattr(data, key)).reshape(-1, 1, 1) for key in ("mean", "std")}
