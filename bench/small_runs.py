@@ -174,14 +174,29 @@ class Step:
 
 def train(job, data, device):
     """Train one network, and return its test accuracy and counts."""
+    return train_network(job, data, device, *VARIANTS[job.variant])[1]
+
+
+def train_network(job, data, device, factory, clip, select=sparing.select.default):
+    """Train one network, and return it and its test accuracy and counts.
+
+    Args:
+        job: the run.
+        data: `Tensors` on the device.
+        device: of the network.
+        factory: function from a sparsity to the method; None for dense training.
+        clip: norm at which gradients are clipped; None for no clipping.
+        select: layers to sparsify, as `sparing.sparsify_` takes them.
+    """
     torch.manual_seed(job.seed)
     generator = torch.Generator(device).manual_seed(job.seed)
     per_epoch = len(data.train) // job.batch
     steps = job.epochs * per_epoch
     steps, warmup = (steps, per_epoch) if job.steps is None else (job.steps, 1)
     model = network(job.data, data.train).to(device, memory_format=torch.channels_last)
-    factory, clip = VARIANTS[job.variant]
-    sparsifier = None if factory is None else sparing.sparsify_(model, factory(job.sparsity), steps=steps)
+    sparsifier = None
+    if factory is not None:
+        sparsifier = sparing.sparsify_(model, factory(job.sparsity), select=select, steps=steps)
     groups = sparing.param_groups(model, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1 * job.batch / 128, momentum=0.9, fused=device.type == "cuda")
     if sparsifier is not None:
@@ -207,7 +222,7 @@ def train(job, data, device):
             right += (model(data.normalized(images)).argmax(1) == labels).sum()
     seconds, accuracy = time.perf_counter() - start, int(right) / len(data.test)
     report = sparing.report(model, input_size=(1, *data.train.shape[1:]))
-    return {
+    return model, {
         **asdict(job), "asked": job.sparsity, "accuracy": accuracy, "sparsity": report.total.sparsity,
         "weights": report.total.weights, "nonzero": report.total.nonzero, "macs": report.total.macs,
         "dense_macs": report.total.dense_macs, "seconds": seconds,
