@@ -73,7 +73,7 @@ def main() -> None:
         for split in ("train", "val"):
             command = [
                 sys.executable,
-                ROOT / "examples" / "write_shards.py",
+                ROOT / "examples" / "04_write_shards.py",
                 root / split,
                 root / f"{split}-shard",
                 "1",

@@ -16,7 +16,7 @@ from sparing.patterns import NM
 from sparing.run.method_section import build_method
 from tolerance import tolerance
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "03_own_methods"
 STEPS = 20
 METHODS = {
     "top_kast:TopKAST": {"sparsity": 0.75},

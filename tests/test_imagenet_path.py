@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 def shards(images):
     """The same images in four training and two test shards of 50."""
     for split, count in (("train", 4), ("val", 2)):
-        command = [sys.executable, ROOT / "examples" / "write_shards.py", images / split, images / "shards" / split]
+        command = [sys.executable, ROOT / "examples" / "04_write_shards.py", images / split, images / "shards" / split]
         subprocess.run([*command, str(count)], check=True, capture_output=True)
     return images / "shards"
 

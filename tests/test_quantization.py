@@ -1,7 +1,4 @@
-"""Sparse and quantized models: torchao's quantize_, quantization-aware training and PT2E; blocks of the docs."""
-
-import re
-from pathlib import Path
+"""Sparse and quantized models: torchao's quantize_, quantization-aware training and PT2E."""
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ from torch.nn import functional as F
 import sparing
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
 
 
 @pytest.fixture
@@ -104,27 +100,3 @@ def test_pt2e_keeps_the_zeros(aware, quantization):
     for zero in zeros:
         assert zero.float().mean() > 0.75
         assert (weights[tuple(zero.shape)][zero] == 0).all()
-
-
-def block(section):
-    """Return the first block of code of a section of the page."""
-    found = re.search(rf"^## {re.escape(section)}\n.*?^```text\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    return found[1]
-
-
-@pytest.mark.usefixtures("vision_operators")
-def test_the_example_of_adapters_runs():
-    pytest.importorskip("peft", reason="peft is not installed", exc_type=ImportError)
-    names = {}
-    exec(block("peft"), names)
-    assert sparing.report(names["merged"]).total.sparsity == pytest.approx(0.8, abs=0.01)
-    assert 0 < names["dropped"] < 1
-    assert type(names["merged"][0]) is nn.Linear
-
-
-@pytest.mark.usefixtures("quantization")
-def test_the_example_of_quantization_aware_training_runs():
-    names = {}
-    exec(block("torchao"), names)
-    weight = names["model"][0].weight.dequantize()
-    assert (weight == 0).float().mean() >= 0.8

@@ -27,7 +27,7 @@ from sparing.run.run import Run
 from sparing.run.summary import write_page
 from sparing.run.training import train_run
 
-OWN = Path(__file__).parent.parent / "examples" / "own_model.yaml"
+OWN = Path(__file__).parent.parent / "examples" / "02_own_model" / "own_model.yaml"
 HOSTILE = (
     "</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "a&amp;b<c",
     "{{ 7 * 7 }}{% raw %}", "</style></title>", "\x1b[2J\x00\u202eevil\ud800", "javascript:alert(1)", "]]>-->",

@@ -24,7 +24,7 @@ from sparing.run.run import Run, evaluate_file
 from sparing.run.training import train_run
 from sparing.run.weights import load_weights
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "02_own_model"
 OWN = EXAMPLES / "own_model.yaml"
 SHORT = ["schedule.epochs=2", "data.count=120", "model.width=4"]
 BUDGET = {"conv1": 0.0, "conv2": 0.75, "fc": 0.5}

@@ -240,7 +240,7 @@ def test_a_forged_index_is_rejected(shards, tmp_path, forge):
 
 
 def test_write_shards_keeps_images_and_labels(textures, tmp_path):
-    script = ROOT / "examples" / "write_shards.py"
+    script = ROOT / "examples" / "04_write_shards.py"
     command = [sys.executable, str(script), str(textures / "train"), str(tmp_path / "train"), "3"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     names = [f"{tmp_path}/train-000{number}.tar" for number in range(3)]

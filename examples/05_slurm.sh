@@ -1,7 +1,7 @@
 #!/bin/bash
-# Train on two hosts with four GPUs each. Submit the script from the folder of the recipe:
+# Train on two hosts with four GPUs each. Submit it from the root of the repository:
 #
-#     sbatch slurm.sh recipes/imagenet/resnet50-str-90.23.yaml runs/str
+#     sbatch examples/05_slurm.sh recipes/imagenet/resnet50-str-90.23.yaml runs/str
 #
 # If it is submitted again, or restarted by SLURM after a preemption, the run continues from its last checkpoint.
 #SBATCH --job-name=sparing

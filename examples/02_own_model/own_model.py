@@ -1,6 +1,6 @@
 """A model and a data set of your own in a recipe, by import path.
 
-    PYTHONPATH=examples sparing train examples/own_model.yaml
+    PYTHONPATH=examples/02_own_model sparing train examples/02_own_model/own_model.yaml
 
 The functions are ordinary Python. `sparing train` calls them with the keys of the recipe's sections `model` and `data`.
 """

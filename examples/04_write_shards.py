@@ -1,7 +1,7 @@
 """Write images with one folder per class to tar shards of equal size, in random order.
 
-    python write_shards.py imagenet/train shards/train 129
-    python write_shards.py imagenet/val shards/val 16
+    python examples/04_write_shards.py imagenet/train shards/train 129
+    python examples/04_write_shards.py imagenet/val shards/val 16
 
 The first command writes shards/train-0000.tar to shards/train-0128.tar and prints the number of images in each.
 """
