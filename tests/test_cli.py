@@ -364,6 +364,9 @@ def test_bench_prints_and_writes_its_measurements(place, monkeypatch):
     monkeypatch.setattr(latency, "measure", quick)
     done = sparing("bench", "runs/recipe", "--threads", "1", "--batch", "3", "--json", cwd=place)
     output = json.loads(done.stdout)
+    assert done.stderr.splitlines() == [
+        "writing the files of the runtimes", "measuring with 1 thread: engine, ONNX Runtime"
+    ]  # fmt: skip
     assert [(row["name"], row["batch"], row["threads"]) for row in output["rows"]] == [
         ("engine", 3, 1), ("ONNX Runtime", 3, 1)
     ]  # fmt: skip

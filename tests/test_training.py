@@ -164,6 +164,8 @@ def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
         train_run(wanted, out)
     with pytest.raises(InputError, match=r"another recipe \(they differ in seed\)"):
         train_run(wanted.model_copy(update={"seed": 5}), out, resume=True)
+    with pytest.raises(InputError, match=r"another recipe \(its method is 'str', and not 'gmp'\); continue it with"):
+        train_run(wanted.model_copy(update={"method": {"name": "gmp", "sparsity": 0.9}}), out, resume=True)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a run directory: it has no recipe.yaml"):
         train_run(wanted, tmp_path, resume=True)

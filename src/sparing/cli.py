@@ -236,8 +236,8 @@ def bench(
 
     Compares the sparse model with the dense model in the installed runtimes.
     """
-    with _busy("measuring", as_json):
-        measured = Run.open(run).bench(tuple(batch or (1, 16)), threads)
+    with _busy("measuring", as_json) as status:
+        measured = Run.open(run).bench(tuple(batch or (1, 16)), threads, _teller(status))
     written = f"Written to {run / 'latency.json'} and {run / 'figures' / 'latency.png'}"
     print(measured.to_json() if as_json else f"{measured}\n{written}")
 
@@ -345,6 +345,11 @@ def _interruptible(command: str) -> Iterator[None]:
 def _busy(what: str, quiet: bool) -> Status:
     """Show a spinner on standard error while the block runs; nothing if it is not a terminal."""
     return Console(stderr=True, quiet=quiet).status(what)
+
+
+def _teller(status: Status) -> Callable[[str], object]:
+    """Return what shows the stages of long work: the spinner, or lines on standard error if it is not a terminal."""
+    return status.update if status.console.is_terminal else lambda stage: print(stage, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def measure(
     sweep: Sequence[float] = SWEEP,
     rounds: int = 7,
     turn: float = 0.3,
+    say: Callable[[str], object] = lambda stage: None,
 ) -> Latency:
     """Measure the latency of a network in sparse backends and dense baselines, in interleaved rounds.
 
@@ -55,6 +56,7 @@ def measure(
         sweep: sparsities, in [0, 1), at which to search for the break-even sparsity; () skips the search.
         rounds: number of rounds; each backend is measured once per round.
         turn: target duration in seconds of one measurement, which has at least one forward pass.
+        say: called with a text when a stage of the measurement begins.
 
     Returns:
         A `Latency`; `print` shows it as a table.
@@ -81,12 +83,16 @@ def measure(
     rows: list[Timing] = []
     with tempfile.TemporaryDirectory(prefix="sparing-") as name:
         folder = Path(name)
+        say("writing the files of the runtimes")
         program.save(folder / "network.onnx")
         failed = write_files(network, inputs, folder, {backend.file for backend in backends.values()})
         files = {name: (backend, folder / backend.file) for name, backend in backends.items()}
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         for count in threads:
+            say(f"measuring with {count} thread{'s' if count > 1 else ''}: {', '.join(files)}")
             rows += measure_backends(files, failed, network, inputs, batches, count, rounds, turn)
+        if sweep:
+            say(f"searching for the break-even sparsity: {', '.join(f'{sparsity:.0%}' for sparsity in sweep)}")
         speedups = _sweep(folder, files, failed, network, inputs, sweep, rounds, turn) if sweep else {}
     layers = find_layers(network).values()
     weights, nonzero = sum(layer.weight.numel() for layer in layers), sum(layer.nonzero() for layer in layers)

@@ -1,6 +1,7 @@
 """Run directories: read what `sparing train` wrote. The command line and notebooks use the same class."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,14 +178,22 @@ class Run:
         name, save = FORMATS[to]
         return save(model, Path(out) if out is not None else self.path / name, size)
 
-    def bench(self, batches: tuple[int, ...] = (1, 16), threads: list[int] | None = None) -> latency.Latency:
+    def bench(
+        self,
+        batches: tuple[int, ...] = (1, 16),
+        threads: list[int] | None = None,
+        say: Callable[[str], object] = lambda stage: None,
+    ) -> latency.Latency:
         """Measure the latency of the model in the installed runtimes, and write latency.json and its figure.
 
         Args:
             batches: batch sizes.
             threads: numbers of threads; None measures 1 and the number of CPUs.
+            say: called with a text when a stage of the measurement begins.
         """
-        measured = latency.measure(self.model("dense"), self.resolved.input_size, batches=batches, threads=threads)
+        measured = latency.measure(
+            self.model("dense"), self.resolved.input_size, batches=batches, threads=threads, say=say
+        )
         write_text(self.path / "latency.json", measured.to_json() + "\n")
         write_figure(latency_bars(measured.bars()), self.path / "figures" / "latency.png")
         return measured

@@ -153,9 +153,13 @@ def _prepare_directory(
     run = Run.open(out)
     different = differing_keys(what_is_computed(run.recipe), what_is_computed(recipe))
     if different:
+        before, now = (each.method["name"] if each.method else None for each in (run.recipe, recipe))
+        how = f"they differ in {', '.join(different)}"
+        if before != now:  # the arguments of two methods say nothing
+            how = f"its method is {before!r}, and not {now!r}"
         raise InputError(
-            f"{out} holds a run of another recipe (they differ in {', '.join(different)}); "
-            "choose another directory with --out"
+            f"{out} holds a run of another recipe ({how}); continue it with {out / 'recipe.yaml'}, or choose another "
+            "directory with --out"
         )
     if run.metrics is None:
         lock.acquire()
