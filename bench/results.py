@@ -624,7 +624,7 @@ PAGES = (
     "docs/methods/str.md",
     "docs/finetuning.md",
     "docs/one_shot.md",
-    "docs/frameworks.md",
+    "docs/quantization.md",
 )
 
 

@@ -64,11 +64,14 @@ class Clock:
         saved = json.loads(bytes(state.cpu().tolist()))
         theirs, ours = ({"steps": s["steps"], **s["method"]} for s in (saved, vars(self)))
         different = [key for key in (theirs | ours) if theirs.get(key) != ours.get(key)]
+        change = "change them with sparsifier.retarget()"
+        if "method" in different:  # the arguments of two methods say nothing
+            different, change = ["method"], "call densify_(), and sparsify_() with the other method"
         if different:
             described = (", ".join(f"{key}={values.get(key)!r}" for key in different) for values in (theirs, ours))
             raise InputError(
                 f"the checkpoint is of a run with {next(described)}, this run has {next(described)}. Call sparsify_() "
-                "with the method and steps of the checkpoint, load it, then change them with sparsifier.retarget()"
+                f"with the method and steps of the checkpoint, load it, then {change}"
             )
         self.step, self.start = saved["step"], saved["start"]
 
