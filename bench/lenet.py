@@ -18,23 +18,22 @@ method: one noise per weight and batch, and weights above the cut are pruned in 
 
 A finished run writes results/lenet/<variant>-<percent>-seed<n>.json and is not repeated. With --epochs, results are
 printed only. With --processes, several networks train at the same time on the CPU or one GPU. `python
-bench/results.py table` builds the table of docs/peers.md.
+bench/results.py table` builds the table of docs/libraries.md.
 """
 
 import argparse
 import json
 import time
-import warnings
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn import functional as F
 
 import sparing
 from ledger import ROOT
-from small_runs import Step, shared_gpu
+from small_runs import Step, side_by_side
 from sparing.data.image import mnist
 from sparing.files import write_text
 from sparing.models import lenet_300_100
@@ -73,15 +72,15 @@ class Job(NamedTuple):
 
 
 def jobs(variants=tuple(VARIANTS), percents=(1, 2, 5), seeds=(0, 1, 2)):
-    """Return the runs of the study."""
+    """Return the runs of the study, seed by seed. Variational dropout takes longest; it has one run, the last."""
     found = []
     for seed in seeds:
         for variant in variants:
-            if variant in ("dense", "variational_dropout"):
-                found += [Job(variant, 0, seed)] if variant == "dense" or seed == 0 else []
-            else:
+            if variant == "dense":
+                found.append(Job(variant, 0, seed))
+            elif variant != "variational_dropout":
                 found += [Job(variant, percent, seed) for percent in percents]
-    return found
+    return found + [Job("variational_dropout", 0, seeds[0])] * ("variational_dropout" in variants)
 
 
 @cache
@@ -177,24 +176,17 @@ def main():
     deadline = time.monotonic() + options.seconds
     left = jobs(options.variants, options.percents, options.seeds)
     left = [job for job in left if options.epochs is not None or not job.entry.is_file()]
-    with shared_gpu(), multiprocessing.get_context("spawn").Pool(options.processes, _start) as pool:
-        results = pool.imap_unordered(partial(train, device=options.device, epochs=options.epochs), left)
-        for _ in left:
-            try:
-                result = results.next(timeout=max(deadline - time.monotonic(), 0.1))
-            except multiprocessing.TimeoutError:
-                break
-            job = Job(*(result[key] for key in Job._fields))
-            if options.epochs is None:
-                job.entry.parent.mkdir(parents=True, exist_ok=True)
-                write_text(job.entry, json.dumps(result, indent=2) + "\n")
-            line = f"{job.name}: error {100 * result['error']:.2f} % at {100 * result['sparsity']:.3f} % zeros"
-            print(f"{line}, {result['seconds']:.0f} s", flush=True)
-
-
-def _start():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", sparing.SparsityWarning)
+    function = partial(train, device=options.device, epochs=options.epochs)
+    threads = {"start": torch.set_num_threads, "arguments": (1,)}
+    for job, result in side_by_side(function, left, options.processes, deadline, **threads) if left else ():
+        if isinstance(result, str):
+            print(f"{job.name}: {result}", flush=True)
+            continue
+        if options.epochs is None:
+            job.entry.parent.mkdir(parents=True, exist_ok=True)
+            write_text(job.entry, json.dumps(result, indent=2) + "\n")
+        line = f"{job.name}: error {100 * result['error']:.2f} % at {100 * result['sparsity']:.3f} % zeros"
+        print(f"{line}, {result['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ library costs. Where a library has several ways, several are run. Methods that p
 in the fourth epoch, unless a library says otherwise.
 
 Each run writes results/peers/<variant>-seed<n>.json and is not repeated. A library that is not installed is left out
-with a message. `python bench/results.py table` builds the table of docs/peers.md.
+with a message. `python bench/results.py table` builds the table of docs/libraries.md.
 """
 
 import argparse

@@ -7,7 +7,7 @@ the way, save everything at step 60, resume from that in new objects, and write 
 
 Each class below is what a user writes for a library, as its documentation says, around the ordinary loop; its lines are
 counted. `Job` runs it and looks at what is left. The results are written into results/peers/job.json, and `python
-bench/results.py table` builds the table of docs/peers.md.
+bench/results.py table` builds the table of docs/libraries.md.
 """
 
 import copy
@@ -208,7 +208,7 @@ def learn(model, optimizer, step):
 
 
 def effective(model, package):
-    """Return the weights that the layers multiply by: hooks compute them in NNCF, the forward in torch.nn.utils.prune."""
+    """Return the weights that the layers multiply by. NNCF computes them in hooks, torch.nn.utils.prune in forward."""
     if package == "nncf":
         import nncf
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import engine_tables
+import peers_tables
 
 ROOT = Path(__file__).parent.parent
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -610,6 +611,7 @@ TABLES = {
     "target_cost": target_cost_table,
     "faults": faults_table,
     **engine_tables.TABLES,
+    **peers_tables.TABLES,
 }
 PAGES = (
     "README.md",
@@ -624,6 +626,7 @@ PAGES = (
     "docs/methods/str.md",
     "docs/finetuning.md",
     "docs/one_shot.md",
+    "docs/libraries.md",
     "docs/quantization.md",
 )
 
