@@ -124,6 +124,47 @@ def test_a_folder_for_the_hub_is_read_without_sparing_and_has_a_card(tied, trans
     assert all(f"`{row.name}`" in card.text for row in sparing.report(model).layers)
 
 
+@pytest.mark.parametrize("method", [*METHODS.values(), GMP(sparsity=0.5, pattern=sparing.Filters(), every=1)], ids=str)
+def test_a_decoder_generates_the_same_text_after_training_densify_and_reload(method, transformers, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    sparsifier = sparing.sparsify_(model, method, steps=STEPS)
+    # All Conv1D layers, and neither the embeddings nor the head that is tied to them.
+    matrices = [
+        f"transformer.h.{n}.{name}"
+        for n in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert {name: layer.kind for name, layer in sparsifier.layers.items()} == dict.fromkeys(matrices, "Conv1D")
+    optimizer = torch.optim.AdamW(sparing.param_groups(model, weight_decay=0.01), lr=1e-3)
+    sparsifier.attach(optimizer)
+    tokens = torch.randint(1, 50, (4, 12))
+    prompt = {"input_ids": tokens[:, :4], "attention_mask": torch.ones(4, 4), "max_new_tokens": 8, "do_sample": False}
+    for _ in range(STEPS):
+        model.train()
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    counts = sparing.report(model, {"input_ids": tokens}).sparsified
+    assert counts.nonzero / counts.weights == pytest.approx(1 - method.sparsity, abs=0.02)
+    text, logits = model.eval().generate(**prompt), model(tokens).logits
+    if isinstance(method, GMP) and method.pattern == sparing.Filters():
+        for layer in sparsifier.layers.values():  # the outputs of a Conv1D are the columns of its weight
+            columns = (layer.effective_weight != 0).float().mean(0)
+            assert set(columns.tolist()) == {0.0, 1.0}
+    sparing.densify_(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    for each in (model, again):
+        assert torch.equal(each.generate(**prompt), text)
+        assert torch.equal(each(tokens).logits, logits)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert sparing.report(again, {"input_ids": tokens}).total.nonzero == sparing.report(model).total.nonzero
+
+
 def lightning_module(lightning):
     class Module(lightning.LightningModule):
         def __init__(self):
