@@ -236,19 +236,35 @@ def test_distributed_checkpoints_save_and_load_without_counting_a_step(name):
     assert_same(fresh.train(range(6, 12)).state(), loop.train(range(6, 12)).state())
 
 
-def test_a_step_counts_if_it_has_a_learning_rate_or_a_gradient():
+def test_a_step_that_moves_nothing_does_not_count():
     loop = Loop(any_length("snip"), 10)
+    loop.optimizer.zero_grad(set_to_none=True)
+    loop.optimizer.step()  # before any backward pass
+    assert (loop.sparsifier.step, sum(loop.active().values())) == (0, 240)
     for group in loop.optimizer.param_groups:
         group["lr"] = 0.0
-    loop.optimizer.zero_grad(set_to_none=False)
+    for parameter in loop.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     loop.optimizer.step()
     assert (loop.sparsifier.step, sum(loop.active().values())) == (0, 240)
     loop.step(0)  # the first step of a warm-up from a learning rate of 0
     assert (loop.sparsifier.step, sum(loop.active().values())) == (1, TOTAL)
-    loop.optimizer.param_groups[0]["lr"] = 0.1
-    loop.optimizer.zero_grad()
-    loop.optimizer.step()
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.1
+    for parameter in loop.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    loop.optimizer.step()  # weight decay and momentum
     assert loop.sparsifier.step == 2
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_methods_that_rank_by_gradients_refuse_a_step_whose_gradients_are_all_zero(name):
+    loop = Loop(any_length(name), 10)
+    with pytest.raises(InputError, match=f"{name} ranks weights by their gradients, .* zero or missing"):
+        for _ in range(2):  # GraSP compares two gradients
+            for parameter in loop.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            loop.optimizer.step()
 
 
 @every_method
@@ -391,6 +407,16 @@ def test_an_optimizer_without_a_weight_or_threshold_is_refused(index, what):
         InputError, match=f"does not hold the {what} of layer 'weight'. Build it after calling sparsify_"
     ):
         sparsifier.attach(torch.optim.SGD([held, model.bias], lr=0.1))
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+@pytest.mark.parametrize("name", ["str", "gmp", "rigl"])
+def test_parameters_that_are_replaced_after_attach_are_named(name, taken):
+    loop = Loop(any_length(name), 100 + taken).train(range(taken))
+    loop.model.load_state_dict({key: value.clone() for key, value in loop.model.state_dict().items()}, assign=True)
+    with pytest.raises(InputError, match=r"does not hold the dense weight .* after load_state_dict\(assign=True\)"):
+        loop.train(range(taken, 100 + taken))
+    assert loop.sparsifier.step <= 100
 
 
 def test_the_hooks_run_around_the_steps_of_two_optimizers():
@@ -564,7 +590,11 @@ def test_a_global_threshold_can_be_saved_with_safetensors(tmp_path):
 @pytest.mark.parametrize(
     ("theirs", "ours", "messages"),
     [
-        ((GMP(sparsity=0.5), 10), (RigL(sparsity=0.5), 10), ["with method='gmp',", "has method='rigl'. Call .*"]),
+        (
+            (GMP(sparsity=0.5), 10),
+            (RigL(sparsity=0.5), 10),
+            ["with method='gmp',", "has method='rigl'. Call .*"],
+        ),
         ((GMP(sparsity=0.5), 10), (GMP(sparsity=0.9), 10), ["sparsity=0.5", "sparsity=0.9"]),
         ((GMP(sparsity=0.5), 10), (GMP(sparsity=0.5), 20), ["steps=10", "steps=20"]),
         ((STR(init=-5.0), None), (STR(init=-4.0), None), ["init=-5.0", "init=-4.0"]),

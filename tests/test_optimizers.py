@@ -509,6 +509,14 @@ def one_process(tmp_path):
 
 
 @quiet
+def test_a_model_that_is_wrapped_already_is_refused(one_process):
+    model = nn.Linear(4, 2)
+    with pytest.raises(InputError, match="is wrapped in DistributedDataParallel, .* wrap it after sparsify_"):
+        sparing.sparsify_(nn.parallel.DistributedDataParallel(model), sparing.STR())
+    sparing.sparsify_(model, sparing.STR())
+
+
+@quiet
 def test_the_sharded_state_of_zero_is_reset(one_process):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
 

@@ -398,14 +398,35 @@ def test_distributed_checkpoints_of_wrapped_models_have_the_masks(wrap):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("method", [STR(init=-5.0), METHODS["gmp"], sparing.ST3(sparsity=0.5)], ids=lambda m: m.name)
-def test_thresholds_keep_float32_when_a_narrow_checkpoint_is_loaded(method, assign):
+def test_a_checkpoint_in_half_precision_keeps_the_dtypes_and_the_step(method, assign):
     loop, again = Loop(method), Loop(method)
-    loop.step()
+    train(loop, steps=5)
     before = {
         key: value.dtype for key, value in again.model.state_dict().items() if ".parametrizations.weight.0." in key
     }
-    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in loop.model.state_dict().items()}
+    state = {key: value.bfloat16() for key, value in loop.model.state_dict().items()}
     again.model.load_state_dict(state, assign=assign)
     assert before == {key: again.model.state_dict()[key].dtype for key in before}
     for key in before:
         torch.testing.assert_close(again.model.state_dict()[key], state[key].to(before[key]), rtol=0, atol=0)
+    assert again.sparsifier.step == 5
+
+
+@pytest.mark.parametrize("content", [b"\0" * 50, b"[1, 2]", b'{"step": "5"}', b"\xff"], ids=str)
+def test_a_step_count_that_cannot_be_read_is_refused(content):
+    loop = Loop(METHODS["gmp"])
+    state = loop.model.state_dict()
+    key = next(key for key in state if key.endswith("_extra_state"))
+    with pytest.raises(InputError, match="the step count of a checkpoint cannot be read"):
+        loop.model.load_state_dict(state | {key: torch.tensor(list(content), dtype=torch.uint8)})
+
+
+def test_an_average_of_state_dicts_that_was_cast_back_to_integers_is_refused():
+    loop = Loop(METHODS["gmp"])
+    train(loop, steps=9)
+    first = copy.deepcopy(loop.model.state_dict())
+    train(loop, steps=3)
+    last = loop.model.state_dict()
+    average = {key: (0.9 * first[key].float() + 0.1 * last[key].float()).to(last[key].dtype) for key in last}
+    with pytest.raises(InputError, match="Average parameters"):
+        loop.model.load_state_dict(average)

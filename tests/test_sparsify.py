@@ -469,6 +469,23 @@ def test_a_normalized_weight_starts_on_the_meta_device():
     assert made_by[1].s.item() == HALF.init
 
 
+@pytest.mark.parametrize("method", [HALF, sparing.GMP(sparsity=0.5, begin=0, end=0)], ids=lambda method: method.name)
+def test_what_is_put_on_a_sparsified_weight_takes_it_as_it_is_or_is_refused(method):
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    sparing.sparsify_(model, method)
+    left, before = sparing.report(model).total.nonzero, model(torch.ones(1, 16))
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        with pytest.raises(InputError, match=r"cannot compute a weight .* register it before sparsify_"):
+            norm(model[0])
+    with pytest.raises(InputError, match="'weight_orig' of a sparsified Linear is computed"):
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    assert torch.equal(model(torch.ones(1, 16)), before)
+    nn.utils.parametrizations.spectral_norm(model[0])
+    assert sparing.report(model).total.nonzero == left < 160
+    expected = model.eval()(torch.ones(1, 16))
+    assert torch.equal(sparing.densify_(model)(torch.ones(1, 16)), expected)
+
+
 def test_weights_that_torch_prunes_are_reported_and_not_sparsified():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
     nn.utils.prune.l1_unstructured(model[0], "weight", 0.75)

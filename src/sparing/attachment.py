@@ -35,15 +35,7 @@ def check_optimizers(
     optimizers, name = list(optimizers), method.name
     if not optimizers:
         raise InputError("attach() needs the optimizer that trains the model")
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers.values():
-        weights = (("dense weight", p) for p in layer.originals)
-        for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
-            if p.requires_grad and id(p) not in held:
-                raise InputError(
-                    f"the optimizer does not hold the {what} of layer {layer.name!r}. Build it after calling "
-                    "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1)"
-                )
+    check_held(layers, optimizers)
     sharded = any(hasattr(p, "full_tensor") for layer in layers.values() for p in layer.originals)
     if sharded and (method.rescales or any(layer.parametrization.state() for layer in layers.values())):  # type: ignore[union-attr]
         raise InputError(
@@ -60,6 +52,24 @@ def check_optimizers(
             f"{name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into them later: use "
             "another optimizer, or a method that only masks weights, such as GMP"
         )
+
+
+def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> None:
+    """Check that optimizers hold the dense weights and the thresholds of layers.
+
+    Raises:
+        InputError: they do not, or no longer, because something has replaced the parameters of the model.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers.values():
+        weights = (("dense weight", p) for p in layer.originals)
+        for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+            if p.requires_grad and id(p) not in held:
+                raise InputError(
+                    f"the optimizer does not hold the {what} of layer {layer.name!r}. Build it after calling "
+                    "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1), and after "
+                    "load_state_dict(assign=True) or anything else that replaces parameters; then call attach() again"
+                )
 
 
 def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> list[str]:

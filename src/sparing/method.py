@@ -257,6 +257,20 @@ class Ranking(Method):
         return plan.allocation.goal, None
 
 
+def check_gradients(method: Method, layers: Layers) -> None:
+    """Check that a method which ranks weights by their gradients has some.
+
+    Raises:
+        InputError: all gradients of the layers are zero or missing.
+    """
+    gradients = (layer.weight.grad for layer in layers.values())
+    if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        raise InputError(
+            f"{method.name} ranks weights by their gradients, and those of all sparsified layers are zero or missing "
+            "in this step: call backward() before optimizer.step()"
+        )
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and len(value) <= 16:
         return dict(value)

@@ -83,11 +83,14 @@ def is_skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def is_priming(optimizer: Optimizer) -> bool:
-    """Return whether a step is one that only creates optimizer state: learning rate 0 and gradients all 0.
+def is_idle(optimizer: Optimizer) -> bool:
+    """Return whether a step moves nothing: without any gradient, or with learning rate 0 and gradients all 0.
 
-    torch.distributed.checkpoint takes such a step before it saves or loads.
+    torch.distributed.checkpoint takes such a step before it saves or loads, to create optimizer state.
     """
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    if all(p.grad is None for p in parameters):
+        return True
     if any(group["lr"] != 0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -57,12 +57,22 @@ class Clock:
         """Set step and start from what `save` returned.
 
         Raises:
-            InputError: the state is that of another method, target or length of run.
+            InputError: the state is that of another method, target or length of run, or cannot be read.
         """
-        if state.dtype != torch.uint8 or not state.numel() or state.is_meta:
-            return  # an average of state_dicts, or a parametrization that was saved without a sparsifier
-        saved = json.loads(bytes(state.cpu().tolist()))
-        theirs, ours = ({"steps": s["steps"], **s["method"]} for s in (saved, vars(self)))
+        if not state.numel() or state.is_meta:
+            return  # a parametrization that was saved without a sparsifier
+        if state.is_floating_point() and (self.step > 0 or bool((state != state.round()).any())):
+            return  # an average of state_dicts
+        try:  # a checkpoint that was cast to another dtype has whole numbers
+            saved = json.loads(bytes(state.cpu().int().tolist()))
+            theirs = {"steps": saved["steps"], **saved["method"]}
+            step, start = +saved["step"], +saved["start"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                "the step count of a checkpoint cannot be read: it is damaged, or an average of state_dicts that was "
+                "cast back to integers. Average parameters, or leave the average in floating point"
+            ) from error
+        ours = {"steps": self.steps, **self.method}
         different = [key for key in (theirs | ours) if theirs.get(key) != ours.get(key)]
         change = "change them with sparsifier.retarget()"
         if "method" in different:  # the arguments of two methods say nothing
@@ -73,7 +83,7 @@ class Clock:
                 f"the checkpoint is of a run with {next(described)}, this run has {next(described)}. Call sparsify_() "
                 f"with the method and steps of the checkpoint, load it, then {change}"
             )
-        self.step, self.start = saved["step"], saved["start"]
+        self.step, self.start = step, start
 
 
 class Sparse(RunState):

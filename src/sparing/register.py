@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparing.effective_weight import EffectiveWeight
 from sparing.errors import InputError
 from sparing.layers import EMBEDDINGS, Layer, Place
 from sparing.run_state import RunState
@@ -71,6 +72,7 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
             _own_class(place.module)
     parametrize.register_parametrization(first.module, first.tensor_name, parametrization)
     shared = first.module.parametrizations[first.tensor_name]  # type: ignore[index, union-attr]
+    shared.__class__ = ParametrizationList
     for place in others:
         parametrize.register_parametrization(place.module, place.tensor_name, parametrization)
         place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator, union-attr]
@@ -83,6 +85,22 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
         _refuse_replacement(place.module)
         if isinstance(place.module, nn.RNNBase):
             _read_weights_when_run(place.module)
+
+
+class ParametrizationList(parametrize.ParametrizationList):
+    """The parametrizations of a sparsified weight; others may follow that take it as it is, as spectral_norm does."""
+
+    def append(self, module: nn.Module) -> "ParametrizationList":
+        try:
+            with torch.no_grad():
+                module(self())
+        except Exception as error:
+            raise InputError(
+                f"{type(module).__name__} cannot compute a weight from one that is sparsified already ({error}): "
+                "register it before sparsify_()"
+            ) from error
+        super().append(module)
+        return self
 
 
 def _reset_dense_weights(module: nn.Module) -> None:
@@ -147,7 +165,8 @@ def _refuse_replacement(module: nn.Module) -> None:
     register_other = parametrized_class.register_parameter
 
     def register_parameter(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if name in self._modules.get("parametrizations", ()):  # type: ignore[operator]
+        # torch.nn.utils.prune makes a parameter of the effective weight, under another name.
+        if name in self._modules.get("parametrizations", ()) or isinstance(parameter, EffectiveWeight):  # type: ignore[operator]
             raise InputError(
                 f"{name!r} of a sparsified {type(self).__bases__[0].__name__} is computed and cannot be replaced "
                 "by a Parameter: call sparing.densify_(model) first"

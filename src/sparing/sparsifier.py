@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.attachment import check_optimizers, doubts
+from sparing.attachment import check_held, check_optimizers, doubts
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.layers import Layer, sparse_layers
@@ -19,8 +19,8 @@ from sparing.optimizers import (
     gradient_scale,
     holders,
     in_backward,
+    is_idle,
     is_nested,
-    is_priming,
     is_skipped,
     with_hook,
 )
@@ -366,9 +366,10 @@ class Sparsifier:
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
         if id(optimizer) in self._stepped:  # the others skipped the step before
             self._end_step()
-        # With a closure the gradients are not there yet.
-        taken = not is_skipped(optimizer) and (closure is not None or not is_priming(optimizer))
-        self._taken = taken and self._active()
+        idle = closure is None and is_idle(optimizer)  # with a closure the gradients are not there yet
+        if idle and self._active():
+            check_held(self.layers, self.optimizers)
+        self._taken = not idle and not is_skipped(optimizer) and self._active()
         if not self._taken or self._acted:
             return None
         self._acted = True
@@ -394,8 +395,9 @@ class Sparsifier:
         self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1
-        if clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
+        if not self._checked or clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
             self.drop_lost_layers()
+            check_held(self.layers, self.optimizers)
             self._warn_doubts()
         if not self._checked:  # the first step has created the state
             check_state(self._holders, self.method.resets(self, self.optimizers))

@@ -47,7 +47,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         InputError: nothing is selected, or only frozen layers; a name matches nothing; a layer is selected twice or
             sparsified already; a weight is not finite, not floating point or not initialized; another parametrization
             computes it and the method works on its gradient; the weights are sparser than the target; the method needs
-            `steps` or refuses the model.
+            `steps` or refuses the model; the model is wrapped in DistributedDataParallel.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -58,6 +58,11 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     if not isinstance(method, Method):
         raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
     check_steps(steps)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
+            "are sparsified later: wrap it after sparsify_()"
+        )
     layers = _trained(resolve(model, select))
     for layer in layers.values():
         check_weight(layer)

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.group_threshold import wide
-from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking, check_gradients
 from sparing.parametrizations import Masked
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
@@ -108,6 +108,8 @@ class GraSP(Ranking):
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step > 1 or _pruned(sparsifier):
             return
+        if sparsifier.step > 0:
+            check_gradients(self, sparsifier.layers)
         products = {}
         for layer, part in sparsifier.each(ProbedMask):
             gradient = layer.weight.grad

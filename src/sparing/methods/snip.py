@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.layers import Layer
-from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
+from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking, check_gradients
 from sparing.parametrizations import Mask
 from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
@@ -52,6 +52,7 @@ class SNIP(Ranking):
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step == 0:
+            check_gradients(self, sparsifier.layers)
             sparsifier.set_masks(sparsifier.plan.allocation.masks(_sensitivity))
             sparsifier.skip_step()
 
