@@ -71,6 +71,7 @@ def prepared(folder):
     return folder
 
 
+@pytest.mark.xdist_group("shell")
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=documents.page_name)
 def test_shell_lines_run(page, shell):
     for line in lines(page.read_text()):
