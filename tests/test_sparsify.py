@@ -556,6 +556,7 @@ WRITES = {
     "requires_grad": lambda weight: setattr(weight, "requires_grad", True),
     "nn.init through a view": lambda weight: nn.init.orthogonal_(weight),
     "+= of .data": lambda weight: exec("weight.data += 1"),
+    "a gradient": lambda weight: setattr(weight, "grad", torch.zeros(3, 8)),
     "assignment of .data": lambda weight: setattr(weight, "data", torch.zeros(3, 8)),
     "copy_ of .data": lambda weight: weight.data.copy_(torch.zeros(3, 8)),
     "elements": lambda weight: weight.__setitem__(0, 0.0),

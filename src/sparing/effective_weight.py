@@ -79,6 +79,8 @@ class EffectiveWeight(Tensor):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_is_param":  # nn.Parameter() has detached a tensor, and says that this is now a parameter
             self.__class__ = nn.Parameter  # type: ignore[assignment]
+        elif name == "grad" and value is not None:
+            _refuse(self, "assigning .grad")
         else:
             super().__setattr__(name, value)
 
