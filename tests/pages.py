@@ -19,7 +19,7 @@ COMMAND = re.compile(r"^(?:\w+=\S* )*(?:sparing|torchrun|python|bash) ")
 NOT_RUN = {
     "^torchrun |imagenet|/data/|LOC_val_solution": "needs ImageNet or several GPUs",
     "^python bench/": "measures for a long time",
-    "recipes/rnn|recipes/targets|recipes/mnist/|fashion-mnist": "needs data from the network, or trains for a long time",
+    "recipes/rnn|recipes/targets|recipes/mnist/|fashion-mnist": "needs data from the network, or trains for long",
     "sparing sweep": "tests/test_sweep.py runs short sweeps",
     "ResNet50-STR": "needs a file of the 2020 release",
     r"\b[A-Z]{3,}\b(?!=)|\.\.\.": "has placeholders",
