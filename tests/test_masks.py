@@ -1,12 +1,15 @@
 """Masks: exact counts whatever the scores, ties included, and exact shares of a total."""
 
+import itertools
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import sparing
 from sparing import InputError, masks
 from sparing.masks import (
     apportion,
@@ -217,3 +220,27 @@ def test_count_kept_by_hand(weights, sparsity, kept):
 @given(st.integers(0, 10**7), st.floats(0, 1))
 def test_count_kept_is_within_half_a_weight(weights, sparsity):
     assert abs(count_kept(weights, sparsity) - weights * (1 - sparsity)) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sparing.GMP(sparsity=0.9, budget="global"), sparing.ST3(sparsity=0.9), sparing.SNIP(sparsity=0.9)],
+    ids=lambda method: method.name,
+)
+def test_a_threshold_for_all_layers_needs_no_copy_of_all_weights(method):
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(32)))
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    sparsifier = sparing.sparsify_(model, method, steps=2)
+    optimizer = torch.optim.SGD(sparing.param_groups(model, weight_decay=0.0), lr=0.01, foreach=False)
+    sparsifier.attach(optimizer)
+    largest = 0
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 256)).square().mean().backward()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        largest = max(largest, *itertools.accumulate(change for _, change in changes))
+    assert sparing.report(model).total.sparsity == pytest.approx(0.9, abs=1e-3)
+    assert 0 < largest < 0.5 * weights
