@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from sparing.cli import app
 from sparing.methods import METHODS
-from sparing.run.recipe import load_recipe
+from sparing.run.recipe import build_recipe, load_recipe
 from sparing.run.sweep_file import load_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,16 @@ def test_sparing_commands_parse(page):
             if partial and re.search("Missing (argument|option|command)|Usage: sparing budget", error):
                 continue
             assert not error, f"{page.name}: sparing {command}: {error}"
+
+
+YAML_BLOCK = re.compile(r"^```yaml\n((?!--8<--).*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if YAML_BLOCK.search(page.read_text())], ids=page_name)
+def test_yaml_blocks_are_parts_of_recipes(page):
+    rest = yaml.safe_load((ROOT / "recipes" / "mnist5k" / "demo.yaml").read_text())
+    for block in YAML_BLOCK.findall(page.read_text()):
+        build_recipe({**rest, **yaml.safe_load(block)})
 
 
 def test_the_readme_names_every_command(capsys):
