@@ -448,6 +448,27 @@ def test_the_hooks_run_around_the_steps_of_two_optimizers():
     assert seen[1][3] == pytest.approx(start - 0.1)
 
 
+@pytest.mark.parametrize("name", ["rigl", "snip", "gmp"])
+def test_two_optimizers_train_as_one_even_if_one_has_no_gradients(name):
+    loops = [Loop(any_length(name, **({"every": 2} if name == "rigl" else {})), 12) for _ in range(2)]
+    pair = loops[1]
+    idle = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    first, second = (
+        torch.optim.SGD([{**group, "params": group["params"][half::2]} for group in pair.optimizer.param_groups])
+        for half in (0, 1)
+    )
+    pair.sparsifier.attach(idle, first, second)
+    for number in range(12):
+        loops[0].step(number)
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+        pair.loss(number).backward()
+        for optimizer in (idle, first, second):
+            optimizer.step()
+        assert pair.sparsifier.step == loops[0].sparsifier.step == number + 1
+        assert_same(pair.model.state_dict(), loops[0].model.state_dict())
+
+
 def two_methods(seed):
     """Return a model with two methods that end at different steps, its optimizer, and both sparsifiers."""
     torch.manual_seed(seed)

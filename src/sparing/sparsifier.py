@@ -366,7 +366,8 @@ class Sparsifier:
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
         if id(optimizer) in self._stepped:  # the others skipped the step before
             self._end_step()
-        idle = closure is None and is_idle(optimizer)  # with a closure the gradients are not there yet
+        # With a closure the gradients are not there yet; a method that has acted may have cleared them.
+        idle = closure is None and not self._acted and all(map(is_idle, self.optimizers))
         if idle and self._active():
             check_held(self.layers, self.optimizers)
         self._taken = not idle and not is_skipped(optimizer) and self._active()
