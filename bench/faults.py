@@ -10,6 +10,7 @@ without a message of one line; a wrong result without an error. The experiments 
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -20,7 +21,6 @@ import random
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -294,41 +294,34 @@ def bad_numbers(folder, count, draw, figures):
 def growth(folder, count, draw, figures):
     """steps of STR and of RigL in one run: memory and time of a step, second eighth against last eighth"""
     for name, method in {"str": {"name": "str", "init": -4.0}, "rigl": small_run.RIGL}.items():
-        file = folder / f"{name}.json"
-        child = small_run.start(lambda method=method, file=file: long_run(count, method, file))
-        status = ended(child, 3600)
-        assert status == 0, f"status {status}"
-        seconds, memory, objects = zip(*json.loads(file.read_text()), strict=True)
-        eighth = len(seconds) // 8
-        parts = slice(eighth, 2 * eighth), slice(-eighth, None)
-        figures[name] = {
-            "steps": len(seconds),
-            "milliseconds": [1000 * statistics.median(seconds[part]) for part in parts],
-            "megabytes": [max(memory[part]) / 2**20 for part in parts],
-            "objects": [max(objects[part]) for part in parts],
-        }
-        times, sizes, counts = (figures[name][key] for key in ("milliseconds", "megabytes", "objects"))
+        rows = torch.zeros(count, 3, dtype=torch.float64).share_memory_()  # all at once: a list would grow
+        child = small_run.start(functools.partial(long_run, method, rows, folder / name))
+        assert (status := ended(child, 3600)) == 0, f"status {status}"
+        parts = rows[count // 8 : count // 4], rows[-count // 8 :]
+        # Other processes make steps slower, never faster: the lowest tenth is that of this one.
+        times = [1000 * float(part[:, 0].quantile(0.1)) for part in parts]
+        sizes, counts = ([float(part[:, column].max()) for part in parts] for column in (1, 2))
+        figures[name] = {"steps": count, "milliseconds": times, "megabytes": sizes, "objects": counts}
         grown = times[1] > 1.1 * times[0] or sizes[1] > sizes[0] + 2 or counts[1] > 1.02 * counts[0]
         yield name, f"{name}: {figures[name]}" if grown else ""
 
 
-def long_run(steps, method, file):
-    """Train so many steps, 500 per epoch, and write the seconds, bytes and objects of Python of each."""
-    backward, rows, before = loop.backward, [], time.perf_counter()
+def long_run(method, rows, folder):
+    """Train, 500 steps per epoch, and write the seconds, megabytes and objects of Python of each step into rows."""
+    backward, taken, counted, before = loop.backward, itertools.count(), 0, time.perf_counter()
 
     def timed(*arguments):
-        nonlocal before
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        counted = len(gc.get_objects()) if len(rows) % 500 == 250 else rows[-1][2] if rows else 0
-        rows.append((time.perf_counter() - before, pages * resource.getpagesize(), counted))
+        nonlocal before, counted
+        step, pages = next(taken), int(Path("/proc/self/statm").read_text().split()[1])
+        counted = len(gc.get_objects()) if step % 500 == 250 else counted
+        rows[step] = torch.tensor((time.perf_counter() - before, pages * resource.getpagesize() / 2**20, counted))
         before = time.perf_counter()
         return backward(*arguments)
 
     loop.backward = timed
     data = {"name": "small_run:noise", "batch_size": 4, "count": 2000}
-    recipe = small_run.recipe(method=method, data=data, schedule={"epochs": max(1, steps // 500)})
-    training.train_run(recipe, file.with_suffix(".run"))
-    file.write_text(json.dumps(rows))
+    recipe = small_run.recipe(method=method, data=data, schedule={"epochs": max(1, len(rows) // 500)})
+    training.train_run(recipe, folder)
 
 
 @experiment(1)
