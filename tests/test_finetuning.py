@@ -119,7 +119,7 @@ def test_thresholds_have_a_learning_rate_of_their_own():
 
     assert rates(STR(sparsity=0.5)) == {"weights": None, "thresholds": None}
     assert rates(STR(), threshold_lr=0.5) == {"weights": None, "thresholds": 0.5}
-    assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.01}
+    assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.2}
     assert rates(STRFeather(sparsity=0.5), threshold_lr=0.0) == {"weights": None, "thresholds": 0.0}
     with pytest.raises(InputError, match="threshold_lr must be ≥ 0, got -1"):
         rates(STR(), threshold_lr=-1)
@@ -157,3 +157,18 @@ def test_short_runs_are_not_judged():
     model, sparsifier, optimizer = three_layers(STR(sparsity=0.8), threshold_lr=1e-6)
     sparsifier.retarget(STR(sparsity=0.8), steps=10)
     train(model, optimizer, 10)
+
+
+@pytest.mark.parametrize(("momentum", "dampening", "factor"), [(0.9, 0.0, 0.1), (0.9, 0.9, 1.0), (0.0, 0.0, 1.0)])
+def test_momentum_does_not_multiply_the_steps_of_thresholds(momentum, dampening, factor):
+    model, sparsifier, _ = three_layers(STRFeather(sparsity=0.8, begin=0))
+    groups = sparing.param_groups(model, weight_decay=0.01)
+    sparsifier.attach(torch.optim.SGD(groups, lr=0.1, momentum=momentum, dampening=dampening))
+    sparsifier.clock.step = 112
+    parts = [layer.parametrization for layer in sparsifier.layers.values()]
+    for number, part in enumerate(parts):
+        part.saving.fill_(10.0)
+        part.s.grad = torch.tensor([float(number)])
+    sparsifier.method.before_step(sparsifier, ())
+    found = torch.cat([part.s.grad for part in parts])
+    torch.testing.assert_close(found, factor * torch.tensor([-1.0, 0.0, 1.0]) / (5 / 3) ** 0.5)

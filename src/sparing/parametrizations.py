@@ -98,17 +98,20 @@ class Sparse(RunState):
     Attributes:
         decays: for each parameter that gets weight decay, the group of `param_groups` whose decay it gets:
             "thresholds", "weights" or "norms". A parameter that is not named gets none.
-        rate: learning rate of the thresholds in `param_groups`; None is that of the optimizer.
         clock: of the run; set by `sparsify_`.
         cost: of one weight, in the unit of the goal of the run.
         sparsifier: the sparsifier of the run, alone in a tuple; a copy of the model has none.
     """
 
     decays: ClassVar[Mapping[str, str]] = {}
-    rate: ClassVar[float | None] = None
     clock: Clock | None = None
     cost: int = 1
     sparsifier: tuple[Any, ...] = ()
+
+    @property
+    def rate(self) -> float | None:
+        """Learning rate of the thresholds in `param_groups`; None is that of the optimizer."""
+        return None
 
     def threshold(self) -> Tensor | None:
         """Return the threshold in force, ≥ 0, in units of the weight; None where there is none."""

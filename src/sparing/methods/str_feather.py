@@ -5,13 +5,14 @@
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
     G_l = −dt_l/ds_l · Σ dS ⊙ sign(S)                               dL/ds of STR
-    s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩
+    s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩,  η = 2 / steps
     s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
 
 C_l is the cost that layer l saves per unit of s_l, and G − μ C is the gradient along the directions that keep the
 total. It is zero if a saved weight costs all layers the same loss, G_l / C_l. Each G_l alone says that its threshold
 should be lower, and AdamW, whose steps hardly depend on the size of a gradient, would lower all of them alike. G is
-divided by its root mean square over the layers, so that one learning rate suits SGD and AdamW.
+divided by its root mean square over the layers, and multiplied by 1 − β where SGD has the momentum β, so that one
+learning rate η suits SGD and AdamW.
 
 Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
 units of the root mean square of W_l, so that layers whose weights differ in size start with equal sparsities. rms(W_l)
@@ -37,6 +38,9 @@ from sparing.patterns import Units
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 from sparing.target import Rescaling, rescale
+
+TRAVEL = 2.0
+"""How far s can move in a run by its gradient."""
 
 NEAR = 0.05
 """Half the width, relative to the threshold, of the interval in which units are counted for `saving`."""
@@ -98,6 +102,7 @@ class STRFeather(Rescaling):
         along = g - c * (g @ c / (c @ c).clamp_min(1.0))
         # A fused optimizer divides by the scale of a GradScaler later, so the result keeps it.
         along /= sparsifier.unscale(g).square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+        along *= _rest(sparsifier.optimizers, parts[0].s)
         for gradient, value in zip(gradients, along.split(1), strict=True):
             gradient.copy_(value)  # type: ignore[union-attr]
 
@@ -131,13 +136,17 @@ class FeatherLearnedThreshold(LearnedThreshold):
         saving: cost that is saved per unit of s, C of the formula, measured at the last update.
     """
 
-    rate = 0.01
     saving: Tensor
 
     def __init__(self, s: nn.Parameter, scale: float, weight: Tensor, theta: float, units: Units) -> None:
         super().__init__(s, torch.sigmoid, scale, weight)
         self.theta, self.units = theta, units
         self.register_state("saving", torch.zeros((), dtype=torch.float32, device=weight.device))
+
+    @property
+    def rate(self) -> float | None:
+        """Learning rate of s: a step of the optimizer is about as large, so s moves by at most `TRAVEL` in a run."""
+        return None if self.clock is None or not self.clock.steps else TRAVEL / self.clock.steps
 
     def pruned_per_s(self, weight: Tensor) -> Tensor:
         """Return how many units are pruned per unit of s: those within 5 % of the threshold, over the s between."""
@@ -147,3 +156,11 @@ class FeatherLearnedThreshold(LearnedThreshold):
 
     def forward(self, weight: Tensor) -> Tensor:
         return feather_threshold(weight, self.threshold(), self.theta, self.units.view, self.units.dims)
+
+
+def _rest(optimizers: Optimizers, s: Tensor) -> float:
+    """Return 1 − β of the group of s: the momentum of SGD adds up to 1 / (1 − β) gradients, that of Adam to one."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    own = next((group for group in groups if any(parameter is s for parameter in group["params"])), {})
+    rest = 1 - float(own.get("momentum", 0.0))
+    return rest / max(1 - float(own.get("dampening", 0.0)), rest)
