@@ -7,8 +7,8 @@
 
 The network is the resnet8 of recipes/fashion-mnist/frontier.yaml with its training. STR learns the sparsity of each
 layer, of single weights, of blocks of 4 and 8 weights and of whole filters. 2:4 has no threshold to learn, so it is
-trained with GMP. Two layers stay dense in all runs: the first convolution, whose one input channel 2:4 cannot divide, and
-the classifier, whose ten outputs blocks cannot.
+trained with GMP. Two layers stay dense in all runs: the first convolution, whose one input channel 2:4 cannot divide,
+and the classifier, whose ten outputs blocks cannot.
 
 `train` writes results/patterns/<pattern>-<percent>-seed<n>.json, and the networks to runs/patterns/. `time` measures
 the network of seed 0: batch 64, one thread, all backends in the same rounds. Finished results are not repeated.
