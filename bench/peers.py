@@ -170,36 +170,41 @@ def train_nncf(model, batches, mode):
 
 
 def nncf_learned(model, batches):
-    """Learned masks with a loss term that draws their share to the target (the mode RB)."""
+    """Learned masks with a loss term for the target (mode RB), in an optimizer of their own: SGD at 0.1 prunes none."""
     import nncf
     from nncf.torch.function_hook.pruning.rb.losses import RBLoss
     from nncf.torch.function_hook.pruning.rb.schedulers import ExponentialRBPruningScheduler
 
     mode, example = nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED, torch.ones(1, 1, 28, 28)
     model = nncf.prune(model, mode=mode, examples_inputs=example)
+    masks = [parameter for name, parameter in model.named_parameters() if name.endswith(".mask")]
+    chosen = {id(mask) for mask in masks}
     penalty = RBLoss(model, target_ratio=SPARSITY)
     ramp = ExponentialRBPruningScheduler(penalty, initial_ratio=0.0, target_ratio=SPARSITY, target_epoch=RAMP)
-    optimizer = sgd(model.parameters())
+    optimizer = sgd([parameter for parameter in model.parameters() if id(parameter) not in chosen])
+    mask_optimizer = torch.optim.Adam(masks, lr=0.1)
     schedule = cosine(optimizer)
     for step, (images, labels) in enumerate(batches):
         if step % EPOCH == 0:
             ramp.step()
         optimizer.zero_grad()
+        mask_optimizer.zero_grad()
         (F.cross_entropy(model(images), labels) + penalty()).backward()
         optimizer.step()
+        mask_optimizer.step()
         schedule.step()
     return nncf.strip(model, strip_format=nncf.StripFormat.IN_PLACE)
 
 
-def train_pquant(model, batches, configuration, settings):
-    """Prune without quantization, with the settings that the package ships for a method, and its training loop."""
+def train_pquant(model, batches, configuration, epochs, settings):
+    """Prune without quantization, with the settings and the phases that the package has for a method, and its loop."""
     os.environ["KERAS_BACKEND"] = "torch"
     import pquant
 
     config = getattr(pquant, configuration)()
     config.quantization_parameters.enable_quantization = False
-    config.training_parameters.epochs = RAMP
-    config.training_parameters.fine_tuning_epochs = EPOCHS - RAMP
+    phases = config.training_parameters
+    phases.pretraining_epochs, phases.epochs, phases.fine_tuning_epochs = epochs
     for name, value in settings.items():
         setattr(config.pruning_parameters, name, value)
     model = pquant.add_compression_layers(model, config, input_shape=(1, 1, 28, 28))
@@ -244,9 +249,9 @@ VARIANTS = {
     "nncf_global": ("nncf", train_nncf, (GLOBAL,)),
     "nncf_local": ("nncf", train_nncf, (LOCAL,)),
     "nncf_learned": ("nncf", nncf_learned, ()),
-    "pquant_pdp": ("pquant-ml", train_pquant, ("pdp_config", {"sparsity": SPARSITY, "epsilon": 1 / RAMP})),
-    "pquant_mdmm": ("pquant-ml", train_pquant, ("mdmm_config", {"target_sparsity": SPARSITY})),
-    "pquant_autosparse": ("pquant-ml", train_pquant, ("autosparse_config", {"autotune_epochs": 2})),
+    "pquant_pdp": ("pquant-ml", train_pquant, ("pdp_config", (1, 3, 2), {"sparsity": SPARSITY, "epsilon": 1 / 3})),
+    "pquant_mdmm": ("pquant-ml", train_pquant, ("mdmm_config", (0, 4, 2), {"target_sparsity": SPARSITY})),
+    "pquant_autosparse": ("pquant-ml", train_pquant, ("autosparse_config", (0, 4, 2), {"alpha_reset_epoch": 3})),
 }
 """Name → package, function, and its other arguments."""
 
