@@ -6,7 +6,8 @@ from torch import nn
 
 import sparing
 from sparing import NM, Block, Budget, Filters, InputError, Unstructured
-from sparing.budget import Allocation, check_target, magnitude, random_score
+from sparing.allocation import Allocation, magnitude, random_score
+from sparing.budget import check_target
 
 POOL = 100_352  # MACs that the papers' tables count for the last pooling
 

@@ -9,7 +9,7 @@ Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Network
 from dataclasses import dataclass
 
 from sparing import NM, Ranking
-from sparing.budget import magnitude
+from sparing.allocation import magnitude
 from sparing.parametrizations import DenseGradientMask
 from sparing.patterns import Pattern
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparing import Ranking
-from sparing.budget import magnitude
+from sparing.allocation import magnitude
 from sparing.parametrizations import Masked, straight_through
 
 

@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sparing.budget import Budget, Score, random_score
+from sparing.allocation import Score, random_score
+from sparing.budget import Budget
 from sparing.goal import nonzero_masks
 from sparing.layers import Layer
 from sparing.masks import keep_top, prune_and_regrow

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.budget import Allocation, Budget, check_target
+from sparing.allocation import Allocation
+from sparing.budget import Budget, check_target
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.parametrizations import Sparse

@@ -239,3 +239,16 @@ def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
                 f"the weight of layer {names[id(parameter)]!r} is also the parameter {key!r}, which would stay dense; "
                 "leave the layer out with select="
             )
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Check that DistributedDataParallel does not hold the model: parametrized weights lose its hooks.
+
+    Raises:
+        InputError: it does.
+    """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
+            "are sparsified later: wrap it after sparsify_()"
+        )

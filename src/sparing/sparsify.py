@@ -14,7 +14,7 @@ from sparing.goal import make_clock, set_costs, start_ramp, warn_forgotten, warn
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.pretrained import check_saved, save_effective_weights
-from sparing.register import check_held_once, check_weight, register, unregister
+from sparing.register import check_held_once, check_not_wrapped, check_weight, register, unregister
 from sparing.schedules import check_steps
 from sparing.select import Select, resolve
 from sparing.sparsifier import Sparsifier
@@ -58,11 +58,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
     if not isinstance(method, Method):
         raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
     check_steps(steps)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise InputError(
-            "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
-            "are sparsified later: wrap it after sparsify_()"
-        )
+    check_not_wrapped(model)
     layers = _trained(resolve(model, select))
     for layer in layers.values():
         check_weight(layer)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparing.budget import Allocation, Budget, magnitude
+from sparing.allocation import Allocation, magnitude
+from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.method import Layers, Optimizers, Parametrizations, Ranking
 from sparing.optimizers import reset_state

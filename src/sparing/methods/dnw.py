@@ -11,7 +11,7 @@ nearest.
 
 from dataclasses import dataclass
 
-from sparing.budget import magnitude
+from sparing.allocation import magnitude
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import DenseGradientMask
 from sparing.sparsifier import Sparsifier

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparing.budget import Budget, random_score
+from sparing.allocation import random_score
+from sparing.budget import Budget
 from sparing.growing import Growing, MaskUpdate
 from sparing.masks import apportion, keep_top
 from sparing.method import Optimizers

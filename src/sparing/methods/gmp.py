@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparing.budget import Score, magnitude
+from sparing.allocation import Score, magnitude
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparing.budget import random_score
+from sparing.allocation import random_score
 from sparing.growing import Growing, MaskUpdate
 from sparing.method import Optimizers
 from sparing.parametrizations import Mask

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.budget import Budget, magnitude
+from sparing.allocation import magnitude
+from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.group_threshold import wide
 from sparing.layers import Layer
