@@ -40,7 +40,10 @@ MAY_IMPORT = {
     "method": {"allocation", "budget", "errors", "layers", "parametrizations", "patterns", "schedules"},
     "goal": {"errors", "layers", "method", "parametrizations", "patterns"},
     "attachment": {"errors", "layers", "method", "optimizers"},
-    "sparsifier": {"attachment", "errors", "goal", "layers", "method", "optimizers", "parametrizations", "schedules"},
+    "hooks": {"optimizers"},
+    "sparsifier": {
+        "attachment", "errors", "goal", "hooks", "layers", "method", "optimizers", "parametrizations", "schedules",
+    },
     "pretrained": {"errors", "layers"},
     "sparsify": {"errors", "goal", "layers", "method", "pretrained", "register", "schedules", "select", "sparsifier"},
     "dense": {"errors", "goal", "parametrizations"},

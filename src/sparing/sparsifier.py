@@ -1,4 +1,4 @@
-"""The sparsifier: the clock of a sparse run, and the link between method, model and optimizer."""
+"""The sparsifier: the clock of a sparse run, and what connects method, model and optimizers."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,19 +11,10 @@ from torch.optim import Optimizer
 from sparing.attachment import check_held, check_optimizers, doubts
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
+from sparing.hooks import StepHooks
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import (
-    chain,
-    check_state,
-    gradient_scale,
-    holders,
-    in_backward,
-    is_idle,
-    is_nested,
-    is_skipped,
-    with_hook,
-)
+from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
@@ -33,7 +24,7 @@ _MAY_CHANGE = {"sparsity", "macs", "input_size", "budget", "begin", "end", "ever
 """Arguments of a method that `retarget` may change: targets and schedules."""
 
 
-class Sparsifier:
+class Sparsifier(StepHooks):
     """The sparsified layers of a model, the clock of the run, and the link to the optimizer; made by `sparsify_`.
 
     Thresholds, masks and the count of steps are in `model.state_dict()`; the sparsifier itself saves nothing.
@@ -56,11 +47,9 @@ class Sparsifier:
 
     def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
-        self.optimizers: tuple[Optimizer, ...] = ()
+        super().__init__()
         self._holders: tuple[Any, ...] = ()  # of optimizer state: the optimizers and those around or within them
-        self._handles: list[Any] = []
-        self._stepped: set[int] = set()  # optimizers that have taken their part of the step
-        self._taken = self._acted = self._penalized = self._penalty_warned = self._checked = False
+        self._penalized = self._penalty_warned = self._checked = False
         self._warned: set[str] = set()
         self._doubts: set[str] = set()
         self._introduce()
@@ -151,10 +140,10 @@ class Sparsifier:
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         resets = list(self.method.resets(self, inner))
         check_optimizers(self.method, self.layers, optimizers, inner, resets)
-        self.optimizers, self._checked = inner, False
+        self._checked = False
         self._holders = tuple(each for optimizer in optimizers for each in holders(optimizer))
         check_state(self._holders, resets)
-        self._hook()
+        self._hook(inner)
         self._doubts = set()
         self._warn_doubts()
 
@@ -184,8 +173,7 @@ class Sparsifier:
         Call it after the last step where a gradient scaler may have skipped some. It prunes as far as the target asks,
         but regrows no weights, which nothing would train. It does nothing in a run that took all of its steps.
         """
-        if self._stepped:
-            self._end_step()
+        self._complete_step()
         if self.forgotten is not None:
             warnings.warn(self.forgotten, SparsityWarning, stacklevel=2)
             return
@@ -336,64 +324,31 @@ class Sparsifier:
         for layer in self.layers.values():
             layer.parametrization.sparsifier = (self,)  # type: ignore[union-attr]
 
-    def _hook(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def _hook(self, optimizers: tuple[Optimizer, ...]) -> None:
         for layer in self.layers.values():
             layer.parametrization.keep_state()  # type: ignore[union-attr]
-        for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": []}
+        super()._hook(optimizers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copied optimizer has lost its hooks, and has another identity.
-        vars(self).update({**state, "_stepped": set(), "_acted": False})
+        super().__setstate__(state)
         self._introduce()
-        self._hook()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if is_nested(optimizer):
-            return None
+    def _accepts_step(self, optimizer: Optimizer, idle: bool) -> bool:
         if in_backward() and self.method.acts:
             raise InputError(
                 f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
-        # The optimizer itself is the first positional argument.
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 and callable(args[1]) else None)
-        if id(optimizer) in self._stepped:  # the others skipped the step before
-            self._end_step()
-        # With a closure the gradients are not there yet; a method that has acted may have cleared them.
-        idle = closure is None and not self._acted and all(map(is_idle, self.optimizers))
-        if idle and self._active():
+        active = self._active()
+        if idle and active:
             check_held(self.layers, self.optimizers)
-        self._taken = not idle and not is_skipped(optimizer) and self._active()
-        if not self._taken or self._acted:
-            return None
-        self._acted = True
-        if not self.method.edits_gradients:
-            return None
-        if closure is None:
-            self.method.before_step(self, self._holders)
-            return None
-        # The closure computes the gradients within the step.
-        closure = with_hook(closure, lambda: self.method.before_step(self, self._holders))
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure}
-        return (args[0], closure, *args[2:]), kwargs
+        return active
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_nested(optimizer) or not self._taken:
-            return
-        self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self.optimizers):
-            self._end_step()
+    def _begin_step(self) -> None:
+        if self.method.edits_gradients:
+            self.method.before_step(self, self._holders)
 
     def _end_step(self) -> None:
-        self._stepped, self._acted = set(), False
         clock = self.clock
         clock.step += 1
         if not self._checked or clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
