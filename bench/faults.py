@@ -294,27 +294,36 @@ def bad_numbers(folder, count, draw, figures):
 def growth(folder, count, draw, figures):
     """steps of STR and of RigL in one run: memory and time of a step, second eighth against last eighth"""
     for name, method in {"str": {"name": "str", "init": -4.0}, "rigl": small_run.RIGL}.items():
-        rows = torch.zeros(count, 3, dtype=torch.float64).share_memory_()  # all at once: a list would grow
+        rows = torch.zeros(count, 4, dtype=torch.float64).share_memory_()  # all at once: a list would grow
         child = small_run.start(functools.partial(long_run, method, rows, folder / name))
         assert (status := ended(child, 3600)) == 0, f"status {status}"
         parts = rows[count // 8 : count // 4], rows[-count // 8 :]
-        # Other processes make steps slower, never faster: the lowest tenth is that of this one.
-        times = [1000 * float(part[:, 0].quantile(0.1)) for part in parts]
-        sizes, counts = ([float(part[:, column].max()) for part in parts] for column in (1, 2))
-        figures[name] = {"steps": count, "milliseconds": times, "megabytes": sizes, "objects": counts}
+        # Other processes slow a fixed computation as much as a step.
+        times = [float((part[:, 0] / part[:, 1]).median()) for part in parts]
+        milliseconds = [1000 * float(part[:, 0].median()) for part in parts]
+        sizes, counts = ([float(part[:, column].max()) for part in parts] for column in (2, 3))
+        figures[name] = {"steps": count, "milliseconds": milliseconds, "relative time": times}
+        figures[name] |= {"megabytes": sizes, "objects": counts}
         grown = times[1] > 1.1 * times[0] or sizes[1] > sizes[0] + 2 or counts[1] > 1.02 * counts[0]
         yield name, f"{name}: {figures[name]}" if grown else ""
 
 
 def long_run(method, rows, folder):
-    """Train, 500 steps per epoch, and write the seconds, megabytes and objects of Python of each step into rows."""
+    """Train, 500 steps per epoch, and fill in of each step: its seconds, those of a fixed computation beside it, the
+    megabytes and the objects of Python.
+    """
     backward, taken, counted, before = loop.backward, itertools.count(), 0, time.perf_counter()
+    image, kernel = torch.ones(4, 8, 16, 16), torch.ones(8, 8, 3, 3)
 
     def timed(*arguments):
         nonlocal before, counted
         step, pages = next(taken), int(Path("/proc/self/statm").read_text().split()[1])
         counted = len(gc.get_objects()) if step % 500 == 250 else counted
-        rows[step] = torch.tensor((time.perf_counter() - before, pages * resource.getpagesize() / 2**20, counted))
+        middle = time.perf_counter()
+        for _ in range(10):
+            torch.conv2d(image, kernel)
+        times = middle - before, time.perf_counter() - middle
+        rows[step] = torch.tensor((*times, pages * resource.getpagesize() / 2**20, counted))
         before = time.perf_counter()
         return backward(*arguments)
 

@@ -483,6 +483,8 @@ def test_data_without_a_validation_set_is_refused(tmp_path, monkeypatch, untrain
 def test_an_unreachable_database_is_reported_in_one_sentence_without_the_password(
     tmp_path, monkeypatch, untrained, url, message
 ):
+    if "psycopg" in url:
+        pytest.importorskip("psycopg")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(InputError, match=message) as error:
         run_sweep(sweep(), tmp_path / "out", storage=url)
