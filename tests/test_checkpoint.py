@@ -285,12 +285,13 @@ def test_a_forged_file_runs_no_code_and_unfolds_into_no_memory(tmp_path):
     with pytest.raises(CheckpointError, match="unreadable"):
         load_checkpoint(path)
     assert not (tmp_path / "owned").exists()
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02}.")
-        archive.writestr("archive/data/0", bytes(10**7))
-    add_checksum(path)
-    with pytest.raises(CheckpointError, match="declares more content than it has"):
-        load_checkpoint(path)
+    for unfolded in (1000, 10**7):  # to a little more than the file, and to very much more
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}.")
+            archive.writestr("archive/data/0", bytes(unfolded))
+        add_checksum(path)
+        with pytest.raises(CheckpointError, match="declares more content than it has"):
+            load_checkpoint(path)
 
 
 def forge(content, where, value):
