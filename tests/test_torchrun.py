@@ -120,3 +120,15 @@ def test_the_end_of_another_rank_is_one_sentence(tmp_path, waits):
     assert status == (2 if waits else 1)
     assert text.count("rank 0: another rank has ended, so this one ends too") == 1
     assert len(text.strip().splitlines()) == 1
+
+
+def start_late(rank):
+    watch.INTERVAL = 0.1
+    with distributed.join("cpu", timeout=1.0) as ranks:
+        if rank == 1:
+            time.sleep(2.5)
+        assert ranks.gather(rank) == [0, 1]
+
+
+def test_a_rank_may_need_longer_than_the_timeout_until_its_first_operation(tmp_path):
+    assert on_ranks(2, tmp_path, start_late) == [("", 0)] * 2
