@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from small_run import RIGL, RUNS, assert_same, history, noise, on_ranks, recipe, train_ranks
+from sparing import InputError
 from sparing.run import distributed, loop, watch
 from sparing.run.checkpoint import load_checkpoint
 from sparing.run.distributed import Ranks
@@ -132,3 +133,24 @@ def start_late(rank):
 
 def test_a_rank_may_need_longer_than_the_timeout_until_its_first_operation(tmp_path):
     assert on_ranks(2, tmp_path, start_late) == [("", 0)] * 2
+
+
+def share(rank):
+    def fail():
+        raise InputError("rank 0 failed")
+
+    with distributed.join("cpu") as ranks:
+        model = torch.nn.BatchNorm1d(2)
+        model.running_mean.fill_(rank)
+        ranks.share_buffers(model)
+        assert model.running_mean.tolist() == [0, 0]
+        with pytest.raises(InputError, match="different options: b is None on rank 0 and 1 on rank 1"):
+            ranks.check_same("options", {"a": 0} | ({"b": 1} if rank else {}))
+        with pytest.raises(InputError, match="rank 0 failed"):
+            ranks.run_on_first(fail)
+        assert ranks.run_on_first(lambda: rank) == 0
+        assert (ranks.max(rank, 5), ranks.sum(rank, 1)) == ([1, 5], [1, 2])
+
+
+def test_ranks_share_values_buffers_and_errors(tmp_path):
+    assert on_ranks(2, tmp_path, share) == [("", 0)] * 2
