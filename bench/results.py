@@ -35,6 +35,7 @@ FRONTIER = {
     "acdc": "AC/DC",
     "str_macs": "STR, target: the MACs of Feather as released",
     "str_feather_macs": "STR-Feather, target: the MACs of Feather as released",
+    "feather_macs": "Feather, target: the MACs of Feather as released",
 }
 """Variants that bench/frontier.py trains: name in results/ → label in the tables."""
 RENAMED = {
@@ -224,7 +225,7 @@ def frontier_differences(found):
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
     pairs += [("str_feather", name) for name in ("str_sparsity", "feather", "feather_as_released")]
-    pairs += [("str_macs", "feather_as_released"), ("str_feather_macs", "feather_as_released")]
+    pairs += [(name, "feather_as_released") for name in ("str_macs", "str_feather_macs", "feather_macs")]
     rows = []
     for name, other in pairs:
         cells = [points_apart(found.get((name, asked), []), found.get((other, asked), [])) for asked in SPARSITIES]

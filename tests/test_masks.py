@@ -12,6 +12,7 @@ from torch import nn
 import sparing
 from sparing import InputError, masks
 from sparing.masks import (
+    affordable_threshold,
     apportion,
     count_kept,
     global_threshold,
@@ -66,6 +67,25 @@ def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once
     # Among equal scores the first ones.
     tied = torch.cat(tensors) == threshold
     assert flat[tied].tolist() == sorted(flat[tied].tolist(), reverse=True)
+
+
+@settings(max_examples=200)
+@given(layers(), st.data())
+def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tensors, data):
+    scores = [tensor.abs() for tensor in tensors if len(tensor)]
+    costs = [data.draw(st.integers(1, 50)) for _ in scores]
+    budget = data.draw(st.integers(0, sum(cost * len(each) for cost, each in zip(costs, scores, strict=True))))
+
+    def cost_above(threshold):
+        return sum(cost * int((each > threshold).sum()) for cost, each in zip(costs, scores, strict=True))
+
+    threshold = affordable_threshold(scores, costs, budget)
+    assert cost_above(threshold) <= budget
+    lower = torch.cat([each[each <= threshold] for each in scores])
+    if threshold > 0:  # with the largest of the scores below, and those equal to it, it would cost more
+        assert cost_above(torch.nextafter(lower.amax(), lower.new_zeros(()))) > budget
+    with pytest.raises(InputError, match="1 scores are NaN or infinite"):
+        affordable_threshold([*scores, torch.tensor([torch.nan]).to(scores[0].dtype)], [*costs, 1], budget)
 
 
 @pytest.mark.parametrize("few", [masks.FEW, 100])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparing
-from sparing import STR, InputError
+from sparing import ST3, STR, Feather, InputError, ST3Sigma
 from sparing.masks import count_kept
 from sparing.patterns import NM, Block, Filters, Unstructured
 from sparing.run.build import build_sparsifier
@@ -254,6 +254,45 @@ def test_macs_are_met_over_the_whole_model(macs, pattern):
     unit = {Unstructured(): 16, Block(4): 64, Filters(): 16 * 144}[pattern]
     assert wanted - unit < report.total.macs <= wanted
     assert report.layers[0].nonzero == report.layers[0].weights
+
+
+@pytest.mark.parametrize("method", [Feather, ST3, ST3Sigma])
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4), Filters()])
+@pytest.mark.parametrize("macs", [0.3, 14000])
+def test_one_threshold_for_all_layers_meets_macs(method, pattern, macs):
+    model = small_network()
+    dense = sparing.report(model, (1, 2, 8, 8)).total.macs
+    chosen = method(macs=macs, input_size=(1, 2, 8, 8), every=4, pattern=pattern)
+    sparsifier = sparing.sparsify_(model, chosen, select=["3", "6"], steps=40)
+    train(model, sparsifier, 40)
+    wanted = macs if isinstance(macs, int) else round(macs * dense)
+    unit = {Unstructured(): 16, Block(4): 64, Filters(): 16 * 144}[pattern]
+    assert wanted - unit < sparing.report(model, (1, 2, 8, 8)).total.macs <= wanted
+    assert sparsifier.clock.goal is not None
+    assert sparsifier.clock.unit == "MACs"
+
+
+def test_a_weight_that_is_applied_more_often_needs_a_larger_score():
+    """th_l = th · cost_l^¼: a weight of the convolution is applied 16 times, one of the Linear once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 400, 3, bias=False), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(400, 9, bias=False)
+    )
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight.copy_(torch.randperm(3600).reshape(layer.weight.shape) / 3600 + 0.001)
+    sparsifier = sparing.sparsify_(model, Feather(macs=0.3, input_size=(1, 1, 6, 6), end=0, every=1), steps=10)
+    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    model(torch.randn(1, 1, 6, 6)).sum().backward()
+    sparsifier.optimizers[0].step()
+    first, last = (float(layer.threshold) for layer in sparsifier.layers.values())
+    assert first / last == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("other", [{"sparsity": 0.5}, {"budget": "uniform"}, {"input_size": None}])
+def test_macs_for_one_threshold_are_given_alone(other):
+    with pytest.raises(InputError, match="give macs= alone|needs input_size="):
+        Feather(**{"macs": 0.1, "input_size": (1, 8), **other})
 
 
 def test_without_a_target_nothing_acts_and_a_target_adds_nothing_to_the_model():

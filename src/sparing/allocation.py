@@ -10,8 +10,17 @@ from torch import Tensor
 
 from sparing.budget import RULES, Budget
 from sparing.errors import InputError, SparsityWarning, nearest
+from sparing.group_threshold import wide
 from sparing.layers import Layer
-from sparing.masks import Scores, count_kept, global_threshold, keep_top_together, random_scores
+from sparing.macs_target import dense_cost
+from sparing.masks import (
+    Scores,
+    affordable_threshold,
+    count_kept,
+    global_threshold,
+    keep_top_together,
+    random_scores,
+)
 from sparing.patterns import NM, Pattern, Units
 
 Score = Callable[[Layer, Units], Tensor]
@@ -25,12 +34,15 @@ class Allocation:
     Attributes:
         layers: the layers to sparsify, by name.
         units: the units of each layer.
-        kept: units kept in each layer; or an int, weights kept in all layers together.
+        kept: units kept in each layer; or an int, what those kept in all layers together may cost.
+        costs: of a unit of each layer; None for its number of weights. Units of layers whose costs differ compete by
+            score / (cost of a weight)^¼.
     """
 
     layers: Mapping[str, Layer]
     units: Mapping[str, Units]
     kept: Mapping[str, int] | int
+    costs: Mapping[str, int] | None = None
 
     @classmethod
     def resolve(
@@ -79,10 +91,20 @@ class Allocation:
 
     @property
     def goal(self) -> int:
-        """Weights that all layers keep together at the end."""
+        """What all layers cost together at the end: weights, or MACs."""
         if isinstance(self.kept, int):
             return self.kept
         return sum(kept * self.units[name].weights for name, kept in self.kept.items())
+
+    @property
+    def pruned(self) -> float:
+        """The share of the cost that is pruned at the end, in [0, 1]."""
+        return 1 - self.goal / dense_cost(self.units, self.unit_costs)
+
+    @property
+    def unit_costs(self) -> Mapping[str, int]:
+        """What a unit of each layer costs."""
+        return {name: each.weights for name, each in self.units.items()} if self.costs is None else self.costs
 
     def limited_to(self, layers: Mapping[str, Layer]) -> "Allocation":
         """Return the allocation of some of its layers, where each has a number of its own."""
@@ -96,7 +118,7 @@ class Allocation:
         if progress == 1.0:
             return self.kept
         if isinstance(self.kept, int):
-            total = sum(each.count * each.weights for each in self.units.values())
+            total = dense_cost(self.units, self.unit_costs)
             return count_kept(total, progress * (1 - self.kept / total))
         return {
             name: self.units[name].kept(progress * (1 - kept / self.units[name].count))
@@ -129,29 +151,34 @@ class Allocation:
         kept, scores = self.at(progress), self._scores(score)
         if not isinstance(kept, int):
             return {name: global_threshold([each], kept[name]) for name, each in scores.items()}
-        sizes = {each.weights for each in self.units.values()}
-        if len(sizes) == 1:
-            threshold = global_threshold(list(scores.values()), kept // sizes.pop())
-        else:
-            masks = self._together(scores, kept)
-            left_out = [each().masked_fill(masks[name], 0).amax() for name, each in scores.items()]
-            threshold = torch.stack(left_out).amax()
-        return dict.fromkeys(scores, threshold)
+        costs = set(self.unit_costs.values())
+        if len(costs) == 1:
+            return dict.fromkeys(scores, global_threshold(list(scores.values()), kept // costs.pop()))
+        masks = self._together(scores, kept)
+        left_out = {name: each().masked_fill(masks[name], 0).amax() for name, each in scores.items()}
+        if self.costs is not None:  # each layer has its own
+            return left_out
+        return dict.fromkeys(scores, torch.stack(list(left_out.values())).amax())
 
     def _scores(self, score: Score) -> dict[str, Scores]:
         return {name: partial(score, layer, self.units[name]) for name, layer in self.layers.items()}
 
     def _together(self, scores: Mapping[str, Scores], kept: int) -> dict[str, Tensor]:
-        sizes = {name: each.weights for name, each in self.units.items()}
-        if len(set(sizes.values())) == 1:
-            masks = keep_top_together(list(scores.values()), kept // next(iter(sizes.values())))
+        costs = self.unit_costs
+        if len(set(costs.values())) == 1:
+            masks = keep_top_together(list(scores.values()), kept // next(iter(costs.values())))
             return dict(zip(scores, masks, strict=True))
-        # Groups of different sizes, such as filters: in the order of their scores, as many as fit.
+        # In the order of their scores, as many as fit.
         values = [each() for each in scores.values()]
         if values[0].is_meta:
             return {name: torch.ones_like(value, dtype=torch.bool) for name, value in zip(scores, values, strict=True)}
+        if self.costs is not None:  # the smallest threshold above which the units cost no more than that
+            worth = [(costs[name] / self.units[name].weights) ** -0.25 for name in scores]
+            values = [wide(value) * each for value, each in zip(values, worth, strict=True)]
+            threshold = affordable_threshold(values, list(costs.values()), kept)
+            return {name: value > threshold for name, value in zip(scores, values, strict=True)}
         weights = torch.cat(
-            [torch.full_like(v, sizes[n], dtype=torch.int64).flatten() for n, v in zip(scores, values, strict=True)]
+            [torch.full_like(v, costs[n], dtype=torch.int64).flatten() for n, v in zip(scores, values, strict=True)]
         )
         order = torch.cat([value.flatten() for value in values]).argsort(descending=True, stable=True)
         fits = torch.empty_like(order, dtype=torch.bool)

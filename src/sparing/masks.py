@@ -131,6 +131,43 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
     return left.kthvalue(rank - below).values
 
 
+def affordable_threshold(scores: Sequence[Tensor], costs: Sequence[int], budget: int) -> Tensor:
+    """Return the smallest threshold above which all scores together cost at most a budget, by bisection.
+
+    Args:
+        scores: of the layers, ≥ 0.
+        costs: of each score of a layer, > 0.
+        budget: ≥ 0.
+
+    Raises:
+        InputError: scores are NaN or infinite.
+
+    Examples:
+        >>> affordable_threshold([torch.tensor([4.0, 1.0]), torch.tensor([3.0, 2.0])], [10, 1], 12)
+        tensor(1.)
+    """
+    left = [each.reshape(-1) for each in scores]
+    if wrong := int(sum((~each.isfinite()).count_nonzero() for each in left)):
+        raise InputError(f"{wrong} scores are NaN or infinite: the weights have diverged")
+    low, high, spent = scores[0].new_zeros(()), torch.stack([each.amax() for each in left]).amax(), 0
+    if sum(cost * int((each > low).count_nonzero()) for cost, each in zip(costs, left, strict=True)) <= budget:
+        return low
+    # The threshold is above `low` and at most `high`; what lies above `high` costs `spent`, and `left` lies between.
+    while any(len(each) for each in left):
+        middle = low + (high - low) / 2
+        if not low < middle < high:
+            break  # no number lies between them
+        above = [each > middle for each in left]
+        cost = sum(cost * int(each.count_nonzero()) for cost, each in zip(costs, above, strict=True))
+        if spent + cost <= budget:
+            high, spent = middle, spent + cost
+            left = [each[~mask] for each, mask in zip(left, above, strict=True)]
+        else:
+            low = middle
+            left = [each[mask] for each, mask in zip(left, above, strict=True)]
+    return high
+
+
 def _between(scores: Tensor, low: float, high: float) -> Tensor:
     if (low, high) == (-torch.inf, torch.inf):
         return scores.reshape(-1)

@@ -225,15 +225,23 @@ class Ranking(Method):
                     f"{who}: {self.pattern} has sparsity {self.pattern.sparsity:g}, got sparsity={self.sparsity!r}"
                 )
             return
-        check_target(who, self.sparsity, self.budget)
+        self.check_target()
         if self.budget == "global" and not self.takes_global:
             raise InputError(
                 f"{who}: budget='global' is not supported: it starts from random masks, which need a sparsity for each "
                 "layer; choose 'uniform', 'erk' or a Budget"
             )
 
+    def check_target(self) -> None:
+        """Check what the network is pruned to."""
+        check_target(type(self).__name__, self.sparsity, self.budget)
+
+    def allocate(self, model: nn.Module, layers: Layers) -> Allocation:
+        """Return how many units the layers keep."""
+        return Allocation.resolve(layers, self.pattern, self.sparsity, self.budget)
+
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Plan:
-        allocation = Allocation.resolve(layers, self.pattern, self.sparsity, self.budget)
+        allocation = self.allocate(model, layers)
         sizes = {units.weights for units in allocation.units.values()}
         if self.equal_units and len(sizes) > 1:
             raise InputError(
@@ -255,7 +263,10 @@ class Ranking(Method):
         return Updates.resolve(self, begin, self.end, every, steps, self.after_ramp)
 
     def goal(self, plan: Any) -> tuple[int, Mapping[str, int] | None] | None:
-        return plan.allocation.goal, None
+        allocation: Allocation = plan.allocation
+        if allocation.costs is None:
+            return allocation.goal, None
+        return allocation.goal, {n: cost // allocation.units[n].weights for n, cost in allocation.costs.items()}
 
 
 def check_gradients(method: Method, layers: Layers) -> None:

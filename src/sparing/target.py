@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sparing.budget import check_target
 from sparing.errors import InputError
 from sparing.goal import warn_unlearned
-from sparing.layers import Layer, all_layers
-from sparing.macs import Example, find_applications
+from sparing.layers import Layer
+from sparing.macs import Example
+from sparing.macs_target import check_macs, dense_cost, resolve_macs
 from sparing.masks import count_kept
 from sparing.method import Layers, Method, Optimizers
 from sparing.parametrizations import LearnedThreshold
@@ -130,41 +131,30 @@ class Rescaling(Method):
             raise InputError(f"{who}: give sparsity= or macs=, not both")
         if self.sparsity is not None:
             check_target(who, self.sparsity, "uniform")
-        if macs is None:
-            return
-        if isinstance(macs, bool) or not (
-            (isinstance(macs, int) and macs > 0) or (isinstance(macs, float) and 0 < macs < 1)
-        ):
-            raise InputError(
-                f"{who}: macs must be a number (int) above 0, or a fraction (float) of the dense model's between 0 "
-                f"and 1, got {macs!r}"
-            )
-        if self.input_size is None:
-            raise InputError(f"{who}: macs={macs!r} needs input_size=, the shape of one input such as (1, 3, 224, 224)")
+        if macs is not None:
+            check_macs(who, macs, self.input_size)
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> ResolvedTarget | None:
         units = {name: self.pattern.units(layer) for name, layer in layers.items()}
         if not self.rescales:
             return None
         updates = Updates.resolve(self, self.begin, self.end, self.every, steps, after_ramp=True)
-        weights = {name: layer.weight.numel() for name, layer in layers.items()}
-        if self.macs is None:
-            costs, beside = dict.fromkeys(weights, 1), 0
-            wanted = count_kept(sum(weights.values()), self.sparsity or 0)
-        else:
+        if self.macs is not None:
             assert self.input_size is not None  # __post_init__ has seen to it
-            found = find_applications(model, self.input_size)
-            costs = {name: found.per_weight(name) for name in layers}
-            dense_macs = {name: found.dense_macs(layer) or 0 for name, layer in all_layers(model).items()}
-            beside = sum(cost for name, cost in dense_macs.items() if name not in weights)
-            wanted = self.macs if isinstance(self.macs, int) else round(self.macs * sum(dense_macs.values()))
-        costs = {name: costs[name] * each.weights for name, each in units.items()}
-        dense = sum(costs[name] * each.count for name, each in units.items())
-        # A layer without weights would output only its bias.
-        lowest, highest = beside + sum(costs.values()), beside + dense
-        if not lowest <= wanted <= highest or not dense:
-            raise InputError(self._out_of_reach(lowest, highest, beside, len(weights)))
-        final = wanted - beside
+            costs, final = resolve_macs(type(self).__name__, model, layers, units, self.macs, self.input_size)
+        else:
+            costs, weights = (
+                {n: each.weights for n, each in units.items()},
+                sum(x.weight.numel() for x in layers.values()),
+            )
+            final = count_kept(weights, self.sparsity or 0)
+            if not sum(costs.values()) <= final:
+                raise InputError(
+                    f"{type(self).__name__}: sparsity={self.sparsity!r} leaves less than one weight or group for each "
+                    f"of {len(layers)} layers; with {weights:,} weights in them it can be from 0 to "
+                    f"{1 - sum(costs.values()) / max(weights, 1):.6g}"
+                )
+        dense = dense_cost(units, costs)
         least = {name: max(1, math.floor(FLOOR * final / dense * each.count)) for name, each in units.items()}
         if sum(costs[name] * count for name, count in least.items()) > final:
             least = dict.fromkeys(units, 1)  # rounded up to one, the floors of many small layers came to more
@@ -182,20 +172,6 @@ class Rescaling(Method):
             rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
         if target is not None and sparsifier.step == sparsifier.steps:
             warn_unlearned(sparsifier.layers, target.least, target.units, sparsifier.clock)
-
-    def _out_of_reach(self, lowest: int, highest: int, beside: int, layers: int) -> str:
-        who = type(self).__name__
-        if self.macs is None:
-            return (
-                f"{who}: sparsity={self.sparsity!r} leaves less than one weight or group for each of {layers} layers; "
-                f"with {highest:,} weights in them it can be from 0 to {1 - lowest / highest:.6g}"
-            )
-        unselected = f", {beside:,} of them in layers that are not sparsified" if beside else ""
-        return (
-            f"{who}: macs={self.macs!r} is out of reach: the model has {highest:,} MACs{unselected}, and "
-            f"{lowest:,} with one weight or group left in each sparsified layer; give a number between, or a fraction "
-            f"above {lowest / max(highest, 1):.3g}"
-        )
 
 
 # --8<-- [start:rescale]

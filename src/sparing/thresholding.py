@@ -4,10 +4,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparing.allocation import Allocation
 from sparing.budget import Budget
+from sparing.errors import InputError
 from sparing.layers import Layer
+from sparing.macs import Example
+from sparing.macs_target import check_macs, resolve_macs
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.parametrizations import Sparse
 from sparing.patterns import Units
@@ -46,10 +50,18 @@ class RankedThreshold(Sparse):
 class Thresholding(Ranking):
     """Abstract: one threshold on the scores of all layers (with budget="global"), raised along the sparsity ramp.
 
+    With a target in MACs, th_l = th · cost_l^¼, where a weight of layer l is applied cost_l times per forward pass.
+
     Args:
         begin: t0, start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: t1, end of the ramp, likewise. Updates continue to the end of the run.
         every: optimizer steps between two updates of the threshold; shortened in a short run.
+        macs: instead of a sparsity, a target for the whole model as `report` counts it, layers that are not sparsified
+            included: a fraction (float) of the dense model's MACs, or their number (int). The budget must be "global".
+        input_size: of one input, as `report` takes it; for MACs.
+
+    Raises:
+        InputError: macs is given with a sparsity or another budget, or without input_size; it cannot be reached.
     """
 
     takes_nm = False
@@ -61,13 +73,33 @@ class Thresholding(Ranking):
     begin: int | float = 0.0
     end: int | float = 0.5
     every: int = 16
+    macs: float | int | None = None
+    input_size: Example | None = None
 
     @abstractmethod
-    def ranked(self, weight: Tensor, units: Units) -> RankedThreshold:
-        """Return the parametrization of one layer."""
+    def ranked(self, weight: Tensor, units: Units, pruned: float) -> RankedThreshold:
+        """Return the parametrization of one layer, of a network of which the share `pruned` is zero at the end."""
+
+    def check_target(self) -> None:
+        if self.macs is None:
+            super().check_target()
+            return
+        who = type(self).__name__
+        if self.sparsity is not None or self.budget != "global":
+            raise InputError(f"{who}: give macs= alone, without sparsity= and another budget")
+        check_macs(who, self.macs, self.input_size)
+
+    def allocate(self, model: nn.Module, layers: Layers) -> Allocation:
+        if self.macs is None:
+            return super().allocate(model, layers)
+        assert self.input_size is not None  # check_target has seen to it
+        units = {name: self.pattern.units(layer) for name, layer in layers.items()}
+        costs, kept = resolve_macs(type(self).__name__, model, layers, units, self.macs, self.input_size)
+        return Allocation(layers, units, kept, costs)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        return {name: self.ranked(layer.weight, plan.allocation.units[name]) for name, layer in layers.items()}
+        units, pruned = plan.allocation.units, plan.allocation.pruned
+        return {name: self.ranked(layer.weight, units[name], pruned) for name, layer in layers.items()}
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:

@@ -6,6 +6,8 @@
     S   = sign(W) ⊙ (|W|³ − th³)^(1/3) ⊙ M
     dW  = dS ⊙ (M + θ (1 − M)),   θ = ½ for r > 0.95, else 1
 
+With a target in MACs, th_l = th · cost_l^¼ in layer l, whose weights are applied cost_l times per forward pass.
+
 Source: Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification", BMVC
 2023, and its code (sparse_utils.py).
 Deviations: the code takes th from an interpolated quantile; here the count is exact, except for weights equal to th.
@@ -29,12 +31,12 @@ class Feather(Thresholding):
     S = sign(W) ⊙ (|W|³ − th³)^(1/3) is continuous, unlike the hard threshold, and leaves large weights almost as they
     are, unlike the soft one.
 
-    `sparsity`, the r of the formula, `budget` and `pattern` are those of `sparing.method.Ranking`; `begin`, `end` and
-    `every` those of `sparing.thresholding.Thresholding`.
+    `sparsity`, the r of the formula, `budget` and `pattern` are those of `sparing.method.Ranking`; `macs`,
+    `input_size`, `begin`, `end` and `every` those of `sparing.thresholding.Thresholding`.
 
     Args:
-        theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if `sparsity` is above 0.95,
-            and 1 otherwise.
+        theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if more than 0.95 of the
+            weights, or of the MACs, are pruned, and 1 otherwise.
 
     Examples:
         >>> Feather(sparsity=0.9).every
@@ -50,8 +52,9 @@ class Feather(Thresholding):
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
 
-    def ranked(self, weight: Tensor, units: Units) -> RankedThreshold:
-        theta = self.theta if self.theta is not None else 0.5 if (self.sparsity or 0) > 0.95 else 1.0
+    def ranked(self, weight: Tensor, units: Units, pruned: float) -> RankedThreshold:
+        share = pruned if self.sparsity is None else self.sparsity
+        theta = self.theta if self.theta is not None else 0.5 if share > 0.95 else 1.0
         return FeatherThreshold(weight, units, theta)
 
 

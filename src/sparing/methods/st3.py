@@ -38,8 +38,8 @@ class ST3(Thresholding):
     A pruned weight is trained by the gradient of its place, and is active again when it has grown past the threshold.
     A filter is a slice of the weight's first dimension.
 
-    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`; `begin`, `end` and `every` those of
-    `sparing.thresholding.Thresholding`.
+    `sparsity`, `budget` and `pattern` are those of `sparing.method.Ranking`; `macs`, `input_size`, `begin`, `end` and
+    `every` those of `sparing.thresholding.Thresholding`.
 
     Examples:
         >>> ST3(sparsity=0.9).every
@@ -50,7 +50,7 @@ class ST3(Thresholding):
 
     begin: int | float = 0.05
 
-    def ranked(self, weight: Tensor, units: Units) -> RankedThreshold:
+    def ranked(self, weight: Tensor, units: Units, pruned: float) -> RankedThreshold:
         return RescaledSoftThreshold(weight, units, sigma=1.0)
 
 
@@ -58,7 +58,7 @@ class ST3(Thresholding):
 class ST3Sigma(Thresholding):
     """Shrink the weights of each layer by th · σ_l, rescale the filters, and train the dense weights.
 
-    `sparsity`, `budget`, `pattern`, `begin`, `end` and `every` are as of `ST3`.
+    `sparsity`, `macs`, `input_size`, `budget`, `pattern`, `begin`, `end` and `every` are as of `ST3`.
 
     Examples:
         >>> ST3Sigma(sparsity=0.9).begin
@@ -69,7 +69,7 @@ class ST3Sigma(Thresholding):
 
     begin: int | float = 0.05
 
-    def ranked(self, weight: Tensor, units: Units) -> RankedThreshold:
+    def ranked(self, weight: Tensor, units: Units, pruned: float) -> RankedThreshold:
         return RescaledSoftThreshold(weight, units, sigma=sum(weight.shape) ** -0.5)
 
 
