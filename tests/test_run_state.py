@@ -430,3 +430,18 @@ def test_an_average_of_state_dicts_that_was_cast_back_to_integers_is_refused():
     average = {key: (0.9 * first[key].float() + 0.1 * last[key].float()).to(last[key].dtype) for key in last}
     with pytest.raises(InputError, match="Average parameters"):
         loop.model.load_state_dict(average)
+
+
+@pytest.mark.parametrize("method", [STR(init=-5.0), sparing.ST3(sparsity=0.5)], ids=lambda method: method.name)
+def test_a_model_that_left_the_meta_device_may_be_converted_before_its_first_use(method):
+    with torch.device("meta"):
+        model = nn.Linear(8, 4)
+    sparing.sparsify_(model, method, steps=STEPS)
+    model.to_empty(device="cpu").double()
+    model.reset_parameters()
+    expected = nn.Linear(8, 4)
+    sparing.sparsify_(expected, method, steps=STEPS)
+    theirs = expected.state_dict()
+    for key, value in model.state_dict().items():
+        if ".weight.0." in key:
+            torch.testing.assert_close(value, theirs[key], check_dtype=False)
