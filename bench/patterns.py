@@ -44,7 +44,7 @@ def names():
     return [f"{pattern}-{percent}" for pattern, (_, percents) in PATTERNS.items() for percent in percents]
 
 
-def train(seeds, device):
+def train(chosen, seeds, device):
     """Train the networks that have no result yet."""
     MODELS.mkdir(parents=True, exist_ok=True)
     file = MODELS / "fashion_mnist.pt"
@@ -52,14 +52,15 @@ def train(seeds, device):
         save_tensors("fashion_mnist", None, file)
     data = Tensors.load(file, device)
     for seed in seeds:
-        for name in names():
+        for name in chosen:
             entry = OUT / f"{name}-seed{seed}.json"
             if entry.is_file():
                 continue
             pattern, percent = name.rsplit("-", 1)
             job = Job("fashion_mnist", pattern, int(percent) / 100, seed, 10, 128)
             model, result = train_network(job, data, device, PATTERNS[pattern][0], None, SELECT)
-            save_file(sparing.densify_(model).state_dict(), MODELS / f"{name}-seed{seed}.safetensors")
+            state = {key: value.contiguous() for key, value in sparing.densify_(model).state_dict().items()}
+            save_file(state, MODELS / f"{name}-seed{seed}.safetensors")
             OUT.mkdir(parents=True, exist_ok=True)
             write_text(entry, json.dumps(result | versions() | {"recipe": "bench/patterns.py"}, indent=2) + "\n")
             print(
@@ -87,11 +88,12 @@ def measure(rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "time"])
+    parser.add_argument("--names", nargs="+", default=names(), choices=names(), metavar="PATTERN-PERCENT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     if options.what == "train":
-        train(options.seeds, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        train(options.names, options.seeds, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     else:
         measure(options.rounds)
 

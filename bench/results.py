@@ -12,10 +12,12 @@ import csv
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import engine_tables
 import peers_tables
+from pattern_tables import patterns_figure, patterns_table
 
 ROOT = Path(__file__).parent.parent
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -495,9 +497,11 @@ def freezing_table():
     return [*rows, "", f"Mean ± standard deviation of the differences at equal seeds, {count} of them; {note}."]
 
 
-def finetune_table():
+def finetune_table(folder="finetune"):
     """Return the accuracies of fine-tuned and pruned networks, and the differences to STR-Feather at equal seeds."""
-    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results/finetune").glob("*.json"))]
+    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results", folder).glob("*.json"))]
+    if not entries:
+        return ["Not run."]
     found = {}
     for entry in entries:
         found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
@@ -517,7 +521,8 @@ def finetune_table():
         rows.append(f"| {label} | {' | '.join(cells)} |")
     steps = " or ".join(sorted({str(entry["steps"]) for entry in entries}))
     note = f"Test accuracy in %, mean ± standard deviation (seeds); differences in points at equal seeds; {steps} steps"
-    versions = ", ".join(sorted({f"transformers {entry['transformers']}" for entry in entries}))
+    package = "transformers" if folder == "finetune" else "efficientnet"
+    versions = ", ".join(sorted({f"{package} {entry[package]}" for entry in entries}))
     return [*rows, "", f"{note}; {versions}; {ran_on(entries)}."]
 
 
@@ -607,6 +612,8 @@ TABLES = {
     "requests": requests_table,
     "freezing": freezing_table,
     "finetune": finetune_table,
+    "finetune_images": partial(finetune_table, "finetune_images"),
+    "patterns": patterns_table,
     "one_shot": one_shot_table,
     "quantized": quantized_table,
     "target_cost": target_cost_table,
@@ -653,6 +660,7 @@ def main():
         case ["figures"]:
             budget_figure()
             frontier_figure()
+            patterns_figure()
         case _:
             raise SystemExit(__doc__)
 
