@@ -143,16 +143,14 @@ class Rescaling(Method):
             assert self.input_size is not None  # __post_init__ has seen to it
             costs, final = resolve_macs(type(self).__name__, model, layers, units, self.macs, self.input_size)
         else:
-            costs, weights = (
-                {n: each.weights for n, each in units.items()},
-                sum(x.weight.numel() for x in layers.values()),
-            )
+            costs = {name: each.weights for name, each in units.items()}
+            weights, least_cost = dense_cost(units, costs), sum(costs.values())
             final = count_kept(weights, self.sparsity or 0)
-            if not sum(costs.values()) <= final:
+            if final < least_cost:
                 raise InputError(
                     f"{type(self).__name__}: sparsity={self.sparsity!r} leaves less than one weight or group for each "
                     f"of {len(layers)} layers; with {weights:,} weights in them it can be from 0 to "
-                    f"{1 - sum(costs.values()) / max(weights, 1):.6g}"
+                    f"{1 - least_cost / max(weights, 1):.6g}"
                 )
         dense = dense_cost(units, costs)
         least = {name: max(1, math.floor(FLOOR * final / dense * each.count)) for name, each in units.items()}
