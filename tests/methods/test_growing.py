@@ -88,6 +88,7 @@ def test_masks_are_updated_in_other_dtypes(name, dtype):
     assert layer.effective_weight.dtype == dtype
 
 
+@pytest.mark.filterwarnings("ignore:.* layers .0. are frozen:sparing.SparsityWarning")
 @every_method
 def test_a_frozen_layer_takes_no_part(name):
     weights, active = [[9.0, 9.0, 9.0, 9.0, 5.0, -4.0, 0.01, 0.02]] * 2, [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
