@@ -171,7 +171,7 @@ def where(device="cpu"):
 
 
 class Job(NamedTuple):
-    """One run; dense training has no percentage: it is 0."""
+    """One run of a study; a variant without a target, such as dense training, has the percentage 0."""
 
     variant: str
     percent: int

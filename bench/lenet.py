@@ -25,13 +25,13 @@ import argparse
 import json
 import time
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import sparing
+from finetune import Job
 from ledger import ROOT
 from small_runs import Step, side_by_side
 from sparing.data.image import mnist
@@ -54,21 +54,9 @@ VARIANTS = {
 CLIPPED = ("feather", "str_feather")
 
 
-class Job(NamedTuple):
-    """One run. Dense training and variational dropout have no density: percent is 0."""
-
-    variant: str
-    percent: int
-    seed: int
-
-    @property
-    def name(self):
-        return f"{self.variant}-{self.percent}-seed{self.seed}" if self.percent else f"{self.variant}-seed{self.seed}"
-
-    @property
-    def entry(self):
-        """Results file."""
-        return ROOT / "results" / "lenet" / f"{self.name}.json"
+def entry(job):
+    """Return the results file of a run."""
+    return ROOT / "results" / "lenet" / f"{job.name}.json"
 
 
 def jobs(variants=tuple(VARIANTS), percents=(1, 2, 5), seeds=(0, 1, 2)):
@@ -175,7 +163,7 @@ def main():
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     left = jobs(options.variants, options.percents, options.seeds)
-    left = [job for job in left if options.epochs is not None or not job.entry.is_file()]
+    left = [job for job in left if options.epochs is not None or not entry(job).is_file()]
     function = partial(train, device=options.device, epochs=options.epochs)
     threads = {"start": torch.set_num_threads, "arguments": (1,)}
     for job, result in side_by_side(function, left, options.processes, deadline, **threads) if left else ():
@@ -183,8 +171,8 @@ def main():
             print(f"{job.name}: {result}", flush=True)
             continue
         if options.epochs is None:
-            job.entry.parent.mkdir(parents=True, exist_ok=True)
-            write_text(job.entry, json.dumps(result, indent=2) + "\n")
+            entry(job).parent.mkdir(parents=True, exist_ok=True)
+            write_text(entry(job), json.dumps(result, indent=2) + "\n")
         line = f"{job.name}: error {100 * result['error']:.2f} % at {100 * result['sparsity']:.3f} % zeros"
         print(f"{line}, {result['seconds']:.0f} s", flush=True)
 
