@@ -613,6 +613,19 @@ def test_a_new_layer_is_added_as_a_run_of_its_own():
     assert sparing.report(model).missed == ()
 
 
+@pytest.mark.parametrize("method", [STR(sparsity=0.9, every=1), GMP(sparsity=0.9, every=1)], ids=lambda m: m.name)
+def test_a_layer_that_is_densified_and_sparsified_anew_belongs_to_the_second_run_alone(method):
+    model = mlp()
+    first = sparing.sparsify_(model, method, steps=STEPS)
+    train(model, STEPS // 2, first)
+    sparing.densify_(model[4])
+    second = sparing.sparsify_(model, GMP(sparsity=0.95, every=1), select=["4"], steps=STEPS)
+    train(model, STEPS, second, first)
+    assert list(first.layers) == ["0", "2"] and list(second.layers) == ["4"]
+    assert second.layers["4"].nonzero() == count_kept(24 * 8, 0.95)
+    assert sum(layer.nonzero() for layer in first.layers.values()) <= count_kept(16 * 48 + 48 * 24, 0.9)
+
+
 @pytest.mark.parametrize("finish", [False, True])
 def test_a_layer_that_is_replaced_during_the_run_is_named_at_its_end(finish):
     model = mlp()

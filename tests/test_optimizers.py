@@ -487,6 +487,72 @@ def test_a_wrapper_and_its_optimizer_are_one():
     assert sparing.report(model).missed == ()
 
 
+class Container(torch.optim.Optimizer):
+    """As that of torchtitan: it steps the optimizers of a list, and its own groups have no learning rate."""
+
+    def __init__(self, *optimizers):
+        super().__init__([p for each in optimizers for group in each.param_groups for p in group["params"]], {})
+        self.optimizers = list(optimizers)
+
+    def step(self, closure=None):
+        for each in self.optimizers:
+            each.step()
+
+
+class Hookless:
+    """A container that is no optimizer itself."""
+
+    def __init__(self, *optimizers):
+        self.chained = optimizers
+        self.optimizers = dict(enumerate(optimizers))
+
+    def step(self):
+        for each in self.chained:
+            each.step()
+
+
+class Prepared:
+    """A wrapper around one, as that of accelerate."""
+
+    def __init__(self, *optimizers):
+        self.optimizer = Container(*optimizers)
+        self.step = self.optimizer.step
+
+
+@pytest.mark.parametrize("kind", [Container, Hookless, Prepared])
+def test_a_container_of_optimizers_stands_for_those_in_it(kind):
+    ends = []
+    for give in (lambda *each: each, lambda *each: (kind(*each),)):
+        model, sparsifier = build(RigL(sparsity=0.8, every=2))
+        parameters = list(model.parameters())
+        each = [torch.optim.SGD(p, lr=0.1, momentum=0.9) for p in (parameters[:2], parameters[2:])]
+        given = give(*each)
+        sparsifier.attach(*given)
+        for number in range(10):
+            model.zero_grad()
+            loss(model, number).backward()
+            for optimizer in given:
+                optimizer.step()
+        assert sparsifier.step == 10 and sparsifier.optimizers == tuple(each)
+        ends.append([*model.state_dict().values(), *(e.state[p]["momentum_buffer"] for e in each for p in e.state)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+class Rateless(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
+
+
+def test_an_optimizer_whose_groups_have_no_learning_rate_counts_its_steps():
+    model, sparsifier = build(GMP(sparsity=0.8, every=2))
+    optimizer = Rateless(model.parameters(), {})
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(10))
+    assert sparsifier.step == 10
+
+
 def test_an_optimizer_on_which_torch_runs_no_hooks_is_refused():
     class Unhooked(torch.optim.Optimizer):
         def __init__(self, optimizer):

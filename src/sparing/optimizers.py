@@ -17,6 +17,20 @@ _COPYING = ("lookahead", "ranger", "schedulefree")
 """Parts of the names of optimizers that keep a copy of the weights, and mix it into them later."""
 
 
+def parts(optimizer: Any) -> list[Any]:
+    """Return an optimizer, or those that it holds as `.optimizers` and steps one after the other."""
+    held = getattr(optimizer, "optimizers", None)
+    held = list(held.values()) if isinstance(held, Mapping) else held
+    if isinstance(held, (list, tuple)) and held and all(hasattr(each, "step") for each in held):
+        return [part for each in held for part in parts(each)]
+    within = [part for inner in _held_by(optimizer) for part in parts(inner)]
+    return within if len(within) > 1 else [optimizer]
+
+
+def _held_by(wrapper: Any) -> list[Any]:
+    return [each for name in _INNER if hasattr(each := getattr(wrapper, name, None), "step")][:1]
+
+
 def chain(optimizer: Any) -> list[Any]:
     """Return an optimizer and those that it wraps; torch's hooks run on the last one.
 
@@ -27,8 +41,8 @@ def chain(optimizer: Any) -> list[Any]:
         InputError: torch runs no hooks around the step() of the last one.
     """
     found = [optimizer]
-    while inner := [each for name in _INNER if hasattr(each := getattr(found[-1], name, None), "step")]:
-        found.append(inner[0])
+    while inner := _held_by(found[-1]):
+        found += inner
     if not hasattr(found[-1], "_optimizer_step_pre_hooks") or not getattr(type(found[-1]).step, "hooked", False):
         raise InputError(
             "attach() needs a torch.optim.Optimizer or a wrapper that holds one as "
@@ -91,7 +105,7 @@ def is_idle(optimizer: Optimizer) -> bool:
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     if all(p.grad is None for p in parameters):
         return True
-    if any(group["lr"] != 0 for group in optimizer.param_groups):
+    if any(group.get("lr") != 0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not any(bool(gradient.any()) for gradient in gradients)

@@ -14,7 +14,7 @@ from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_m
 from sparing.hooks import StepHooks
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward
+from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward, parts
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
@@ -122,9 +122,10 @@ class Sparsifier(StepHooks):
 
         Args:
             optimizers: all that train the model. Wrappers such as those of accelerate, Lightning, opacus and
-                sharpness-aware minimization are looked through. With several optimizers, the method acts before the
-                first and after the last of them has stepped. A step ends without those that a GradScaler skips, once
-                another one steps again. Call `scaler.unscale_` on all before the first steps.
+                sharpness-aware minimization, and those that hold a list of `optimizers`, are looked through. With
+                several optimizers, the method acts before the first and after the last of them has stepped. A step ends
+                without those that a GradScaler skips, once another one steps again. Call `scaler.unscale_` on all
+                before the first steps.
 
         Raises:
             InputError: no optimizer is given; they do not hold a threshold or dense weight of a sparsified layer; the
@@ -137,6 +138,7 @@ class Sparsifier(StepHooks):
             SparsityWarning: the optimizer gives no weight decay to thresholds that nothing else raises.
         """
         self.drop_lost_layers()
+        optimizers = tuple(part for optimizer in optimizers for part in parts(optimizer))
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         resets = list(self.method.resets(self, inner))
         check_optimizers(self.method, self.layers, optimizers, inner, resets)
@@ -284,10 +286,15 @@ class Sparsifier(StepHooks):
         over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
         return f"{name!r} (largest |weight| {largest:.3g}{over})"
 
+    def _makes(self, layer: Layer) -> bool:
+        """Return whether this run makes the effective weight of a layer; another may after `densify_` of a part."""
+        part = layer.find_parametrization()
+        return part is not None and part.clock is self.clock
+
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
             self.clock.stale = False
-            self.layers = {name: layer for name, layer in self.layers.items() if layer.is_sparsified}
+            self.layers = {name: layer for name, layer in self.layers.items() if self._makes(layer)}
             if self.layers:
                 self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
                 rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
@@ -302,7 +309,7 @@ class Sparsifier(StepHooks):
         left = {
             name: layer
             for name, layer in self.layers.items()
-            if layer.is_sparsified and any(id(place.module) in modules for place in layer.places)
+            if self._makes(layer) and any(id(place.module) in modules for place in layer.places)
         }
         lost = self.layers.keys() - left.keys()
         if not lost:
