@@ -621,7 +621,7 @@ def test_a_layer_that_is_densified_and_sparsified_anew_belongs_to_the_second_run
     sparing.densify_(model[4])
     second = sparing.sparsify_(model, GMP(sparsity=0.95, every=1), select=["4"], steps=STEPS)
     train(model, STEPS, second, first)
-    assert list(first.layers) == ["0", "2"] and list(second.layers) == ["4"]
+    assert (list(first.layers), list(second.layers)) == (["0", "2"], ["4"])
     assert second.layers["4"].nonzero() == count_kept(24 * 8, 0.95)
     assert sum(layer.nonzero() for layer in first.layers.values()) <= count_kept(16 * 48 + 48 * 24, 0.9)
 

@@ -533,7 +533,7 @@ def test_a_container_of_optimizers_stands_for_those_in_it(kind):
             loss(model, number).backward()
             for optimizer in given:
                 optimizer.step()
-        assert sparsifier.step == 10 and sparsifier.optimizers == tuple(each)
+        assert (sparsifier.step, sparsifier.optimizers) == (10, tuple(each))
         ends.append([*model.state_dict().values(), *(e.state[p]["momentum_buffer"] for e in each for p in e.state)])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 

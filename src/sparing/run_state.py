@@ -6,6 +6,7 @@ copy that an average lives in takes it from the model.
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparing.effective_weight import guarded
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 
 SAMPLE = 2**14
 """Weights by which a copy recognizes that it has been changed."""
@@ -118,6 +119,8 @@ class RunState(nn.Module):
             self.refresh()
         elif self._source is not None and not weight.is_meta and any(own.is_meta for own in self.state().values()):
             return self._call_with_state_of(self._source, weight)
+        elif self._names and not torch.compiler.is_compiling() and _is_mapped(weight):
+            self._warn_shared()
         if self._names and hasattr(weight, "full_tensor"):
             raise InputError(
                 f"a weight with {', '.join(self._names)} is sharded, and these are not: masks are not supported under "
@@ -145,6 +148,17 @@ class RunState(nn.Module):
             return super().__call__(weight)
         finally:
             vars(self).update(own)
+
+    def _warn_shared(self) -> None:
+        """Warn if vmap maps over the weights of several models, but not over their masks."""
+        if not any(map(_is_mapped, self.state().values())):
+            names = ", ".join(self._names)
+            warnings.warn(
+                f"vmap maps over weights, but not over their {names}: all of them get that of one model. Pass {names} "
+                "to functional_call() with the parameters; stack_module_state() omits them",
+                SparsityWarning,
+                stacklevel=3,
+            )
 
     def _weight(self) -> Tensor | None:
         """Return the dense weight, or one of the parameters that another parametrization computes it from."""
@@ -236,6 +250,16 @@ class RunState(nn.Module):
             model = self if self._source is None else memo.get(id(self._source.module()), self)
             twin._source = _Source(model, weight)
         return twin
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Return whether vmap maps over a tensor, at any level of torch.func."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 class _Source:
