@@ -189,16 +189,7 @@ class Compressed(Mapping[str, Tensor]):
         stored = self.same_as(name) or name  # outside the try block: an unknown name raises KeyError
         try:
             return self._decode(stored)
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-            OSError,
-            SafetensorError,
-            ZlibError,
-        ) as error:
+        except DAMAGE as error:
             raise self._error(f"tensor {name!r} is damaged ({_first_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
