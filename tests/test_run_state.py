@@ -169,6 +169,27 @@ def test_the_state_dict_of_an_average_has_the_masks_of_the_model():
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", ["model", "average"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_average_has_the_masks_of_the_model_in_one_graph(name, compiled):
+    torch._dynamo.reset()
+    loop, graphs, x = Loop(METHODS[name]), [], torch.randn(4, 10)
+
+    def compiling(model):
+        return torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+
+    average = AveragedModel(compiling(loop.model) if compiled == "model" else loop.model).eval()
+    run, inner = (average, average.module._orig_mod) if compiled == "model" else (compiling(average), average.module)
+    for _ in range(STEPS):
+        loop.step()
+        average.update_parameters(loop.model)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), inner(x))  # first the compiled one: the other takes the masks
+    assert same(masks(inner), masks(loop.model))
+    assert len(graphs) == 1
+
+
 def test_an_average_of_learned_thresholds_knows_the_step_of_the_model():
     loop = Loop(STR(sparsity=0.9))
     average = AveragedModel(loop.model, multi_avg_fn=get_ema_multi_avg_fn(0.99))

@@ -28,8 +28,8 @@ class RunState(nn.Module):
 
     A deep copy is a snapshot as long as its weights stay as they were copied or loaded. Once they have changed without
     a gradient, the copy is an average: whenever it is used, saved or copied, it takes the state from the model that it
-    was copied from. Once a gradient has flowed through it, it is trained and keeps a state of its own. A compiled or
-    exported copy keeps the state that it has.
+    was copied from. Once a gradient has flowed through it, it is trained and keeps a state of its own. An exported copy
+    keeps the state that it has.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class RunState(nn.Module):
                 "the model after it was initialized"
             )
         with torch.no_grad():
-            if self._source is not None and self._source.is_averaged(weight):
+            if self._source is not None and bool(self._source.is_averaged(weight)):
                 self.follow(self._source)
 
     def follow(self, source: "_Source") -> None:
@@ -117,6 +117,8 @@ class RunState(nn.Module):
         # A plain tensor in place of the parameter is a trial, as of functional_call, and says nothing of this module.
         if isinstance(self._weight(), nn.Parameter):
             self.refresh()
+            if self._source is not None and self._names and _is_compiled_evaluation():
+                return self._call_as_average(self._source, weight)
         elif self._source is not None and not weight.is_meta and any(own.is_meta for own in self.state().values()):
             return self._call_with_state_of(self._source, weight)
         elif self._names and not torch.compiler.is_compiling() and _is_mapped(weight):
@@ -130,6 +132,15 @@ class RunState(nn.Module):
         if self._source is not None and effective.requires_grad and not torch.compiler.is_compiling():
             effective.register_hook(lambda gradient: self.keep_state())
         return effective if effective is weight or parametrize._cache_enabled else guarded(effective)
+
+    def _call_as_average(self, source: "_Source", weight: Tensor) -> Any:
+        """Do within a compiled graph what `refresh` does before an eager call."""
+        own, averaged = self.state(), source.is_averaged(weight)
+        vars(self).update({name: torch.where(averaged, theirs, own[name]) for name, theirs in source.state().items()})
+        try:
+            return super().__call__(weight)
+        finally:
+            vars(self).update(own)
 
     def _call_with_state_of(self, source: "_Source", weight: Tensor) -> Any:
         """Call a copy on the meta device with a weight that has values: so Opacus computes gradients per sample.
@@ -262,6 +273,10 @@ def _is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+def _is_compiled_evaluation() -> bool:
+    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 class _Source:
     """Where a deep copy comes from, and a sample of its weight, at random positions.
 
@@ -291,6 +306,6 @@ class _Source:
         """Move or convert the sample as the weight will be."""
         self._index, self._values = fn(self._index), fn(self._values)
 
-    def is_averaged(self, weight: Tensor) -> bool:
+    def is_averaged(self, weight: Tensor) -> Tensor:
         """Return whether the weight has changed since it was copied."""
-        return not torch.equal(weight.detach().take(self._index), self._values)
+        return (weight.detach().take(self._index) != self._values).any()
