@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from sparing.layers import Layer
+from sparing.rnn.factorize import factored_layers, factors_of
 from sparing.rnn.fastgrnn import FastGRNNCell
-from sparing.rnn.low_rank import LowRankLinear, factored_layers, factors_of
+from sparing.rnn.low_rank import LowRankLinear
 
 
 @dataclass(frozen=True)
