@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparing
+from sparing.engine.library import openmp
 from sparing.engine.operations import Affine, Convolution, Copy, Mean
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Window
@@ -764,3 +765,25 @@ def test_a_forked_process_has_plans_of_its_own(tmp_path):
     path = sparing.engine.save(sparing.engine.compile(nn.Linear(64, 64), (1, 64)), tmp_path / "model.engine")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # PyTorch hangs in a forked process if it has threads
     subprocess.run([sys.executable, "-c", FORK, str(path)], check=True, timeout=120, env=environment)
+
+
+SHARE = """
+import os, torch, sparing
+from torch import nn
+torch.set_num_threads(2)
+torch.randn(2, 500_000).softmax(1)  # PyTorch starts its threads
+model = nn.Sequential(nn.Linear(512, 512), nn.Softmax(1), nn.Linear(512, 512))
+x, alone = torch.randn(64, 512), sparing.engine.compile(model, (64, 512), threads=1)
+before = len(os.listdir("/proc/self/task"))
+shared = sparing.engine.compile(model, (64, 512), threads=2)
+assert torch.equal(shared(x), alone(x))
+assert len(os.listdir("/proc/self/task")) == before, "the engine has threads beside those of PyTorch"
+whole = sparing.engine.compile(model[:1], (64, 512), threads=2)
+assert len(os.listdir("/proc/self/task")) == before + 1, "without PyTorch in between it has its own"
+"""
+
+
+@pytest.mark.skipif(openmp() is None or not os.path.isdir("/proc/self/task"), reason="without OpenMP, or not on Linux")
+def test_a_network_that_runs_in_part_in_pytorch_uses_its_threads():
+    """Otherwise threads of PyTorch that spin after an operation take the processors of those of the engine."""
+    subprocess.run([sys.executable, "-c", SHARE], check=True, timeout=120)

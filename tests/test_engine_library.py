@@ -85,6 +85,7 @@ def test_the_table_declares_every_function_of_the_header():
         "void": None, "const char*": ctypes.c_char_p, "SparingPlan*": ctypes.c_void_p,
         "const int32_t*": ctypes.c_void_p, "const float*": ctypes.c_void_p,
         "const SparingWindow*": ctypes.POINTER(module.Window),
+        "const SparingOpenmp*": ctypes.POINTER(module.Openmp),
         "const float* const*": ctypes.POINTER(ctypes.c_void_p), "float* const*": ctypes.POINTER(ctypes.c_void_p),
     }  # fmt: skip
     declared = {}
@@ -96,6 +97,8 @@ def test_the_table_declares_every_function_of_the_header():
     assert declared == FUNCTIONS
     window = re.search(r"struct SparingWindow \{\s*int64_t ([^;]*);\s*\}", header)[1].split(", ")
     assert [name for name, kind in module.Window._fields_] == window
+    openmp = re.search(r"struct SparingOpenmp \{(.*?)\};", header, re.DOTALL)[1]
+    assert [name for name, kind in module.Openmp._fields_] == re.findall(r"^ +\w+ \(\*(\w+)\)", openmp, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

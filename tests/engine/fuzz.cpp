@@ -8,6 +8,7 @@
 // AddressSanitizer. The seed also decides some calls with forged arguments: they may fail, but not crash.
 #include <cstdio>
 #include <random>
+#include <thread>
 
 #define SPARING_SEPARATE
 #include "../../src/sparing/engine/kernels/plan.cpp"
@@ -90,10 +91,27 @@ struct Expected {
     }
 };
 
+// OpenMP, as far as a plan needs it: new threads for each task.
+thread_local int number = 0;
+const SparingOpenmp OPENMP{
+    [](void (*task)(void*), void* argument, unsigned threads, unsigned) {
+        std::vector<std::thread> others;
+        for (unsigned id = 1; id < threads; id++)
+            others.emplace_back([=] {
+                number = static_cast<int>(id);
+                task(argument);
+            });
+        task(argument);
+        for (std::thread& other : others) other.join();
+    },
+    [] { return number; },
+};
+
 // A plan with what its tensors must hold.
 class Network {
   public:
-    Network(Random& random, int threads) : random_(random), plan_(sparing_plan(threads)) {
+    Network(Random& random, int threads)
+        : random_(random), plan_(sparing_plan(threads, random.chance(0.5) ? &OPENMP : nullptr)) {
         check(plan_ != nullptr, "no plan");
         const bool matrix = random.chance(0.3);
         const int64_t size = random.chance(0.1) ? 40 : 12;
@@ -406,9 +424,9 @@ class Network {
 
 // Calls that must fail, and leave the plan usable.
 void refuse() {
-    SparingPlan* plan = sparing_plan(2);
+    SparingPlan* plan = sparing_plan(2, nullptr);
     const auto refused = [](int64_t result, const char* what) { check(result < 0, std::string("accepted: ") + what); };
-    check(sparing_plan(0) == nullptr && sparing_plan(-1) == nullptr && sparing_plan(1 << 20) == nullptr, "threads");
+    for (const int threads : {0, -1, 1 << 20}) check(sparing_plan(threads, nullptr) == nullptr, "threads");
     for (const int64_t size : {int64_t{0}, int64_t{-1}, (int64_t{1} << 24) + 1, INT64_MAX, INT64_MIN}) {
         refused(sparing_tensor(plan, size, 1, 1, 1), "images");
         refused(sparing_tensor(plan, 1, size, 1, 1), "channels");
@@ -497,7 +515,7 @@ void forge(Random& random) {
         const int64_t power = int64_t{1} << random.integer(0, 30);
         return choice < 6 ? random.integer(least, least + 3) : choice < 9 ? power + random.integer(-1, 1) : -power;
     };
-    SparingPlan* plan = sparing_plan(1);
+    SparingPlan* plan = sparing_plan(1, nullptr);
     SparingWindow w{any(1), any(1), any(1), any(1), any(0), any(0), any(1), any(1)};
     const int64_t height = random.integer(1, 9), width = random.integer(1, 9);
     const auto output = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {

@@ -43,18 +43,24 @@ class Window(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Openmp(ctypes.Structure):
+    """SparingOpenmp of engine.h."""
+
+    _fields_ = [("parallel", ctypes.c_void_p), ("thread", ctypes.c_void_p)]
+
+
 _int, _long, _float, _double, _string = (
     ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_char_p,
 )  # fmt: skip
 _plan = _numbers = ctypes.c_void_p  # `_numbers` takes tensor.data_ptr(), or None where engine.h allows null
 _pointers = ctypes.POINTER(ctypes.c_void_p)  # takes (ctypes.c_void_p * n)(...)
-_window = ctypes.POINTER(Window)
+_window, _openmp = ctypes.POINTER(Window), ctypes.POINTER(Openmp)
 
 # The functions of engine.h: name → result, arguments.
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sparing_error": (_string, []),
     "sparing_lanes": (_int, []),
-    "sparing_plan": (_plan, [_int]),
+    "sparing_plan": (_plan, [_int, _openmp]),
     "sparing_free": (None, [_plan]),
     "sparing_tensor": (_int, [_plan, _long, _long, _long, _long]),
     "sparing_input": (_int, [_plan, _int, _int]),
@@ -95,6 +101,16 @@ def library() -> ctypes.CDLL:
     name = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "generic")
     path = _find_prebuilt(name)
     return _compile_or_load_cached(name) if path is None else _load(path)
+
+
+def openmp() -> Openmp | None:
+    """Return the functions of the OpenMP library that PyTorch uses; None if it uses none, or it cannot be found."""
+    process = ctypes.CDLL(None)  # torch makes its OpenMP visible to the whole process
+    try:
+        functions = process.GOMP_parallel, process.omp_get_thread_num
+    except AttributeError:
+        return None
+    return Openmp(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -106,7 +106,10 @@ class Engine(nn.Module):
         self._functions: list[Callable[..., Any] | None] = [
             None if isinstance(step, Run) else find_function(step.name) for step in program.steps
         ]
-        self._plans = [Plans(step.segment, threads) if isinstance(step, Run) else None for step in program.steps]
+        shared = any(function is not None for function in self._functions)
+        self._plans = [
+            Plans(step.segment, threads, shared) if isinstance(step, Run) else None for step in program.steps
+        ]
         self.eval()
 
     @torch.no_grad()

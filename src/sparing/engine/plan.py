@@ -36,10 +36,11 @@ class Plans:
     Args:
         segment: what to run.
         threads: number of threads.
+        shared: run on the threads of PyTorch, if there are as many and they are those of OpenMP.
     """
 
-    def __init__(self, segment: Segment, threads: int):
-        self.segment, self.threads = segment, threads
+    def __init__(self, segment: Segment, threads: int, shared: bool = False):
+        self.segment, self.threads, self.shared = segment, threads, shared
         self._clear()
 
     def _clear(self) -> None:
@@ -71,8 +72,9 @@ class Plans:
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
         results = [torch.empty(port.at(batch)) for port in segment.outputs]
-        if self._process != os.getpid():  # a forked process has no threads of the plans
+        if self._process != os.getpid():  # a forked process has neither threads of the plans nor of OpenMP
             self._clear()
+            self.shared = False
         with self._lock:
             step = self._find_step(batch)
             for first in range(0, batch, step):
@@ -109,7 +111,8 @@ class Plans:
 
     def _find(self, batch: int) -> "Plan":
         if batch not in self._plans:
-            self._plans[batch] = Plan(self.segment, batch, self.threads)
+            shared = self.shared and self.threads == torch.get_num_threads()
+            self._plans[batch] = Plan(self.segment, batch, self.threads, shared)
         self._plans.move_to_end(batch)
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
@@ -123,14 +126,15 @@ class Plan:
         segment: what to run.
         batch: batch size.
         threads: number of threads.
+        shared: run on the threads of OpenMP, if there is one.
 
     Raises:
         InputError: the library of the engine is missing, or refuses the operations.
     """
 
-    def __init__(self, segment: Segment, batch: int, threads: int):
+    def __init__(self, segment: Segment, batch: int, threads: int, shared: bool = False):
         self._library = library = compiled.library()
-        handle = library.sparing_plan(threads)
+        handle = library.sparing_plan(threads, compiled.openmp() if shared else None)
         if not handle:
             raise InputError(f"the engine cannot make a plan: {_error(library)}")
         self._handle: int = handle

@@ -8,6 +8,12 @@
 
 struct SparingPlan;
 
+// The threads of OpenMP in this process: GOMP_parallel and omp_get_thread_num.
+struct SparingOpenmp {
+    void (*parallel)(void (*task)(void*), void* argument, unsigned threads, unsigned flags);
+    int (*thread)();
+};
+
 struct SparingWindow {
     int64_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
 };
@@ -22,7 +28,8 @@ enum SparingBinary { ADD, MULTIPLY };
 SPARING_API const char* sparing_error();  // message of the last failure in this thread
 SPARING_API int sparing_lanes();
 
-SPARING_API SparingPlan* sparing_plan(int threads);
+// A plan runs on threads of its own, or on those of OpenMP if that is not null.
+SPARING_API SparingPlan* sparing_plan(int threads, const SparingOpenmp*);
 SPARING_API void sparing_free(SparingPlan*);
 
 // Add a tensor of images [images, channels, height, width]. A matrix [rows, columns] has images = 1, channels =

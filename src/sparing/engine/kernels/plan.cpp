@@ -93,11 +93,11 @@ const char* sparing_error() { return message.c_str(); }
 
 int sparing_lanes() { return LANES; }
 
-SparingPlan* sparing_plan(int threads) {
+SparingPlan* sparing_plan(int threads, const SparingOpenmp* openmp) {
     SparingPlan* plan = nullptr;
     attempt([&] {
         check_integer("threads", threads, 1, 1024);
-        plan = new SparingPlan(threads);
+        plan = new SparingPlan(threads, openmp);
         return 0;
     });
     return plan;

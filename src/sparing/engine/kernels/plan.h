@@ -29,7 +29,7 @@ class NoDenormals {
 
 class Plan {
   public:
-    explicit Plan(int threads) : team_(threads) {}
+    Plan(int threads, const SparingOpenmp* openmp) : team_(threads, openmp) {}
 
     int add_tensor(const Layout& layout) {
         require(open_, "the plan is finished");

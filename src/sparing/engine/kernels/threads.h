@@ -2,6 +2,9 @@
 //
 // The calling thread does not wait for the others to begin: on a busy machine they may come late, or not at all. So a
 // task must be right whichever threads take part. Threads spin for a moment after a run, then sleep.
+//
+// Where PyTorch runs between two tasks, the team is that of OpenMP: the threads that PyTorch has used spin for
+// milliseconds, and would take the processors from other threads.
 #pragma once
 
 #include <atomic>
@@ -14,6 +17,8 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+
+#include "engine.h"
 
 namespace sparing {
 
@@ -55,7 +60,8 @@ inline void leave(int taken) {
 
 class Team {
   public:
-    explicit Team(int threads) : size_(threads) {
+    Team(int threads, const SparingOpenmp* openmp) : size_(threads), openmp_(openmp ? *openmp : SparingOpenmp{}) {
+        if (openmp) return;
         try {
             for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { serve(id); });
         } catch (...) {  // the system refuses more threads
@@ -72,6 +78,14 @@ class Team {
     // have returned.
     void run(const std::function<void(int)>& task) {
         if (size_ == 1) return task(0);
+        if (openmp_.parallel) {
+            const std::pair<const std::function<void(int)>*, int (*)()> argument{&task, openmp_.thread};
+            const auto call = [](void* data) {
+                const auto& [function, thread] = *static_cast<decltype(argument)*>(data);
+                (*function)(thread());
+            };
+            return openmp_.parallel(call, const_cast<void*>(static_cast<const void*>(&argument)), size_, 0);
+        }
         {
             std::lock_guard<std::mutex> lock(mutex_);
             task_ = &task;
@@ -120,6 +134,7 @@ class Team {
     }
 
     const int size_;
+    const SparingOpenmp openmp_;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
