@@ -27,15 +27,7 @@ from sparing.run.distributed import Ranks
 from sparing.run.evaluate import evaluate
 from sparing.run.interrupt import Interrupted, StopSignals
 from sparing.run.log import RunLog
-from sparing.run.progress import (
-    Progress,
-    check_finite,
-    check_numbers,
-    check_optimizer,
-    check_ranks,
-    is_better,
-    reason,
-)
+from sparing.run.progress import Progress, check_finite, check_numbers, check_optimizer, check_ranks, reason
 from sparing.run.recipe import Recipe
 from sparing.run.step import backward
 from sparing.run.weights import load_weights
@@ -224,10 +216,8 @@ class _Training:
             result = evaluate(self.trained, self.validation, ranks, self._leave_evaluation, self.promised)
         accuracy = None if result is None else result.accuracy
         counts = report(self.trained)
-        sparsity = counts.total.sparsity
-        progress.epoch, progress.step, progress.epoch_seconds = epoch, 0, 0.0
         progress.seconds = time.perf_counter() - self._began
-        progress.validation_accuracy = accuracy
+        better = progress.finish_epoch(counts.total.sparsity, accuracy)
         self._loss, self._examples = torch.zeros((), device=ranks.device), 0
         if log:
             log.epoch(
@@ -237,7 +227,7 @@ class _Training:
                     "train_loss": loss_sum / seen,
                     "validation_loss": None if result is None else result.loss,
                     "validation_accuracy": accuracy,
-                    "sparsity": sparsity,
+                    "sparsity": counts.total.sparsity,
                     "seconds": progress.seconds,
                     "examples_per_second": speed,
                     # Only batches read from files have these.
@@ -247,11 +237,6 @@ class _Training:
                 },
                 recipe.schedule.epochs,
             )
-        candidate = {"epoch": epoch, "validation_accuracy": accuracy, "sparsity": sparsity}
-        progress.sparsest = max(progress.sparsest, sparsity)
-        better = is_better(candidate, progress.best, progress.sparsest)
-        if better:
-            progress.best = candidate
         self._save(better)
         self._leave_if(ranks.max(self._stop.received)[0])
 
@@ -346,9 +331,8 @@ class _Training:
         rank, count = self.ranks.rank, self.ranks.count
         if not saved["ranks"]:
             raise ValueError("it holds the state of no rank")
-        parts = saved["ranks"][rank::count]  # of several, if there are fewer ranks now
-        for part in parts:
-            self._loss = part["loss"].to(self._loss) if part is parts[0] else self._loss + part["loss"].to(self._loss)
+        for part in saved["ranks"][rank::count]:  # of several, if there are fewer ranks now
+            self._loss = self._loss + part["loss"].to(self._loss)
             self._examples += int(part["examples"])
             getattr(self.train, "skipped", {}).update(part["skipped"])
         if self._loss.shape != ():

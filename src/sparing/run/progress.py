@@ -58,6 +58,21 @@ class Progress:
                 raise ValueError(f"progress: {name} is {value!r}")
         return progress
 
+    def finish_epoch(self, sparsity: float, accuracy: float | None) -> bool:
+        """Begin the next epoch, and return whether the finished one is the best so far.
+
+        Args:
+            sparsity: of the model after the epoch.
+            accuracy: on the validation data after the epoch; None without validation data.
+        """
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.validation_accuracy = accuracy
+        self.sparsest = max(self.sparsest, sparsity)
+        finished = {"epoch": self.epoch, "validation_accuracy": accuracy, "sparsity": sparsity}
+        better = is_better(finished, self.best, self.sparsest)
+        self.best = finished if better else self.best
+        return better
+
 
 def is_better(new: dict[str, Any], old: dict[str, Any] | None, sparsest: float) -> bool:
     """Return whether an epoch replaces the best one so far.
