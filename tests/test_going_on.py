@@ -689,6 +689,19 @@ def test_a_dense_checkpoint_is_refused_by_load_state_dict_with_the_name_of_the_r
         model.load_state_dict(pretrained, strict=strict)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("", "module."), ("", "_orig_mod."), ("0.", "")])
+def test_a_checkpoint_under_another_prefix_is_refused_where_torch_would_leave_it_out(ours, theirs):
+    saved, model = mlp(), mlp()
+    for each in (saved, model):
+        sparing.sparsify_(each, GMP(sparsity=0.9), steps=STEPS)
+    state = {theirs + key: value for key, value in saved.state_dict().items()}
+    wrapped = nn.Sequential(model) if ours else model
+    with pytest.raises(RuntimeError, match=f"{ours}0.parametrizations.weight.original is called {theirs}0.param"):
+        wrapped.load_state_dict(state, strict=False)
+    adapters = {f"{ours}4.adapter": torch.zeros(1), f"{ours}4.bias": torch.zeros(8)}
+    assert adapters.keys() >= set(wrapped.load_state_dict(adapters, strict=False).unexpected_keys)
+
+
 def test_a_layer_wrapped_in_another_module_is_still_in_the_model():
     model = mlp()
     sparsifier = sparing.sparsify_(model, GMP(sparsity=0.9, every=1), steps=10)

@@ -442,6 +442,36 @@ def test_a_step_count_that_cannot_be_read_is_refused(content):
         loop.model.load_state_dict(state | {key: torch.tensor(list(content), dtype=torch.uint8)})
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [METHODS["gmp"], STR(init=-5.0)], ids=lambda method: method.name)
+def test_weights_that_are_loaded_without_the_state_of_their_run_are_warned_of_where_it_is_not_known(method):
+    loop, again = Loop(method), Loop(method)
+    train(loop, steps=5)
+    state = {key: value.detach() for key, value in loop.model.named_parameters()}
+    what = "mask, step count" if method.name == "gmp" else "step count"
+    with pytest.warns(sparing.SparsityWarning, match=f"weights of sparsified layers without their {what}, which stay"):
+        again.model.load_state_dict(state, strict=False)
+    loop.model.load_state_dict(state, strict=False)  # as weights that change places with their average
+    again.model.load_state_dict({"0.bias": torch.zeros(16)}, strict=False)
+
+
+@pytest.mark.parametrize(("first", "last", "step"), [(16, 18, 17), (17, 18, STEPS), (9, 17, STEPS)])
+def test_an_average_of_checkpoints_does_not_begin_the_run_again(first, last, step):
+    method = sparing.SNIP(sparsity=0.8)
+    loop, again = Loop(method), Loop(method)
+    train(loop, steps=first)
+    one = copy.deepcopy(loop.model.state_dict())
+    train(loop, steps=last - first)
+    average = {key: (one[key].double() + value.double()) / 2 for key, value in loop.model.state_dict().items()}
+    again.model.load_state_dict(average)
+    assert again.sparsifier.step == step
+    before = masks(again.model)
+    train(again, steps=3)
+    assert same(masks(again.model), before)
+    loop.model.load_state_dict({key: value.half() for key, value in one.items()})
+    assert loop.sparsifier.step == first
+
+
 def test_an_average_of_state_dicts_that_was_cast_back_to_integers_is_refused():
     loop = Loop(METHODS["gmp"])
     train(loop, steps=9)

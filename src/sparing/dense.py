@@ -1,5 +1,6 @@
 """Write dense weights into a sparsified model: a pretrained checkpoint, or an update such as LoRA's."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.goal import start_ramp
 from sparing.parametrizations import Sparse
 
@@ -56,7 +57,9 @@ def load_dense_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
             )
     runs = _runs_to_restart(model, weights)
     renamed = {name: key for internal in keys.values() for name, key in internal.items()}
-    model.load_state_dict({renamed.get(key, key): value for key, value in given.items()}, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparsityWarning)  # that masks are not in it
+        model.load_state_dict({renamed.get(key, key): value for key, value in given.items()}, strict=False)
     for run in runs:
         run.restart()
 

@@ -6,6 +6,7 @@ Everything a checkpoint needs is in the state_dict of these modules: parameters,
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.operators import Operator, apply_operator, masked
 from sparing.run_state import RunState
 from sparing.threshold import soft_threshold
@@ -61,13 +62,15 @@ class Clock:
         """
         if not state.numel() or state.is_meta:
             return  # a parametrization that was saved without a sparsifier
-        if state.is_floating_point() and (self.step > 0 or bool((state != state.round()).any())):
-            return  # an average of state_dicts
         try:  # a checkpoint that was cast to another dtype has whole numbers
+            if bool((state != state.round()).any()):
+                raise ValueError("an average of state_dicts")
             saved = json.loads(bytes(state.cpu().int().tolist()))
             theirs = {"steps": saved["steps"], **saved["method"]}
             step, start = +saved["step"], +saved["start"]
         except (ValueError, TypeError, KeyError) as error:
+            if state.is_floating_point():
+                return self._take_average()
             raise InputError(
                 "the step count of a checkpoint cannot be read: it is damaged, or an average of state_dicts that was "
                 "cast back to integers. Average parameters, or leave the average in floating point"
@@ -84,6 +87,17 @@ class Clock:
                 f"with the method and steps of the checkpoint, load it, then {change}"
             )
         self.step, self.start = step, start
+
+    def _take_average(self) -> None:
+        """Take the step of an average of checkpoints: that of the model if it has been trained, or the end."""
+        if self.step == 0:
+            self.step = self.steps or 1
+            warnings.warn(
+                "the checkpoint is an average of several, so its step count is not known: it counts as the end of the "
+                "run. To go on with the run, load one of those it was made of",
+                SparsityWarning,
+                stacklevel=2,
+            )
 
 
 class Sparse(RunState):

@@ -81,7 +81,7 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
             parametrization.set_home(shared)  # type: ignore[arg-type]
     for place in layer.places:
         _reset_dense_weights(place.module)
-        _refuse_dense_checkpoints(place.module)
+        _refuse_other_checkpoints(place.module)
         _refuse_replacement(place.module)
         if isinstance(place.module, nn.RNNBase):
             _read_weights_when_run(place.module)
@@ -115,8 +115,8 @@ def _reset_dense_weights(module: nn.Module) -> None:
             setattr(parametrized_class, name, _with_dense_weights(getattr(parametrized_class, name)))
 
 
-def _refuse_dense_checkpoints(module: nn.Module) -> None:
-    """Make `load_state_dict` refuse the weight of a dense model, which strict=False would leave out."""
+def _refuse_other_checkpoints(module: nn.Module) -> None:
+    """Make `load_state_dict` refuse dense weights and other prefixes, which strict=False would leave out."""
     parametrized_class: Any = type(module)
     if "_load_from_state_dict" in vars(parametrized_class):
         return
@@ -124,11 +124,17 @@ def _refuse_dense_checkpoints(module: nn.Module) -> None:
 
     def refuse(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
         load(self, state_dict, prefix, *args)
-        args[-1].extend(
-            f"{prefix}{name} is of a dense model: call sparing.load_dense_state_dict(model, state_dict)"
-            for name in self.parametrizations
-            if prefix + name in state_dict and f"{prefix}parametrizations.{name}.original" not in state_dict
-        )
+        *_, unexpected, errors = args
+        for name in self.parametrizations:
+            key = f"{prefix}parametrizations.{name}.original"
+            if key in state_dict:
+                continue
+            if prefix + name in state_dict:
+                errors.append(
+                    f"{prefix}{name} is of a dense model: call sparing.load_dense_state_dict(model, state_dict)"
+                )
+            elif other := [each for each in unexpected if each.endswith(f".{key}") or key.endswith(f".{each}")]:
+                errors.append(f"{key} is called {other[0]} in the checkpoint: give the keys the prefix of the model's")
 
     parametrized_class._load_from_state_dict = refuse
 

@@ -223,8 +223,19 @@ class RunState(nn.Module):
                 theirs = self._without_average(prefix + name, theirs, ours)
             # Converted here, since assign=True would take the dtype of the checkpoint over.
             state_dict[prefix + name] = theirs.to(ours.dtype)
+        trained = self.is_trained()
         with self._as_buffers():
             super()._load_from_state_dict(state_dict, prefix, *args)
+        missing = args[2]
+        kept = {**dict(zip(self._names, self._names, strict=True)), "_extra_state": "step count"}
+        lost = [text for name, text in kept.items() if prefix + name in missing]
+        if lost and not trained and f"{prefix[: prefix.rfind('.', 0, -1) + 1]}original" not in missing:
+            warnings.warn(
+                f"the checkpoint has the weights of sparsified layers without their {', '.join(lost)}, which stay "
+                "as they are: save all of model.state_dict(), not only the parameters",
+                SparsityWarning,
+                stacklevel=2,
+            )
         if all(prefix + name in state_dict for name in (*self._parameters, *self._names)):
             self._undefined, self._start = False, ()
         weight = self._weight()
