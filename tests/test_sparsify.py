@@ -636,6 +636,36 @@ def test_a_weight_held_in_two_places_is_sparse_in_both_or_refused():
         sparing.sparsify_(model, HALF)
 
 
+@pytest.mark.parametrize("view", [lambda table: table.t(), lambda table: table[4:]])
+def test_parameters_that_share_memory_are_refused_where_one_is_to_be_sparse(view):
+    model = nn.Sequential(nn.Embedding(16, 16), nn.Linear(16, 16))
+    model[1].weight = nn.Parameter(view(model[0].weight.data))
+    with pytest.raises(InputError, match="'0.weight' and '1.weight' share memory"):
+        sparing.sparsify_(model, HALF)
+    flat = torch.randn(512)
+    for layer, part in zip(model, flat.chunk(2), strict=True):
+        layer.weight = nn.Parameter(part.view(16, 16))
+    assert list(sparing.sparsify_(model, HALF).layers) == ["1"]
+
+
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_a_model_in_inference_mode_is_refused(made_inside):
+    with torch.inference_mode(made_inside):
+        model = nn.Linear(4, 4)
+    with torch.inference_mode(not made_inside), pytest.raises(InputError, match="within torch.inference_mode()"):
+        sparing.sparsify_(model, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_script_is_refused_until_the_model_is_dense():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    sparing.sparsify_(model, HALF)
+    with pytest.raises(InputError, match=r"torch.jit.script\(\) cannot compile a sparsified layer: call"):
+        torch.jit.script(model)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(torch.jit.script(sparing.densify_(model))(x), model(x), rtol=0, atol=0)
+
+
 def test_weights_that_something_else_computes_are_refused_and_not_left_out():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

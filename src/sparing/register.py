@@ -6,6 +6,7 @@ weights that they have now.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def check_weight(layer: Layer) -> None:
         raise InputError(
             f"the weight of layer {layer.name!r} is no parameter: something recomputes it, such as "
             "torch.nn.utils.prune; remove that first, or leave the layer out with select="
+        )
+    if weight.is_inference() or torch.is_inference_mode_enabled():
+        raise InputError(
+            f"layer {layer.name!r} was made or is sparsified within torch.inference_mode(), and could not be trained: "
+            "call sparsify_() outside of it, on a model that was made outside of it"
         )
     if not weight.is_floating_point():
         raise InputError(f"layer {layer.name!r} has {weight.dtype} weights; only floating point can be sparsified")
@@ -232,7 +238,7 @@ def _own_class(module: nn.Module) -> None:
 
 
 def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
-    """Check that the model holds no weight outside a layer as well, where it would be used dense.
+    """Check that no parameter outside of the layers is one of their weights, or shares memory with one.
 
     Raises:
         InputError: there is one.
@@ -245,6 +251,21 @@ def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
                 f"the weight of layer {names[id(parameter)]!r} is also the parameter {key!r}, which would stay dense; "
                 "leave the layer out with select="
             )
+    for (_, end, one), (start, _, other) in pairwise(sorted(_spans(model))):
+        if start < end and not known.isdisjoint((one, other)):
+            raise InputError(
+                f"the parameters {one!r} and {other!r} share memory, so that a step of one would fill the zeros of the "
+                "other: make them one Parameter, clone one of them, or leave the layer out with select="
+            )
+
+
+def _spans(model: nn.Module) -> Iterator[tuple[int, int, str]]:
+    """Iterate over where the parameters of a model are in memory: start, end, name."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.numel() and not parameter.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            start = parameter.data_ptr()
+            yield start, start + (last + 1) * parameter.element_size(), name
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -255,6 +255,12 @@ class RunState(nn.Module):
             )
         return mask
 
+    def __prepare_scriptable__(self) -> Any:
+        raise InputError(
+            "torch.jit.script() cannot compile a sparsified layer: call sparing.densify_(model) first, or use "
+            "torch.export.export(), torch.compile() or torch.jit.trace()"
+        )
+
     def is_trained(self) -> bool:
         """Return whether the state is that of a run, and not that of its start."""
         return True
