@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.method import Method
-from sparing.optimizers import copying
+from sparing.optimizers import copying, parameters_of
 
 
 def check_optimizers(
@@ -60,7 +60,7 @@ def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> 
     Raises:
         InputError: they do not, or no longer, because something has replaced the parameters of the model.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {id(parameter) for parameter in parameters_of(optimizers)}
     for layer in layers.values():
         weights = (("dense weight", p) for p in layer.originals)
         for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
@@ -70,6 +70,19 @@ def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> 
                     "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1), and after "
                     "load_state_dict(assign=True) or anything else that replaces parameters; then call attach() again"
                 )
+
+
+def check_penalty(method: Method, layers: Mapping[str, Layer]) -> None:
+    """Check that the gradient of a term of the loss reaches the optimizers.
+
+    Raises:
+        InputError: it does not, because Opacus takes the gradients.
+    """
+    if any(hasattr(layer.weight, "grad_sample") for layer in layers.values()):
+        raise InputError(
+            f"{method.name} adds a term to the loss, which Opacus ignores, because it takes gradients per sample: use "
+            "a method without such a term"
+        )
 
 
 def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.layers import Layer, sparse_layers
+from sparing.layers import Layer, gathered, sparse_layers
 from sparing.method import Method
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
 from sparing.patterns import NM, Units
@@ -121,8 +121,7 @@ def _is_initialization(weight: Tensor, zeros: int) -> bool:
 
 
 def _sum(mask: Tensor) -> int:
-    count = mask.sum()
-    return int(count.full_tensor() if hasattr(count, "full_tensor") else count)
+    return int(gathered(mask.sum()))
 
 
 def missed_targets(model: nn.Module, only: Clock | None = None) -> list[str]:

@@ -34,6 +34,9 @@ Parametrizations = dict[str, Sparse]
 Optimizers = tuple[Optimizer, ...]
 """All optimizers that train the model, in the order in which they step, and wrappers that have state of their own."""
 
+_MAY_CHANGE = {"sparsity", "macs", "input_size", "budget", "begin", "end", "every", "phase"}
+"""Arguments of a method that `Sparsifier.retarget` may change: targets and schedules."""
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -130,6 +133,27 @@ class Method(ABC):
         `sparsify_` calls it before it changes the model, and it may raise `InputError`. Checkpoints do not contain it.
         """
         return None
+
+    def check_retarget(self, new: Method) -> None:
+        """Check that `Sparsifier.retarget` may replace the method by another one.
+
+        Raises:
+            InputError: it is of another class, cannot change its sparsity, or differs in more than target and schedule.
+        """
+        if type(new) is not type(self):
+            raise InputError(
+                f"retarget() changes the arguments of {self.name!r}, not the method, to {new.name!r}: call densify_() "
+                "and sparsify_() for that"
+            )
+        if not self.retargets:
+            raise InputError(
+                f"retarget(): {self.name!r} cannot change its sparsity during training: call densify_(), then "
+                "sparsify_() with a method that can, such as GMP"
+            )
+        ours, theirs = self.describe(), new.describe()
+        changed = [key for key in ours if ours[key] != theirs[key] and key not in _MAY_CHANGE]
+        if changed:
+            raise InputError(f"retarget() changes targets and schedules, not {', '.join(changed)}")
 
     @abstractmethod
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:

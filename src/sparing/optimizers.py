@@ -1,7 +1,7 @@
 """Helpers for torch's optimizers: look through wrappers, recognize steps that are not taken, reset state."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,13 @@ def copying(optimizers: Iterable[Any]) -> str | None:
     return next((name for name in names if any(part in name.lower() for part in _COPYING)), None)
 
 
+def parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
+    """Iterate over the parameters that optimizers hold."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
 def in_backward() -> bool:
     """Return whether a backward pass is running on this thread."""
     return torch._C._current_graph_task_id() != -1
@@ -102,13 +109,11 @@ def is_idle(optimizer: Optimizer) -> bool:
 
     torch.distributed.checkpoint takes such a step before it saves or loads, to create optimizer state.
     """
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    if all(p.grad is None for p in parameters):
+    if all(parameter.grad is None for parameter in parameters_of([optimizer])):
         return True
     if any(group.get("lr") != 0 for group in optimizer.param_groups):
         return False
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool(gradient.any()) for gradient in gradients)
+    return not any(p.grad is not None and bool(p.grad.any()) for p in parameters_of([optimizer]))
 
 
 def gradient_scale(optimizers: Iterable[Optimizer]) -> Tensor | None:

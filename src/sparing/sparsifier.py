@@ -8,20 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.attachment import check_held, check_optimizers, doubts
+from sparing.attachment import check_held, check_optimizers, check_penalty, doubts
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.hooks import StepHooks
-from sparing.layers import Layer, sparse_layers
+from sparing.layers import Layer, collapsed, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward, parts
+from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward, parameters_of, parts
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
 Kind = TypeVar("Kind", bound=Sparse)
-
-_MAY_CHANGE = {"sparsity", "macs", "input_size", "budget", "begin", "end", "every", "phase"}
-"""Arguments of a method that `retarget` may change: targets and schedules."""
 
 
 class Sparsifier(StepHooks):
@@ -83,14 +80,12 @@ class Sparsifier(StepHooks):
     @property
     def due(self) -> bool:
         """Whether an update is due after this step; of a method with a schedule."""
-        due: bool = self.plan.updates.due(self.clock.step)
-        return due
+        return bool(self.plan.updates.due(self.clock.step))
 
     @property
     def progress(self) -> float:
         """How far the sparsity ramp is at this step, in [0, 1]; of a method with a schedule."""
-        done: float = self.plan.updates.progress(self.clock.step, self.clock.start)
-        return done
+        return float(self.plan.updates.progress(self.clock.step, self.clock.start))
 
     @property
     def holds(self) -> bool:
@@ -157,11 +152,7 @@ class Sparsifier(StepHooks):
         self._penalized = True
         if not self.method.regularizes or not self._active():
             return torch.zeros((), device=next(self.model.parameters()).device)
-        if any(hasattr(layer.weight, "grad_sample") for layer in self.layers.values()):
-            raise InputError(
-                f"{self.method.name} adds a term to the loss, which Opacus ignores, because it takes gradients per "
-                "sample: use a method without such a term"
-            )
+        check_penalty(self.method, self.layers)
         return self.method.penalty(self)
 
     def unscale(self, gradient: Tensor) -> Tensor:
@@ -199,20 +190,7 @@ class Sparsifier(StepHooks):
             InputError: the method is of another class, differs in more than that, or makes its masks only once.
         """
         check_steps(steps)
-        if type(method) is not type(self.method):
-            raise InputError(
-                f"retarget() changes the arguments of {self.method.name!r}, not the method, to {method.name!r}: call "
-                "densify_() and sparsify_() for that"
-            )
-        if not method.retargets:
-            raise InputError(
-                f"retarget(): {method.name!r} cannot change its sparsity during training: call densify_(), then "
-                "sparsify_() with a method that can, such as GMP"
-            )
-        ours, theirs = self.method.describe(), method.describe()
-        changed = [key for key in ours if ours[key] != theirs[key] and key not in _MAY_CHANGE]
-        if changed:
-            raise InputError(f"retarget() changes targets and schedules, not {', '.join(changed)}")
+        self.method.check_retarget(method)
         self.drop_lost_layers()
         plan = method.prepare(self.model, self.layers, steps)
         if getattr(getattr(plan, "updates", None), "end", 1) == 0:
@@ -239,26 +217,16 @@ class Sparsifier(StepHooks):
 
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
-        kept: set[int] = set()
-        for layer in sparse_layers(self.model).values():
-            part = layer.parametrization
-            if part is not None and part.clock is not self.clock:
-                kept |= {id(p) for p in (*layer.originals, *part.parameters())}
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) not in kept:
-                        parameter.grad = None
+        others = [layer for layer in sparse_layers(self.model).values() if not self._makes(layer)]
+        kept = {id(p) for layer in others for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
+        for parameter in parameters_of(self.optimizers):
+            if id(parameter) not in kept:
+                parameter.grad = None
 
     def collapsed(self) -> list[str]:
         """Return the names of the sparsified layers in which every effective weight is zero."""
-        if not self._active() or any(layer.weight.is_meta for layer in self.layers.values()):
-            return []
-        with torch.no_grad():
-            found = [_whole((layer.effective_weight != 0).any()) for layer in self.layers.values()]
-            # On one device and stacked, so that a GPU is waited for once, not for each layer.
-            active = torch.stack([some.to(found[0].device, non_blocking=True) for some in found])
-        return [name for name, some in zip(self.layers, active.tolist(), strict=True) if not some]
+        self._active()
+        return collapsed(self.layers)
 
     def warn_collapsed(self) -> None:
         """Warn about layers that have lost every weight, once for each of them."""
@@ -379,9 +347,3 @@ class Sparsifier(StepHooks):
                 stacklevel=2,
             )
         self._penalized = False
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered from the ranks that FSDP2 (`fully_shard`) has spread it over."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()  # type: ignore[no-any-return]

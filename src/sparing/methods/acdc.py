@@ -13,6 +13,7 @@ Deviations: the code keeps masked weights at zero. Here they may move under the 
 zero when the mask is removed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from sparing.allocation import Allocation, magnitude
 from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.method import Layers, Optimizers, Parametrizations, Ranking
-from sparing.optimizers import reset_state
+from sparing.optimizers import parameters_of, reset_state
 from sparing.parametrizations import Mask
 from sparing.schedules import Updates, to_step
 from sparing.sparsifier import Sparsifier
@@ -93,8 +94,8 @@ class ACDC(Ranking):
     def parametrizations(self, layers: Layers, plan: Phases) -> Parametrizations:
         return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
-    def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> list[Tensor]:
-        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> Iterable[Tensor]:
+        return parameters_of(optimizers)
 
     @torch.no_grad()
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
