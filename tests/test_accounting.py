@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -481,6 +482,7 @@ def test_a_weight_that_is_changed_before_the_product_counts_as_dense_and_warns(c
     [
         (lambda m, x: torch.cdist(x, m.linear.weight) + m.other(x), "_cdist_forward|_euclidean_dist"),
         (lambda m, x: F.linear(x, m.p0 @ m.p1) + m.other(x), "addmm|mm"),
+        (lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(m.linear.weight[:4])) + m.other(x), "mul"),
     ],
 )
 def test_one_odd_layer_does_not_cost_the_whole_report(use, operation):
@@ -491,6 +493,39 @@ def test_one_odd_layer_does_not_cost_the_whole_report(use, operation):
     assert {row.name: row.dense_macs for row in found.layers}["other"] == 4 * 6
     assert found.total.dense_macs == sum(row.dense_macs or 0 for row in found.layers)
     assert any(row.dense_macs is None for row in found.layers)
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+    deeper: object = None
+
+
+@pytest.mark.parametrize("example", [(Batch(torch.randn(5, 6)),), {"x": Batch(None, [Batch(torch.randn(5, 6))])}])
+def test_tensors_in_objects_are_inputs(example):
+    # If they were not, the activation of `other` would count as a weight, and the last product would not count.
+    model = Odd(lambda m, batch: m.p0 @ m.other(batch.x if batch.deeper is None else batch.deeper[0].x).T, (8, 7))
+    model.other = nn.Linear(6, 7)
+    counts = {row.name: row.dense_macs for row in sparing.report(model, example).layers}
+    assert counts == {"p0": 5 * 56, "linear": 0, "other": 5 * 42}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*not selected by default")
+def test_a_part_in_torch_script_is_counted_and_left_dense():
+    model = nn.Sequential(torch.jit.script(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 4))
+    assert [row.dense_macs for row in sparing.report(model, (5, 6)).layers] == [240, 160]
+    with pytest.raises(InputError, match=r"layer '0' is compiled by torch.jit.script\(\)"):
+        sparing.sparsify_(model, STR(init=-3.0), select=["0"])
+    assert list(sparing.sparsify_(model, STR(init=-3.0)).layers) == ["2"]
+
+
+def test_an_exported_program_of_a_sparsified_model_is_not_counted_as_dense():
+    model, example = nn.Sequential(nn.Linear(6, 8)), (torch.randn(2, 6),)
+    sparing.sparsify_(model, sparing.GMP(sparsity=0.5, begin=0, end=0))
+    with pytest.raises(InputError, match=r"give the model itself, or export it after sparing.densify_\(\)"):
+        sparing.report(torch.export.export(model, example).module())
+    dense = torch.export.export(sparing.densify_(model), example)
+    assert sparing.report(dense.module()).total.nonzero == 24
 
 
 def test_macs_of_lookups_are_none():

@@ -46,6 +46,26 @@ def test_quantized_weights_keep_the_zeros(config, quantization):
     for index, zero in zeros.items():
         assert zero.float().mean() > 0.75
         assert (model[index].weight.dequantize()[zero] == 0).all()
+    found = sparing.report(model, (2, 64))
+    nonzero = sum(int(model[index].weight.dequantize().count_nonzero()) for index in zeros)
+    assert (found.total.weights, found.total.nonzero) == (64 * 96, nonzero)
+    assert found.total.dense_macs == 2 * 64 * 96
+    assert found.total.macs == 2 * nonzero or "zeros need not be zero" in found.notes[0]  # a point of zero is taken off
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+def test_weights_of_torch_quantization_are_counted_or_named(prepare):
+    model, ao = network().train(), torch.ao.quantization
+    if prepare:  # fake quantization keeps zeros
+        model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+        model = ao.prepare_qat(model)
+        sparing.sparsify_(model, sparing.GMP(sparsity=0.75, begin=0, end=0))
+        found = sparing.report(model, (2, 64))
+        assert (found.total.dense_macs, found.total.macs) == (2 * 64 * 96, 2 * 64 * 24)
+        assert found.notes == ()
+    else:
+        found = sparing.report(ao.quantize_dynamic(model, {nn.Linear}), (2, 64))
+        assert found.notes == ("the weights of '0', '2' are quantized and packed, and are in no sum",)
 
 
 @pytest.mark.parametrize(

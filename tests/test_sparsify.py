@@ -656,6 +656,26 @@ def test_a_model_in_inference_mode_is_refused(made_inside):
         sparing.sparsify_(model, HALF)
 
 
+class Functional(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight).relu()
+
+
+@pytest.mark.parametrize("method", [STR(init=-2.0), sparing.RigL(sparsity=0.5)], ids=lambda method: method.name)
+def test_torch_fx_traces_what_uses_a_weight_itself(method):
+    model, x = nn.Sequential(Functional(8, 8), nn.Linear(8, 2)), torch.randn(4, 8)
+    sparing.sparsify_(model, method, steps=10)
+    traced = torch.fx.symbolic_trace(model)
+    for each in (model, traced):
+        each.zero_grad()
+        each(x).sum().backward()
+        gradient = model[0].parametrizations.weight.original.grad.clone()
+        if each is model:
+            expected = gradient
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    assert gradient.any()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_script_is_refused_until_the_model_is_dense():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())

@@ -150,7 +150,11 @@ class Layer:
         """
         if self.weight.is_meta:
             raise InputError(f"layer {self.name!r} is on the meta device and has no weights to count")
-        return int(gathered((self.effective_weight != 0).sum()))
+        weight = self.effective_weight
+        try:
+            return int(gathered((weight != 0).sum()))
+        except NotImplementedError:  # a quantized tensor, such as torchao's
+            return int((weight.dequantize() != 0).sum())
 
     def sparsity(self) -> float:
         """Return the fraction of effective weights that are zero, in [0, 1]."""
@@ -188,7 +192,9 @@ def default(name: str, module: nn.Module) -> bool:
         return True
     kind = parametrize.type_before_parametrizations(module)
     from_torch = any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in kind.__mro__)
-    other = any(word in kind.__name__.lower() for word in ("embed", "position", "router"))
+    other = isinstance(module, torch.jit.ScriptModule) or any(
+        word in kind.__name__.lower() for word in ("embed", "position", "router")
+    )
     if from_torch or other or "weight" not in weight_names(module):
         return False
     return sum(size > 1 for size in Layer((Place(name, module, "weight"),)).shape) > 1
@@ -211,7 +217,13 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
         return tuple(n for n in module._flat_weights_names if n.startswith("weight") and _is_parameter(module, n))
     kernel = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
     found = []
-    made = {name: _original(each) for name, each in getattr(module, "parametrizations", {}).items()}
+    made_by = getattr(module, "parametrizations", {})
+    if isinstance(made_by, nn.Module) and not isinstance(made_by, nn.ModuleDict):
+        raise InputError(
+            "this is an exported program, whose graph computes the effective weights of a sparsified model: give the "
+            "model itself, or export it after sparing.densify_()"
+        )
+    made = {name: _original(each) for name, each in made_by.items()}
     for name, parameter in {**dict(module._parameters.items()), **made}.items():
         if parameter is None or "bias" in name or isinstance(module, (Sparse, parametrize.ParametrizationList)):
             continue
@@ -261,7 +273,7 @@ def all_layers(model: nn.Module) -> dict[str, Layer]:
             _check_whole(module._parameters.values())
         for tensor_name in weight_names(module):
             place = Place(module_name, module, tensor_name)
-            identity = id(place.parametrizations or module._parameters.get(tensor_name, module))
+            identity = id(place.parametrizations or dict(module._parameters.items()).get(tensor_name, module))
             places.setdefault(identity, []).append(place)
     layers = (Layer(tuple(where)) for where in places.values())
     return {layer.name: layer for layer in layers}

@@ -89,10 +89,11 @@ def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dic
         return (example,), {}
     if isinstance(example, Mapping):
         return (), dict(example)
-    if isinstance(example, Sequence) and any(isinstance(part, Tensor) for part in tree_leaves(example)):
+    leaves = tree_leaves(example)
+    if isinstance(example, Sequence) and any(isinstance(part, Tensor) or hasattr(part, "__dict__") for part in leaves):
         return tuple(example), {}
     if not isinstance(example, Sequence) or not example or not all(type(n) is int and n > 0 for n in example):
-        raise InputError(f"input_size={example!r} is neither a shape such as (1, 3, 224, 224) nor tensors")
+        raise InputError(f"input_size={example!r:.200} is neither a shape such as (1, 3, 224, 224) nor tensors")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}  # type: ignore[arg-type]
 
@@ -126,7 +127,7 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) 
     for name, layer in layers.items():
         if layer.places[0].parametrizations is None:
             counter.mark_weight(layer.weight, name)
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # Tensors of its own: the model may write into its inputs.
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(device), (args, kwargs))
     counter.mark((args, kwargs))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -156,11 +156,13 @@ class ProductCounter(TorchDispatchMode):
         self._unknown: dict[str, str] = {}
         self._told: dict[str, int] = {}
 
-    def mark(self, tensors: Any, origin: Origin = DATA) -> None:
-        """Say what the tensors in a structure were made from."""
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                self._origins[tensor] = origin
+    def mark(self, tensors: Any, origin: Origin = DATA, depth: int = 4) -> None:
+        """Say what the tensors in a structure were made from; objects in it are searched down to a depth."""
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                self._origins[leaf] = origin
+            elif depth > 0 and hasattr(leaf, "__dict__") and not isinstance(leaf, torch.nn.Module):
+                self.mark(vars(leaf), origin, depth - 1)
 
     def mark_weight(self, tensor: Tensor, name: str) -> None:
         """Say that a tensor is the effective weight of a layer."""
@@ -169,7 +171,10 @@ class ProductCounter(TorchDispatchMode):
         def places() -> Tensor:
             return torch.arange(first, first + math.prod(shape), device="cpu").reshape(shape)
 
-        self.mark(tensor, Origin(layers=frozenset({name}), places=places, whole=name))
+        held = [tensor]
+        if is_traceable_wrapper_subclass(tensor):  # a quantized weight, such as torchao's, and the codes in it
+            held += [each for key in tensor.__tensor_flatten__()[0] if (each := getattr(tensor, key)).shape == shape]
+        self.mark(held, Origin(layers=frozenset({name}), places=places, whole=name))
 
     def tell(self, name: str, number: int) -> None:
         """Add applications of a layer, whatever is seen: of a module that says itself how often it uses its parts."""
@@ -237,7 +242,9 @@ class ProductCounter(TorchDispatchMode):
         if origin.places is None:
             # What was computed from weights alone may be an activation, such as that of a learned query: then it is
             # the first factor, or attention multiplies it by bmm.
-            if factor is factors[1] and operation not in (aten.bmm, aten.baddbmm, aten.mul):
+            # A spectrum of a kernel is complex: the product is a convolution by Fourier transforms.
+            activation = factor is not factors[1] or operation in (aten.bmm, aten.baddbmm, aten.mul)
+            if not activation or factor.is_complex():
                 self._unknown |= dict.fromkeys(origin.layers, operation.__name__)
             return
         if operation in flop_registry:
@@ -307,7 +314,12 @@ def _moved(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin], in
 def _keeps_zeros(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin]) -> bool:
     """Return whether an elementwise operation makes zeros of zeros."""
     operation = func.overloadpacket
-    if operation in _COPIES or operation in (aten.mul, aten.div) or "fake_quantize" in operation.__name__:
+    if (
+        operation in _COPIES
+        or operation in (aten.mul, aten.div)
+        or "fake_q" in operation.__name__
+        or "_fq_" in operation.__name__
+    ):
         return True
     given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
     if torch.Tag.pointwise not in func.tags or any(part not in known for part in given):

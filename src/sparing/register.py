@@ -39,6 +39,11 @@ def check_weight(layer: Layer) -> None:
             "torch.nn.utils.parametrize.remove_parametrizations, or leave the layer out with select="
         )
     for place in layer.places:
+        if isinstance(place.module, torch.jit.ScriptModule):
+            raise InputError(
+                f"layer {place.name!r} is compiled by torch.jit.script(), and its weight cannot be replaced by another: "
+                "call sparsify_() before that, or leave it out with select="
+            )
         if getattr(place.module, "max_norm", None) is not None:
             raise InputError(
                 f"layer {place.name!r} renormalizes its weight in place (max_norm={place.module.max_norm}), which a "

@@ -76,7 +76,8 @@ class Report:
         backbone: all but the last Linear, the classifier, which the papers leave out under this name.
         sparsified: the sparsified layers; None if none or all of them are.
         missed: a sentence for each target that is not met, with both numbers.
-        notes: a sentence for each kind of layers whose MACs are not those of their nonzero weights.
+        notes: a sentence for each kind of layers whose MACs are not those of their nonzero weights, or whose weights
+            are not counted.
     """
 
     layers: tuple[Row, ...]
@@ -187,7 +188,7 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
     layers = all_layers(model)
     found = None if input_size is None else find_applications(model, input_size)
     rows = {name: _row(layer, found) for name, layer in layers.items()}
-    notes = tuple(found.notes()) if found else ()
+    notes = (*(found.notes() if found else ()), *_packed(model))
     for note in notes:
         warnings.warn(note, SparsityWarning, stacklevel=2)
     sparse = [rows[name] for name, layer in layers.items() if layer.is_sparsified]
@@ -200,6 +201,19 @@ def report(model: nn.Module, input_size: Example | None = None) -> Report:
         missed=tuple(missed_targets(model)),
         notes=notes,
     )
+
+
+def _packed(model: nn.Module) -> list[str]:
+    """Return a sentence that names the layers whose weights are no parameters, as torch.ao.quantization makes them."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if ".quantized." in type(module).__module__ and hasattr(module, "set_weight_bias") and name[-6:] != "params"
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"the weights of {', '.join(map(repr, names[:3]))}{more} are quantized and packed, and are in no sum"]
 
 
 def _classifier(model: nn.Module, layers: Mapping[str, Layer]) -> str | None:

@@ -114,6 +114,8 @@ class RunState(nn.Module):
         self.take_state(source.state())
 
     def __call__(self, weight: Tensor) -> Any:
+        if isinstance(weight, torch.fx.Proxy):  # a leaf of the graph that torch.fx traces
+            return weight.tracer.create_proxy("call_module", weight.tracer.path_of_module(self), (weight,), {})
         # A plain tensor in place of the parameter is a trial, as of functional_call, and says nothing of this module.
         if isinstance(self._weight(), nn.Parameter):
             self.refresh()
