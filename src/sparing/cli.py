@@ -131,10 +131,8 @@ def sweep(
     out = out or Path("runs") / sweep.stem
     with _interruptible(shlex.join(["sparing", *sys.argv[1:]])):
         table = run_sweep(loaded, out, storage=storage, trials=trials, console=Console(quiet=as_json, markup=False))
-    if as_json:
-        print(json.dumps({"out": str(out), "trials": json.loads(table.to_json(orient="records"))}))
-    else:
-        print(f"{tables.front_table(table)}\nWritten to {out}")
+    result = {"out": str(out), "trials": json.loads(table.to_json(orient="records"))}
+    print(json.dumps(result) if as_json else f"{tables.front_table(table)}\nWritten to {out}")
 
 
 @app.command("eval")
@@ -162,11 +160,9 @@ def eval_(
         else:
             opened = Run.open(run)
             result, report = opened.evaluate(part, weights), opened.report(weights)
-    if as_json:
-        counts = {key: getattr(report.total, key) for key in ("sparsity", "weights", "nonzero", "macs")}
-        print(json.dumps({**result.as_dict(), **counts, "part": part}))
-    else:
-        print(tables.evaluation_line(result, report.total.sparsity, part))
+    counts = {key: getattr(report.total, key) for key in ("sparsity", "weights", "nonzero", "macs")}
+    shown = tables.evaluation_line(result, report.total.sparsity, part)
+    print(json.dumps({**result.as_dict(), **counts, "part": part}) if as_json else shown)
 
 
 @app.command()
@@ -213,11 +209,10 @@ def export(
     with _busy(f"exporting to {to}", as_json):
         written = Run.open(run).export(to, out, remove_filters)
     dense = (run / "model.safetensors").stat().st_size
-    if as_json:
-        print(json.dumps({**vars(written), "path": str(written.path), "dense_bytes": dense}))
-    else:
-        checked = f"; maximum relative error against PyTorch {written.error:.1g}" if written.error else ""
-        print(f"Written to {written.path}: {written.bytes:,} bytes ({dense:,} bytes dense){checked}")
+    result = {**vars(written), "path": str(written.path), "dense_bytes": dense}
+    checked = f"; maximum relative error against PyTorch {written.error:.1g}" if written.error else ""
+    shown = f"Written to {written.path}: {written.bytes:,} bytes ({dense:,} bytes dense){checked}"
+    print(json.dumps(result) if as_json else shown)
 
 
 @app.command()
@@ -273,12 +268,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the STR release."""
     written = str_release.convert_file(file, arch, out, keep_thresholds=keep_thresholds, names=names)
-    if as_json:
-        print(json.dumps({"out": str(out), "arch": arch, **written}))
-    elif keep_thresholds:
-        print(f"Written to {out}: {arch}, {written['weights']:,} weights and {written['thresholds']} thresholds")
-    else:
-        print(f"Written to {out}: {arch}, {written['nonzero']:,} of {written['weights']:,} weights are nonzero")
+    result = {"out": str(out), "arch": arch, **written}
+    print(json.dumps(result) if as_json else f"Written to {out}: {arch}, {tables.converted_counts(written)}")
 
 
 @budget_app.command("list")

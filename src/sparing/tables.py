@@ -199,6 +199,13 @@ def evaluation_line(result: Evaluation, sparsity: float, part: str) -> str:
     )
 
 
+def converted_counts(written: dict[str, int | None]) -> str:
+    """Return the counts of a converted checkpoint, which `export.str_release.convert_file` returns, as text."""
+    if written["nonzero"] is None:
+        return f"{written['weights']:,} weights and {written['thresholds']} thresholds"
+    return f"{written['nonzero']:,} of {written['weights']:,} weights are nonzero"
+
+
 def front_table(trials: "pd.DataFrame") -> str:
     """Return the trials of a sweep that are on the Pareto front: their objectives and settings."""
     front = trials[trials["front"]].filter(regex="^(number|values|params)")
