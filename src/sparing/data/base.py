@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,12 +160,14 @@ class Splits(SplitDataset, Generic[Part]):
         return replace(self, **{split: getattr(self, split).to(device) for split in SPLITS})  # type: ignore[type-var]
 
 
-def content_hash(*tensors: Any) -> str:
-    """Return a short hash of the bytes of some tensors; None is left out."""
+def content_hash(*values: Any) -> str:
+    """Return a short hash of the bytes of tensors and arrays; other values are left out."""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        if tensor is not None and tensor.numel():  # an empty array of NumPy has strides that view() refuses
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for value in values:
+        if isinstance(value, Tensor) and value.numel():  # an empty array of NumPy has strides that view() refuses
+            value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if isinstance(value, np.ndarray):
+            digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparing.data.base import SPLITS, Shares, Split, SplitDataset, Splits, content_hash
+from sparing.data.base import Shares, Split, Splits
 from sparing.errors import InputError, SparsityWarning
 
 if TYPE_CHECKING:
@@ -101,14 +101,6 @@ class FileData(Splits[ImageFiles]):
 
     def model_arguments(self) -> dict[str, int]:
         return {"num_classes": self.num_classes, "in_channels": 3}
-
-    def fingerprint(self) -> dict[str, object]:
-        files = {split: vars(getattr(self, split)).values() for split in SPLITS}
-        arrays = {split: [each for each in values if isinstance(each, np.ndarray)] for split, values in files.items()}
-        return SplitDataset.fingerprint(self) | {
-            split: content_hash(*(torch.from_numpy(each.view(np.uint8)) for each in found))
-            for split, found in arrays.items()
-        }
 
     def to(self, device: torch.device) -> "FileData":
         return replace(self, device=device)
