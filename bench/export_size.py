@@ -9,8 +9,6 @@ if a file is larger than 1.10 times the bound.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 
 import sparing
+from ledger import commit, write_entry
 from sparing.export import compressed
 from sparing.masks import count_kept, keep_top
 
@@ -87,12 +86,10 @@ def main():
                 f"{row['ratio_to_bound']:.4f}",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    result = {"recipe": "bench/export_size.py", "commit": commit.stdout.strip() or None, "seed": options.seed}
+    result = {"recipe": "bench/export_size.py", "commit": commit(), "seed": options.seed}
     result |= {"torch": torch.__version__, "runs": 1, "hardware": "any: sizes do not depend on it", "rows": rows}
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_entry(options.json, result)
     sys.exit(1 if any(row["ratio_to_bound"] > 1.10 for row in rows) else 0)
 
 

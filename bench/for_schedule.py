@@ -14,11 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparing.files import write_text
+from ledger import ROOT, write_entry
 from sparing.run.recipe import load_recipe
 from sparing.run.training import train_run
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "mnist5k" / "gmp.yaml"
 
 
@@ -28,8 +27,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "for_schedule")
     options = parser.parse_args()
-    ledger = ROOT / "results" / "for_schedule"
-    ledger.mkdir(parents=True, exist_ok=True)
     for sparsity in options.sparsities:
         method = json.dumps({"name": "str", "for_sparsity": sparsity})
         recipe = load_recipe(RECIPE, [f"method={method}", f"seed={options.seed}", "tensorboard=false"])
@@ -43,7 +40,7 @@ def main():
             "threshold_weight_decay": chosen.optimizer.threshold_weight_decay,
             **metrics,
         }
-        write_text(ledger / f"{sparsity:g}-seed{options.seed}.json", json.dumps(entry, indent=2) + "\n")
+        write_entry(ROOT / "results" / "for_schedule" / f"{sparsity:g}-seed{options.seed}.json", entry)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ is left out with a message. Set SPARING_COMMIT where there is no git.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -38,9 +37,8 @@ import lenet
 import small_runs
 import sparing
 import step_overhead
-from ledger import ROOT
+from ledger import ROOT, write_entry
 from sparing.data import DATASETS
-from sparing.files import write_text
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -53,9 +51,7 @@ def write(options, name, content):
     """Write one result, unless this is a trial."""
     facts = small_runs.versions() | {"device": torch.cuda.get_device_name() if CUDA else f"{os.uname().machine} CPU"}
     if not options.smoke:
-        path = ROOT / "results" / "gpu" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content | facts, indent=2) + "\n")
+        write_entry(ROOT / "results" / "gpu" / f"{name}.json", content | facts)
     return content
 
 

@@ -25,10 +25,9 @@ import torch
 from torch import nn
 
 import sparing
+from ledger import commit, write_entry
 from sparing import latency
-from sparing.files import write_text
 
-ROOT = Path(__file__).parent.parent
 WIDTH, LAYERS, STEPS = 2048, 12, 3
 RAMP = {"sparsity": 0.9, "begin": 0, "every": 1}
 TO_TWO = {**RAMP, "end": 2}
@@ -125,14 +124,12 @@ def main():
         floor = "" if row["floor"] is None else f"{row['floor']:.1f}"
         note = "" if row["peak"] <= row["target"] else "above the target"
         print(f"{variant:26}{row['peak']:6.2f}{row['current']:9.2f}{row['target']:8.1f}{floor:>7}   {note}", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = latency.machine()
-    result = {"recipe": "bench/memory.py", "commit": commit or None, "torch": str(torch.__version__)}
+    result = {"recipe": "bench/memory.py", "commit": commit(), "torch": str(torch.__version__)}
     result |= {"processor": machine["processor"], "processors": machine["processors"], "threads": 1}
     result |= {"weights": LAYERS * WIDTH * (WIDTH + 1), "steps": STEPS, "rows": rows}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.json, json.dumps(result, indent=2) + "\n")
+        write_entry(options.json, result)
 
 
 if __name__ == "__main__":

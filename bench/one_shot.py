@@ -13,7 +13,6 @@ Each run writes results/one_shot/<variant>-<percent>-seed<n>.json and is not rep
 """
 
 import argparse
-import json
 from functools import partial
 
 import torch
@@ -21,8 +20,7 @@ from torch.nn import functional as F
 
 import sparing
 from finetune import TOKENS, folder, read_sentences, where
-from ledger import ROOT
-from sparing.files import write_text
+from ledger import ROOT, write_entry
 
 TEST, CALIBRATION, BATCH = 1000, 128, 32
 VARIANTS = {
@@ -119,8 +117,7 @@ def main():
                     "recipe": "bench/one_shot.py", "variant": variant, "percent": percent, "seed": seed, **where(),
                     "sparsity": sparsity, **found,
                 }  # fmt: skip
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                write_text(entry, json.dumps(result, indent=2) + "\n")
+                write_entry(entry, result)
                 print(f"{entry.stem}: {found}", flush=True)
 
 

@@ -21,7 +21,6 @@ with a message. `python bench/results.py table` builds the table of docs/librari
 import argparse
 import ast
 import inspect
-import json
 import logging
 import math
 import os
@@ -34,12 +33,11 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from ledger import ROOT, write_entry
 from sparing.data.image import ImageBatches, fashion_mnist
-from sparing.files import write_text
 from sparing.models import resnet8
 from sparing.schedules import warmup_cosine
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SPARSITY, IMAGES, EPOCHS, BATCH = 0.95, 10_000, 6, 64
 EPOCH = -(-IMAGES // BATCH)
 STEPS = EPOCHS * EPOCH
@@ -316,8 +314,7 @@ def main():
             except ModuleNotFoundError as error:
                 print(f"{variant}: not run: {error}")
                 continue
-            os.makedirs(os.path.dirname(entry), exist_ok=True)
-            write_text(entry, json.dumps(result, indent=2) + "\n")
+            write_entry(entry, result)
             share = result["zeros"] / result["weights"]
             print(f"{variant}-seed{seed}: {100 * result['accuracy']:.2f} % at {100 * share:.3f} % zeros", flush=True)
 

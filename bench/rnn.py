@@ -11,10 +11,8 @@ ranks of the paper in MNN, exported with `sparing.export.mnn.save`. The exports 
 """
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ledger import commit, write_entry
 from sparing.export import mnn, runtimes
 from sparing.models import fastgrnn
 from sparing.rnn import FastGRNN, compact_, is_diagonal
@@ -112,8 +111,7 @@ def main():
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, {options.rounds} rounds")
     result = {"torch": torch.__version__, "device": where, "threads": torch.get_num_threads()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    result |= {"commit": commit.stdout.strip() or None, "rows": []}
+    result |= {"commit": commit(), "rows": []}
 
     def show(what, sides, run, x, repeat, rounds):
         for row in compare(sides, run, x, rounds, repeat):
@@ -144,9 +142,7 @@ def main():
                 sides[f"ranks {w}, {u}"] = InMNN(compacted(low, input=w, hidden=u), x)
             show(f"inference in MNN, {hidden} units", sides, infer, x, 1, many)
     if options.json:
-        path = Path(options.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_entry(options.json, result)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparing.files import write_text
+from ledger import ROOT, write_entry
 from sparing.run.build import build_data
 from sparing.run.recipe import load_recipe
 from sparing.run.training import train_run
 
-ROOT = Path(__file__).parent.parent
 UNITS = 32
 DECAYS = (0.4, 0.6, 1.0)
 DENSE = ["method=null", "select=null"]
@@ -44,8 +43,7 @@ def run(data, kind, seed, changes, root, console):
     with tempfile.TemporaryDirectory() as folder:
         metrics = train_run(recipe, Path(folder) / "run", console=Console(quiet=True))
     entry = {"recipe": str(path.relative_to(ROOT)), "kind": kind, "changes": changes, "examples": sizes, **metrics}
-    entry_path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(entry_path, json.dumps(entry, indent=2) + "\n")
+    write_entry(entry_path, entry)
     found = "/".join(str(row["rank"]) for row in metrics["weight_ranks"].values())
     console.print(
         f"{data} {kind} seed {seed}: {100 * metrics['accuracy']:.2f} %, ranks {found}, {metrics['seconds']:.0f} s"

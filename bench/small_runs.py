@@ -13,7 +13,6 @@ table` builds the tables of docs/choosing.md.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -32,8 +31,7 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 import sparing
-from ledger import ROOT
-from sparing.files import write_text
+from ledger import ROOT, commit, write_entry
 
 CLIP = 3.0
 """Norm at which gradients are clipped, as in the authors' code of ST-3 and Feather."""
@@ -330,8 +328,7 @@ def run_all(jobs, roots, out, processes, deadline, device):
             if isinstance(result, str):
                 print(f"{job.data} {job.name}: {result}", flush=True)
                 continue
-            entries[job].parent.mkdir(parents=True, exist_ok=True)
-            write_text(entries[job], json.dumps(result | versions(), indent=2) + "\n")
+            write_entry(entries[job], result | versions())
             print(
                 f"{time.monotonic() - begin:5.0f} s  {job.data} {job.name}: {100 * result['accuracy']:.2f} %, "
                 f"sparsity {100 * result['sparsity']:.2f} %, {result['macs'] / 1e6:.3f} M MACs, "
@@ -342,13 +339,7 @@ def run_all(jobs, roots, out, processes, deadline, device):
 
 def versions():
     """Return commit and versions. CUDA is left alone: the multi-process service must be the first to start."""
-    commit = (
-        os.environ.get("SPARING_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip()
-    )
-    return {"commit": commit or None, "torch": torch.__version__, "threads": 1}
+    return {"commit": commit(), "torch": torch.__version__, "threads": 1}
 
 
 def chosen_jobs(data, variants, sparsities, seeds, epochs, batch, steps=None):

@@ -19,14 +19,12 @@ The naive formula is that of the 2020 release, sign(w) · relu(|w| − sigmoid(s
 import argparse
 import copy
 import itertools
-import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,6 +32,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import sparing
+from ledger import commit, write_entry
 from sparing.schedules import to_step
 
 STEPS = 1000
@@ -249,8 +248,7 @@ def main():
         spread = f"{imports['lowest']:.3f} to {imports['highest']:.3f}"
         print(f"import sparing / import torch: {imports['ratio']:.3f} ({spread})")
     chosen = {key: value for key, value in vars(options).items() if key != "json"}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    result = {"commit": commit.stdout.strip() or None, "torch": torch.__version__, "device": where}
+    result = {"commit": commit(), "torch": torch.__version__, "device": where}
     result |= {"threads": torch.get_num_threads(), "options": chosen, "import": imports, "rows": []}
     clock = time.process_time if options.cpu_time else time.perf_counter
     for name, mode in itertools.product(options.model, options.mode):
@@ -267,7 +265,7 @@ def main():
                 flush=True,
             )
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_entry(options.json, result)
 
 
 if __name__ == "__main__":
