@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from sparing.allocation import Allocation
 from sparing.budget import Budget, check_target
 from sparing.errors import InputError
 from sparing.layers import Layer
-from sparing.parametrizations import Sparse
+from sparing.parametrizations import Mask, Sparse
 from sparing.patterns import NM, Pattern, Unstructured
 from sparing.schedules import Updates, check_positions
 
@@ -202,6 +203,8 @@ class Plan:
 class Ranking(Method):
     """Abstract: a method that ranks weights and keeps the best. A subclass defines the score and the schedule.
 
+    A run starts dense, unless the subclass makes other masks in `parametrizations`.
+
     Args:
         sparsity: target sparsity, a fraction in [0, 1): of each layer with budget="uniform", of all layers together
             otherwise. Leave it out with a Budget or an N:M pattern.
@@ -273,6 +276,10 @@ class Ranking(Method):
                 "must have one size in all layers: use Block(n), or leave layers out with select="
             )
         return Plan(allocation, self.updates(steps))
+
+    def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
+        """Return masks that keep all weights, until the method sets others."""
+        return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def limited_to(self, layers: Layers, plan: Any, model: nn.Module, steps: int | None) -> Any:
         if isinstance(plan.allocation.kept, int):  # of all layers together

@@ -28,13 +28,17 @@ have other keys."""
 class Operator(torch.autograd.Function):
     """Abstract: a differentiable function; its output has shape and dtype of the first input that is a tensor.
 
-    A subclass defines `forward`, `setup_context`, which keeps tensors with `save`, and `backward`. Call it with
-    `apply_operator`.
+    A subclass defines `forward` and `backward`, and `setup_context`, which keeps tensors with `save`, if `backward`
+    does not need all inputs. Call it with `apply_operator`.
     """
 
     generate_vmap_rule = True
     with_jvp: "type[Operator]"
     eager: type[torch.autograd.Function]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, *inputs)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparing.allocation import Allocation, magnitude
 from sparing.budget import Budget
 from sparing.errors import InputError
-from sparing.method import Layers, Optimizers, Parametrizations, Ranking
+from sparing.method import Layers, Optimizers, Ranking
 from sparing.optimizers import parameters_of, reset_state
 from sparing.parametrizations import Mask
 from sparing.schedules import Updates, to_step
@@ -90,9 +90,6 @@ class ACDC(Ranking):
                 f"between step {begin} and step {end}"
             )
         return Phases(super().prepare(model, layers, steps).allocation, begin, end, length)
-
-    def parametrizations(self, layers: Layers, plan: Phases) -> Parametrizations:
-        return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def resets(self, sparsifier: Sparsifier, optimizers: Optimizers) -> Iterable[Tensor]:
         return parameters_of(optimizers)

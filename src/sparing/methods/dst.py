@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparing.layers import filter_shape
 from sparing.method import Layers, Method, Optimizers, Parametrizations
-from sparing.operators import Operator, apply_operator, save
+from sparing.operators import Operator, apply_operator
 from sparing.parametrizations import Sparse, learned_number
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
@@ -63,10 +63,6 @@ class _StepMask(Operator):
     @staticmethod
     def forward(weight: Tensor, t: Tensor) -> Tensor:
         return weight * (weight.abs() - t > 0).to(weight.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        save(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

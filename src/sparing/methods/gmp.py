@@ -16,7 +16,6 @@ al. prune below a multiple of the standard deviation, in several rounds; here th
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sparing.allocation import Score, magnitude
@@ -71,7 +70,7 @@ class GMP(Ranking):
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         if plan.updates is not None and plan.updates.end == 0:
             return {name: Mask(mask) for name, mask in plan.allocation.masks(self._scores).items()}
-        return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
+        return super().parametrizations(layers, plan)
 
     def after_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.due and sparsifier.plan.updates.end > 0:

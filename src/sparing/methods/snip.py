@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sparing.budget import Budget
 from sparing.layers import Layer
-from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking, check_gradients
-from sparing.parametrizations import Mask
+from sparing.method import Optimizers, Ranking, check_gradients
 from sparing.patterns import Units
 from sparing.sparsifier import Sparsifier
 
@@ -46,9 +45,6 @@ class SNIP(Ranking):
     name = "snip"
 
     budget: Budget | str = "global"
-
-    def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
-        return {name: Mask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step == 0:
