@@ -223,7 +223,7 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
             "this is an exported program, whose graph computes the effective weights of a sparsified model: give the "
             "model itself, or export it after sparing.densify_()"
         )
-    made = {name: _original(each) for name, each in made_by.items()}
+    made = {name: _original(each) for name, each in made_by.items()}  # type: ignore[arg-type]
     for name, parameter in {**dict(module._parameters.items()), **made}.items():
         if parameter is None or "bias" in name or isinstance(module, (Sparse, parametrize.ParametrizationList)):
             continue
