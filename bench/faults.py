@@ -484,13 +484,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             ends = list(function(Path(folder), options.count or count, random.Random(name), figures))
         lost = [wrong for _, wrong in ends if wrong]
-        result = {
-            "name": name,
-            "experiment": function.__doc__,
-            "tried": len(ends),
-            "lost": len(lost),
-            "what": lost[:100],
-        }
+        result = {"name": name, "experiment": function.__doc__, "tried": len(ends), "lost": len(lost)}
         result |= {"outcomes": dict(sorted(Counter(outcome for outcome, _ in ends).items())), "figures": figures}
         result |= {"commit": training._commit(), "device": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
         result |= {"torch": torch.__version__, "seconds": round(time.perf_counter() - began)}
