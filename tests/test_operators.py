@@ -88,6 +88,7 @@ def functions():
 
 # Forward mode and torch.compile use functions that torch itself deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:vmap maps over weights")  # here it maps over copies of one weight
 @pytest.mark.parametrize("name", functions())
 def test_large_tensors_have_second_derivatives_and_transforms(name):
     function = functions()[name]
