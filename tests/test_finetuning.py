@@ -119,7 +119,7 @@ def test_thresholds_have_a_learning_rate_of_their_own():
 
     assert rates(STR(sparsity=0.5)) == {"weights": None, "thresholds": None}
     assert rates(STR(), threshold_lr=0.5) == {"weights": None, "thresholds": 0.5}
-    assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.2}
+    assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.1}
     assert rates(STRFeather(sparsity=0.5), threshold_lr=0.0) == {"weights": None, "thresholds": 0.0}
     with pytest.raises(InputError, match="threshold_lr must be ≥ 0, got -1"):
         rates(STR(), threshold_lr=-1)

@@ -168,18 +168,19 @@ class LearnedThreshold(Sparse):
     """Abstract: a threshold that is learned through s.
 
     t = scale · g(s)                   in units of a weight
-    t = scale · rms(W) · g(s)          in units of the layer, if `weight` is given
+    t = scale · √‖W‖ · g(s)            in units of the layer, if `weight` is given
 
     Args:
         s: the learned number, of a shape that broadcasts to the weight. The same Parameter in
             several modules makes them share one threshold.
         g: the map from s to numbers ≥ 0.
         scale: a constant factor, the k of k · sigmoid.
-        weight: the dense weight W, whose root mean square `measure` takes. It is saved with the model.
+        weight: the dense weight W, whose norm ‖W‖, the root of the sum of squares, `measure` takes.
     """
 
     decays: ClassVar[Mapping[str, str]] = {"s": "thresholds"}
-    rms: Tensor | None = None
+    unit: Tensor | None = None
+    """√‖W‖, saved with the model; None where thresholds are in units of a weight."""
 
     def __init__(
         self, s: nn.Parameter, g: Callable[[Tensor], Tensor], scale: float = 1.0, weight: Tensor | None = None
@@ -190,7 +191,7 @@ class LearnedThreshold(Sparse):
         self.scale = scale
         if weight is not None:
             # Measured at the first update: before it, the weights of ranks may differ. Until then nothing is pruned.
-            self.register_state("rms", torch.zeros((), dtype=torch.float32, device=weight.device))
+            self.register_state("unit", torch.zeros((), dtype=torch.float32, device=weight.device))
 
     def threshold(self) -> Tensor:
         return self.threshold_at(self.s)
@@ -199,14 +200,14 @@ class LearnedThreshold(Sparse):
         """Return the threshold for another s."""
         t = self.g(s)
         t = t if self.scale == 1.0 else self.scale * t
-        return t if self.rms is None else self.rms * t
+        return t if self.unit is None else self.unit * t
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
-        """Take the root mean square of the dense weight, if thresholds are in units of it."""
-        if self.rms is not None:
+        """Take the norm of the dense weight, if thresholds are in units of it."""
+        if self.unit is not None:
             norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            self.rms.copy_(norm / max(weight.numel(), 1) ** 0.5)
+            self.unit.copy_(norm.sqrt())
 
     def extra_repr(self) -> str:
         return f"g={getattr(self.g, '__name__', repr(self.g))}, scale={self.scale}, s={tuple(self.s.shape)}"

@@ -1,11 +1,11 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
-    t_l = k · rms(W_l) · sigmoid(s_l)                               one s per layer
+    t_l = √‖W_l‖ · exp(s_l)                                         one s per layer
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
     G_l = −dt_l/ds_l · Σ dS ⊙ sign(S)                               dL/ds of STR
-    s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩,  η = 2 / steps
+    s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩,  η = 1 / steps
     s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
 
 C_l is the cost that layer l saves per unit of s_l, and G − μ C is the gradient along the directions that keep the
@@ -15,8 +15,9 @@ divided by its root mean square over the layers, and multiplied by 1 − β wher
 learning rate η suits SGD and AdamW.
 
 Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
-units of the root mean square of W_l, so that layers whose weights differ in size start with equal sparsities. rms(W_l)
-is measured at every update; nothing is pruned before the first one.
+units of the layer. With one threshold for all layers, the sizes of their weights decide how sparse each becomes. With
+thresholds in multiples of ‖W_l‖, large layers would lose nearly all of their weights. The square root is between them.
+‖W_l‖ is measured at every update; nothing is pruned before the first one.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
@@ -39,7 +40,7 @@ from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 from sparing.target import Rescaling, rescale
 
-TRAVEL = 2.0
+TRAVEL = 1.0
 """How far s can move in a run by its gradient."""
 
 NEAR = 0.05
@@ -57,8 +58,7 @@ class STRFeather(Rescaling):
     Args:
         theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if `sparsity` is above 0.95,
             and 1 otherwise, as in Feather.
-        init: the value s starts from, in [-100, 0].
-        scale: k; weights of more than k root mean squares are never pruned.
+        init: the value s starts from, in [-64, 0].
 
     Raises:
         InputError: there is no target, or a value is out of range.
@@ -74,7 +74,6 @@ class STRFeather(Rescaling):
     end: int | float = 0.5
     theta: float | None = None
     init: float = -5.0
-    scale: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,8 +81,7 @@ class STRFeather(Rescaling):
             raise InputError("STRFeather: give sparsity=, a fraction in [0, 1), or macs=")
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
-        check_number(self, "init", "[-100, 0]")
-        check_number(self, "scale", "(0, inf)")
+        check_number(self, "init", "[-64, 0]")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {name: self._parametrization(layer) for name, layer in layers.items()}
@@ -119,15 +117,14 @@ class STRFeather(Rescaling):
     def _parametrization(self, layer: Layer) -> LearnedThreshold:
         s = learned_number((1,), self.init, layer.weight)
         theta = self.theta if self.theta is not None else 0.5 if (self.sparsity or 0) > 0.95 else 1.0
-        return FeatherLearnedThreshold(s, self.scale, layer.weight, theta, self.pattern.units(layer))
+        return FeatherLearnedThreshold(s, layer.weight, theta, self.pattern.units(layer))
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
-    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = k · rms(W) · sigmoid(s).
+    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = √‖W‖ · exp(s).
 
     Args:
         s: shape (1,).
-        scale: k.
         weight: W.
         theta: θ.
         units: what is pruned together.
@@ -138,8 +135,8 @@ class FeatherLearnedThreshold(LearnedThreshold):
 
     saving: Tensor
 
-    def __init__(self, s: nn.Parameter, scale: float, weight: Tensor, theta: float, units: Units) -> None:
-        super().__init__(s, torch.sigmoid, scale, weight)
+    def __init__(self, s: nn.Parameter, weight: Tensor, theta: float, units: Units) -> None:
+        super().__init__(s, torch.exp, weight=weight)
         self.theta, self.units = theta, units
         self.register_state("saving", torch.zeros((), dtype=torch.float32, device=weight.device))
 
@@ -149,10 +146,13 @@ class FeatherLearnedThreshold(LearnedThreshold):
         return None if self.clock is None or not self.clock.steps else TRAVEL / self.clock.steps
 
     def pruned_per_s(self, weight: Tensor) -> Tensor:
-        """Return how many units are pruned per unit of s: those within 5 % of the threshold, over the s between."""
+        """Return how many units are pruned per unit of s: those within 5 % of the threshold, over the s between.
+
+        d ln t / ds = 1, so an interval of 10 % of the threshold is one of 0.1 of s.
+        """
         norm, t = self.units.norm(weight), self.threshold()
         near = ((norm > (1 - NEAR) * t) & (norm < (1 + NEAR) * t)).sum()
-        return near / (2 * NEAR) * torch.sigmoid(-self.s[0])  # d ln t / ds
+        return near / (2 * NEAR)
 
     def forward(self, weight: Tensor) -> Tensor:
         return feather_threshold(weight, self.threshold(), self.theta, self.units.view, self.units.dims)
