@@ -1,9 +1,9 @@
 """Base of methods that are sparse from start to end: they prune weights and regrow as many elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.optimizers import reset_state
 from sparing.parametrizations import Mask, Masked
 from sparing.patterns import Units
-from sparing.schedules import check_number, check_seed
+from sparing.schedules import check_seed
 from sparing.sparsifier import Sparsifier
 
 Kind = TypeVar("Kind", bound=Masked)
@@ -37,6 +37,7 @@ class Growing(Ranking):
     finishes = False
     takes_global = False
     takes_nm = False
+    ranges: ClassVar[Mapping[str, str]] = {"fraction": "(0, 1)"}
 
     budget: Budget | str = "erk"
     fraction: float = 0.3
@@ -46,7 +47,6 @@ class Growing(Ranking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "fraction", "(0, 1)")
         check_seed(self)
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:

@@ -20,7 +20,7 @@ from sparing.errors import InputError
 from sparing.layers import Layer
 from sparing.parametrizations import Mask, Sparse
 from sparing.patterns import NM, Pattern, Unstructured
-from sparing.schedules import Updates, check_positions
+from sparing.schedules import Updates, check_number, check_positions
 
 if TYPE_CHECKING:
     from sparing.sparsifier import Sparsifier
@@ -56,6 +56,8 @@ class Method(ABC):
         sets_weights: whether updates set weights that go on training, so that the optimizer must not keep a copy.
         ramps: whether the sparsity rises to the target, of a method whose plan has units. In a model that is sparse
             already, the ramp then starts at the zeros that are there.
+        ranges: intervals such as "(0, 1)" or "[0, inf)" of the arguments that are numbers, by name. They are checked
+            here.
 
     Examples:
         A method that prunes the smaller half of each layer after the first step:
@@ -79,6 +81,11 @@ class Method(ABC):
     finishes: ClassVar[bool] = True
     sets_weights: ClassVar[bool] = False
     ramps: ClassVar[bool] = False
+    ranges: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for field, interval in self.ranges.items():
+            check_number(self, field, interval)
 
     @property
     def edits_gradients(self) -> bool:
@@ -236,6 +243,7 @@ class Ranking(Method):
     pattern: Pattern = Unstructured()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         who = type(self).__name__
         check_positions(self, *(field for field in ("begin", "end", "phase") if hasattr(self, field)))
         if not isinstance(self.pattern, Pattern):

@@ -120,6 +120,7 @@ class Rescaling(Method):
         return self.rescales
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         who, macs = type(self).__name__, self.macs
         if isinstance(self.pattern, NM) or not isinstance(self.pattern, Pattern):
             raise InputError(

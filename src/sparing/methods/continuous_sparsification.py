@@ -16,7 +16,7 @@ sigmoid(m0), which the code leaves in; evaluation is by the hard mask during the
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparing.method import Layers, Method, Optimizers, Parametrizations
 from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Sparse, in_training_step, learned_number
-from sparing.schedules import check_number, to_step
+from sparing.schedules import to_step
 from sparing.sparsifier import Sparsifier
 
 
@@ -102,15 +102,11 @@ class ContinuousSparsification(Method):
     """
 
     name = "continuous_sparsification"
+    ranges: ClassVar = {"weight": "[0, inf)", "init": "[-10, 10]", "final_temperature": "[1, inf)"}
 
     weight: float
     init: float = 0.05
     final_temperature: float = 200.0
-
-    def __post_init__(self) -> None:
-        check_number(self, "weight", "[0, inf)")
-        check_number(self, "init", "[-10, 10]")
-        check_number(self, "final_temperature", "[1, inf)")
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> int:
         return to_step(1.0, steps, "ContinuousSparsification")

@@ -17,6 +17,7 @@ to the others. The momentum of a regrown weight is cleared; in the code it has d
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from sparing.growing import Growing, MaskUpdate
 from sparing.masks import apportion, keep_top
 from sparing.method import Optimizers
 from sparing.parametrizations import Masked
-from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 
 
@@ -61,17 +61,13 @@ class DSR(Growing):
 
     name = "dsr"
     equal_units = True
+    ranges: ClassVar = {**Growing.ranges, "threshold": "(0, inf)", "tolerance": "(0, 1)"}
 
     budget: Budget | str = "uniform"
     fraction: float = 0.14
     end: int | float = 0.95
     threshold: float = 1e-3
     tolerance: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(self, "threshold", "(0, inf)")
-        check_number(self, "tolerance", "(0, 1)")
 
     def masked(self, mask: Tensor) -> Masked:
         return AdaptiveMask(mask, self.threshold)

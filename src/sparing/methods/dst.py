@@ -26,7 +26,6 @@ from sparing.layers import filter_shape
 from sparing.method import Layers, Method, Optimizers, Parametrizations
 from sparing.operators import Operator, apply_operator
 from sparing.parametrizations import Sparse, learned_number
-from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 from sparing.threshold import sum_to
 
@@ -97,11 +96,9 @@ class DST(Method):
     """
 
     name = "dst"
+    ranges: ClassVar = {"alpha": "[0, inf)"}
 
     alpha: float
-
-    def __post_init__(self) -> None:
-        check_number(self, "alpha", "[0, inf)")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         thresholds = {name: learned_number(filter_shape(each), 0.0, each.weight) for name, each in layers.items()}

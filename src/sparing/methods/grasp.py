@@ -15,7 +15,7 @@ Linear layers are not initialized again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ from sparing.errors import InputError
 from sparing.group_threshold import wide
 from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking, check_gradients
 from sparing.parametrizations import Masked
-from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
 
 
@@ -70,13 +69,10 @@ class GraSP(Ranking):
     """
 
     name = "grasp"
+    ranges: ClassVar = {"probe": "(0, inf)"}
 
     budget: Budget | str = "global"
     probe: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number(self, "probe", "(0, inf)")
 
     def parametrizations(self, layers: Layers, plan: Plan) -> Parametrizations:
         return {name: ProbedMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in layers.items()}

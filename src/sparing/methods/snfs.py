@@ -17,6 +17,7 @@ regrows at most 99 % of its pruned weights. The total is conserved exactly. Coun
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from sparing.masks import apportion, keep_top
 from sparing.method import Optimizers
 from sparing.operators import masked
 from sparing.parametrizations import Masked, straight_through
-from sparing.schedules import check_number, cosine
+from sparing.schedules import cosine
 from sparing.sparsifier import Sparsifier
 
 
@@ -64,6 +65,7 @@ class SNFS(Growing):
 
     name = "snfs"
     equal_units = True
+    ranges: ClassVar = {**Growing.ranges, "final_fraction": "(0, 1)", "momentum": "(0, 1)"}
 
     budget: Budget | str = "uniform"
     fraction: float = 0.5
@@ -73,8 +75,6 @@ class SNFS(Growing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "final_fraction", "(0, 1)")
-        check_number(self, "momentum", "(0, 1)")
         if self.final_fraction > self.fraction:
             raise InputError(f"SNFS: final_fraction={self.final_fraction} is larger than fraction={self.fraction}")
 

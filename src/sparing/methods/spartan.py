@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from sparing.method import Layers, Optimizers, Parametrizations, Plan, Ranking
 from sparing.operators import masked
 from sparing.parametrizations import Masked, straight_through
 from sparing.patterns import Units
-from sparing.schedules import Updates, check_number, to_step
+from sparing.schedules import Updates, to_step
 from sparing.sparsifier import Sparsifier
 
 MOST_ITERATIONS = 100
@@ -67,6 +68,7 @@ class Spartan(Ranking):
     takes_nm = False
     equal_units = True
     ramps = True
+    ranges: ClassVar = {"beta_first": "(0, inf)", "beta_last": "(0, inf)"}
 
     budget: Budget | str = "global"
     begin: int | float = 0.2
@@ -77,8 +79,6 @@ class Spartan(Ranking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "beta_first", "(0, inf)")
-        check_number(self, "beta_last", "(0, inf)")
         if self.beta_last < self.beta_first:
             raise InputError(
                 f"Spartan: beta_last must be at least beta_first={self.beta_first!r}, got {self.beta_last!r}"

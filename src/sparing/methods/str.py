@@ -18,7 +18,7 @@ Deviations: s has shape (1,) where the paper's code has (1, 1); it is kept in fl
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from sparing.layers import Layer, filter_shape
 from sparing.method import Layers, Parametrizations
 from sparing.parametrizations import LearnedThreshold, SoftThreshold, learned_number
 from sparing.patterns import Units, Unstructured
-from sparing.schedules import check_number
 from sparing.target import Rescaling
 from sparing.threshold import MAPS
 
@@ -64,6 +63,7 @@ class STR(Rescaling):
     """
 
     name = "str"
+    ranges: ClassVar = {"init": "(-inf, inf)", "scale": "(0, inf)"}
 
     init: float = -5.0
     g: str | Callable[[Tensor], Tensor] = "sigmoid"
@@ -71,8 +71,7 @@ class STR(Rescaling):
     granularity: str = "layer"
 
     def __post_init__(self) -> None:
-        check_number(self, "init", "(-inf, inf)")
-        check_number(self, "scale", "(0, inf)")
+        super().__post_init__()
         if self.granularity not in GRANULARITIES:
             raise InputError(
                 f"STR: unknown granularity {self.granularity!r}; {nearest(str(self.granularity), GRANULARITIES)}"
@@ -88,7 +87,6 @@ class STR(Rescaling):
             raise InputError(f"STR: pattern={self.pattern} needs granularity 'layer', got {self.granularity!r}")
         if self.rescales and (self.granularity == "global" or callable(self.g)):
             raise InputError("STR: a target needs a granularity other than 'global', and a g known by name")
-        super().__post_init__()
 
     @classmethod
     def for_schedule(

@@ -15,7 +15,7 @@ forward pass and for the whole batch. The mean is the same, the gradients are no
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sparing.method import Layers, Method, Parametrizations
 from sparing.operators import Operator, apply_operator, save
 from sparing.parametrizations import Sparse, in_training_step, learned_number
-from sparing.schedules import Updates, check_number, check_positions
+from sparing.schedules import Updates, check_positions
 from sparing.sparsifier import Sparsifier
 
 CLIP = 8.0
@@ -126,6 +126,7 @@ class VariationalDropout(Method):
     """
 
     name = "variational_dropout"
+    ranges: ClassVar = {"kl_weight": "(0, inf)", "init": "(-inf, inf)", "cut": "(-inf, inf)"}
 
     kl_weight: float
     begin: int | float = 0.0
@@ -134,10 +135,8 @@ class VariationalDropout(Method):
     cut: float = 3.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positions(self, "begin", "end")
-        check_number(self, "kl_weight", "(0, inf)")
-        check_number(self, "init", "(-inf, inf)")
-        check_number(self, "cut", "(-inf, inf)")
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> Updates:
         return Updates.resolve(self, self.begin, self.end, 1, steps)
