@@ -41,8 +41,8 @@ def check_weight(layer: Layer) -> None:
     for place in layer.places:
         if isinstance(place.module, torch.jit.ScriptModule):
             raise InputError(
-                f"layer {place.name!r} is compiled by torch.jit.script(), and its weight cannot be replaced by another: "
-                "call sparsify_() before that, or leave it out with select="
+                f"layer {place.name!r} is compiled by torch.jit.script(), and its weight cannot be replaced by another"
+                ": call sparsify_() before that, or leave it out with select="
             )
         if getattr(place.module, "max_norm", None) is not None:
             raise InputError(
