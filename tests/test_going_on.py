@@ -92,6 +92,7 @@ RAMPS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*every weight of")
 @pytest.mark.parametrize("budget", ["global", "uniform"])
 @pytest.mark.parametrize("name", RAMPS)
 def test_a_sparse_model_is_never_less_sparse_on_its_way_to_a_higher_target(name, budget):
@@ -107,6 +108,7 @@ def test_a_sparse_model_is_never_less_sparse_on_its_way_to_a_higher_target(name,
         assert 0.7 < sparsifier.clock.start < 0.9 or name == "gmp_block"
 
 
+@pytest.mark.filterwarnings("ignore:.*every weight of")
 def test_the_ramp_starts_at_the_share_of_the_way_that_the_zeros_are_and_ends_exact():
     model = pruned(0.8)
     total = sparing.report(model).total.weights
@@ -120,6 +122,7 @@ def test_the_ramp_starts_at_the_share_of_the_way_that_the_zeros_are_and_ends_exa
     assert seen[19] == pytest.approx(halfway, abs=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*every weight of")
 @pytest.mark.parametrize("name", ["gmp", "spartan", "feather", "str_feather"])
 def test_a_run_that_went_on_from_zeros_resumes_to_the_last_bit(name):
     straight, resumed = pruned(), mlp()

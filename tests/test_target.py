@@ -256,6 +256,7 @@ def test_macs_are_met_over_the_whole_model(macs, pattern):
     assert report.layers[0].nonzero == report.layers[0].weights
 
 
+@pytest.mark.filterwarnings("ignore:.*every weight of")
 @pytest.mark.parametrize("method", [Feather, ST3, ST3Sigma])
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(4), Filters()])
 @pytest.mark.parametrize("macs", [0.3, 14000])

@@ -40,7 +40,7 @@ class Sparsifier(StepHooks):
     """
 
     WATCH_EVERY = 100
-    """Optimizer steps between two looks for layers that have lost every weight."""
+    """Optimizer steps between two looks for layers that have lost every weight; another is at the end of the run."""
 
     def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
@@ -326,7 +326,8 @@ class Sparsifier(StepHooks):
     def _end_step(self) -> None:
         clock = self.clock
         clock.step += 1
-        if not self._checked or clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps:
+        looks = clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps
+        if looks or not self._checked:
             self.drop_lost_layers()
             check_held(self.layers, self.optimizers)
             self._warn_doubts()
@@ -334,7 +335,7 @@ class Sparsifier(StepHooks):
             check_state(self._holders, self.method.resets(self, self.optimizers))
             self._checked = True
         self.method.after_step(self, self._holders)
-        if clock.step % self.WATCH_EVERY == 0:
+        if looks:
             self.warn_collapsed()
         if clock.step == clock.steps:
             warn_missed_target(self.model, clock)
