@@ -543,6 +543,13 @@ def test_a_target_outgrown_by_the_last_step_warns_at_that_step():
         loop.step(5)
 
 
+def test_a_target_missed_by_weights_that_have_diverged_names_them():
+    loop = Loop(STR(sparsity=SPARSITY), 6).train(range(5))
+    loop.sparsifier.layers["2"].weight.data[0, 0] = float("nan")
+    with pytest.warns(SparsityWarning, match="the weights of '0', '2' are NaN or infinite; lower the learning rate"):
+        loop.step(5)
+
+
 @pytest.mark.parametrize("name", ["variational_dropout", "dst", "continuous_sparsification"])
 def test_a_step_without_the_penalty_warns_once_in_a_row(name):
     loop = Loop(any_length(name), 12)

@@ -408,6 +408,14 @@ def test_nan_weights_are_refused_by_name_without_changing_the_model():
     assert not parametrize.is_parametrized(model[0])
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_other_dtypes_are_refused(dtype):
+    model = nn.Linear(4, 4).to(dtype)
+    with pytest.raises(InputError, match=f"has {dtype} weights; only floating point of 16 bits or more"):
+        sparing.sparsify_(model, HALF)
+
+
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.parametrize(
     "method", [sparing.GMP(sparsity=0.5, every=1), STR(sparsity=0.5, every=1), sparing.DNW(sparsity=0.5)]

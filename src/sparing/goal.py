@@ -1,7 +1,7 @@
 """The target of a run, and whether it was reached."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ def warn_forgotten(model: nn.Module) -> None:
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
 
 
-def _missed(clock: Clock, layers: Iterable[Layer]) -> str | None:
+def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
     assert clock.goal is not None
     dense, now = _costs(layers)
     if now <= clock.goal:
@@ -206,10 +206,10 @@ def _missed(clock: Clock, layers: Iterable[Layer]) -> str | None:
         f"{100 * (1 - cost / dense):.2f} % ({cost:,} of {dense:,} {clock.unit})" for cost in (clock.goal, now)
     )
     name = clock.method["method"]
-    return f"{name}: the sparsity of the sparsified layers is {has}, the target {wanted}: {_reason(clock)}"
+    return f"{name}: the sparsity of the sparsified layers is {has}, the target {wanted}: {_reason(clock, layers)}"
 
 
-def _reason(clock: Clock) -> str:
+def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
     if clock.step == 0:
         return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
     if clock.steps is not None and clock.step < clock.steps:
@@ -217,6 +217,8 @@ def _reason(clock: Clock) -> str:
             f"{clock.step:,} of {clock.steps:,} optimizer steps were taken; give sparsify_() the optimizer steps of "
             "the run as steps= (not its batches), and call sparsifier.finish() if a gradient scaler skipped some"
         )
+    if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
+        return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
     return (
         "all steps were taken, but weights are larger than the threshold can become, or have grown past it, or "
         "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "

@@ -65,8 +65,10 @@ def check_weight(layer: Layer) -> None:
             f"layer {layer.name!r} was made or is sparsified within torch.inference_mode(), and could not be trained: "
             "call sparsify_() outside of it, on a model that was made outside of it"
         )
-    if not weight.is_floating_point():
-        raise InputError(f"layer {layer.name!r} has {weight.dtype} weights; only floating point can be sparsified")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise InputError(
+            f"layer {layer.name!r} has {weight.dtype} weights; only floating point of 16 bits or more is supported"
+        )
     if weight.numel() == 0:
         raise InputError(f"layer {layer.name!r} has no weights: its shape is {tuple(weight.shape)}")
     if not weight.is_meta:
