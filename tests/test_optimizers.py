@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from harness import SETTINGS, make
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import sparing
@@ -580,6 +582,10 @@ def test_a_model_that_is_wrapped_already_is_refused(one_process):
     with pytest.raises(InputError, match="is wrapped in DistributedDataParallel, .* wrap it after sparsify_"):
         sparing.sparsify_(nn.parallel.DistributedDataParallel(model), sparing.STR())
     sparing.sparsify_(model, sparing.STR())
+    model = nn.Linear(4, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match=r"is sharded already, .* call sparsify_\(\) before fully_shard\(\)"):
+        sparing.sparsify_(model, sparing.STR())
 
 
 @quiet

@@ -276,7 +276,7 @@ def _spans(model: nn.Module) -> Iterator[tuple[int, int, str]]:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Check that DistributedDataParallel does not hold the model: parametrized weights lose its hooks.
+    """Check that the model is neither in DistributedDataParallel nor sharded: parametrized weights lose the hooks.
 
     Raises:
         InputError: it does.
@@ -285,4 +285,9 @@ def check_not_wrapped(model: nn.Module) -> None:
         raise InputError(
             "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
             "are sparsified later: wrap it after sparsify_()"
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputError(
+            "the model is sharded already, by fully_shard() or tensor parallelism, and weights sparsified later would "
+            "not be gathered: call sparsify_() before fully_shard()"
         )

@@ -47,7 +47,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         InputError: nothing is selected, or only frozen layers; a name matches nothing; a layer is selected twice or
             sparsified already; a weight is not finite, not floating point or not initialized; another parametrization
             computes it and the method works on its gradient; the weights are sparser than the target; the method needs
-            `steps` or refuses the model; the model is wrapped in DistributedDataParallel.
+            `steps` or refuses the model; the model is wrapped in DistributedDataParallel or sharded.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
