@@ -277,6 +277,10 @@ def test_experts_that_were_all_reached_are_calibrated():
     ("batches", "message"),
     [
         ([], "there is no batch"),
+        (
+            [(torch.ones(1, 4), torch.ones(1))],
+            r"cannot be called with a batch: .* give \(\(x,\) for x, label in loader\)",
+        ),
         ([[1, 2]], "a batch must be a tensor, a tuple .* got list"),
         ([{"input": "text"}], "a batch must be a tensor"),
         ([torch.full((1, 4), torch.nan)], "inputs of layer 'weight' are NaN or infinite"),

@@ -369,6 +369,8 @@ def test_a_selection_of_nothing_names_the_weights_of_the_model():
         (["00"], "no layer is named '00'; did you mean '0'"),
         ("0", "is a string; give a list"),
         ([], "select chose no layer"),
+        (nn.Linear, r"for classes of modules, give sparing.select.of_type\(nn.Linear\)"),
+        (["0", nn.Linear], "must be a predicate .* or a list of layer names"),
     ],
 )
 def test_a_bad_selection_is_refused(choice, message):
@@ -406,6 +408,21 @@ def test_nan_weights_are_refused_by_name_without_changing_the_model():
     with pytest.raises(InputError, match="'2' holds 2 weights that are NaN or infinite, of 24"):
         sparing.sparsify_(model, HALF)
     assert not parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: sparing.sparsify_(model, HALF),
+        sparing.densify_,
+        sparing.report,
+        lambda model: sparing.param_groups(model, 0.1),
+    ],
+)
+@pytest.mark.parametrize("model", [nn.Linear(2, 2).state_dict(), [nn.Linear(2, 2)], nn.Linear])
+def test_what_is_no_module_is_refused(model, call):
+    with pytest.raises(InputError, match=f"must be a torch.nn.Module, got {type(model).__name__}"):
+        call(model)
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")

@@ -130,8 +130,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         batch = None
         for batch in batches:
             args, kwargs = _arguments(batch)
-            with inputs:
-                model(*args, **kwargs)
+            try:
+                with inputs:
+                    model(*args, **kwargs)
+            except TypeError as error:
+                raise InputError(
+                    f"calibrate(): the model cannot be called with a batch: {error}. Of a loader with labels, give "
+                    "((x,) for x, label in loader)"
+                ) from error
             inputs.drop_copies()
         if batch is None:
             raise InputError("calibrate(): there is no batch in batches")

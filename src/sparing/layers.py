@@ -257,16 +257,27 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
     return name in module._parameters or parametrize.is_parametrized(module, name)
 
 
+def check_module(model: nn.Module) -> None:
+    """Check that a model is a module.
+
+    Raises:
+        InputError: it is something else, such as a state dict.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def all_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all layers of a model by name, in module order: every parameter that is a matrix or a kernel.
 
     Raises:
-        InputError: the model is sharded by FSDP1.
+        InputError: the model is sharded by FSDP1, or is no module.
 
     Examples:
         >>> list(all_layers(nn.Sequential(nn.Embedding(9, 2), nn.ReLU(), nn.LSTM(2, 2))))
         ['0', '2.weight_ih_l0', '2.weight_hh_l0']
     """
+    check_module(model)
     places: dict[int, list[Place]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         if module._parameters:

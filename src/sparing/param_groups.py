@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from sparing.errors import InputError
-from sparing.layers import NORMALIZATIONS
+from sparing.layers import NORMALIZATIONS, check_module
 from sparing.parametrizations import Sparse
 
 
@@ -44,6 +44,7 @@ def param_groups(
         >>> [group["name"] for group in param_groups(model, weight_decay=1e-4)]
         ['weights', 'thresholds', 'norms']
     """
+    check_module(model)
     decays = {
         "weights": weight_decay,
         "thresholds": weight_decay if threshold_weight_decay is None else threshold_weight_decay,

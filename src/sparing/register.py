@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from sparing.effective_weight import EffectiveWeight
 from sparing.errors import InputError
-from sparing.layers import EMBEDDINGS, Layer, Place
+from sparing.layers import EMBEDDINGS, Layer, Place, check_module
 from sparing.run_state import RunState
 
 
@@ -279,8 +279,9 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Check that the model is neither in DistributedDataParallel nor sharded: parametrized weights lose the hooks.
 
     Raises:
-        InputError: it does.
+        InputError: it is, or it is no module.
     """
+    check_module(model)
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise InputError(
             "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "

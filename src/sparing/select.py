@@ -76,6 +76,12 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     """
     if isinstance(select, str):
         raise InputError(f"select={select!r} is a string; give a list of layer names, such as select=[{select!r}]")
+    names = [] if select is None or callable(select) else list(select)
+    if isinstance(select, type) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"select={select!r} must be a predicate (name, module) -> bool or a list of layer names; for classes of "
+            "modules, give sparing.select.of_type(nn.Linear)"
+        )
     if select is None or callable(select):
         predicate = _Excluding() if select is None else select
         if isinstance(predicate, _Excluding):
@@ -89,7 +95,7 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
                     "torch.nn.utils.weight_norm or prune; remove that first, or leave the module out with select="
                 )
     else:
-        layers = _by_pattern(all_layers(model), select)
+        layers = _by_pattern(all_layers(model), names)
     if not layers:
         raise InputError(f"select chose no layer; {_inventory(model)}")
     for layer in layers.values():
