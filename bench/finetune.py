@@ -39,7 +39,6 @@ VARIANTS = {
     "gmp_global": ("gmp", {"budget": "global"}),
     "feather": ("feather", {}),
     "feather_uniform": ("feather", {"budget": "uniform"}),
-    "feather_early": ("feather", {"begin": 0.0, "end": 0.5}),
     "str": ("str", {}),
     "str_feather": ("str_feather", {}),
 }

@@ -29,7 +29,7 @@ from sparing.data import cifar10_jpeg
 from sparing.files import write_text
 
 STEPS, BATCH, SIZE, RATE, TEST = 400, 32, 64, 1e-3, 2000
-CHOSEN = ("dense", "gmp", "gmp_global", "feather", "feather_uniform", "feather_early", "str_feather")
+CHOSEN = ("dense", "gmp", "gmp_global", "feather", "feather_uniform", "str_feather")
 
 
 def load_model(seed):

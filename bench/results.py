@@ -60,7 +60,6 @@ FINETUNE = {
     "gmp_global": "GMP, global",
     "feather": "Feather",
     "feather_uniform": "Feather, uniform",
-    "feather_early": "Feather, ramp from 0 to 0.5",
     "str": "STR",
     "str_feather": "STR-Feather",
 }
