@@ -1,4 +1,4 @@
-"""The target of a run, and whether it was reached."""
+"""The target of a run, whether it was reached, and layers that were lost on the way."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,6 +195,17 @@ def warn_forgotten(model: nn.Module) -> None:
         trained = any(weight.is_leaf and weight.grad is not None for weight in weights)
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
+
+
+@torch.no_grad()
+def collapsed(layers: Mapping[str, Layer]) -> list[str]:
+    """Return the names of the layers in which every effective weight is zero; none on the meta device."""
+    if not layers or any(layer.weight.is_meta for layer in layers.values()):
+        return []
+    found = [gathered((layer.effective_weight != 0).any()) for layer in layers.values()]
+    # On one device and stacked, so that a GPU is waited for once, not for each layer.
+    active = torch.stack([some.to(found[0].device, non_blocking=True) for some in found])
+    return [name for name, some in zip(layers, active.tolist(), strict=True) if not some]
 
 
 def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:

@@ -6,7 +6,7 @@ used in several places (tied weights, a module used twice) is one layer, named a
 normalizations and other vectors are no layers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
@@ -165,17 +165,6 @@ class Layer:
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from the ranks that FSDP2 (`fully_shard`) has spread it over; all ranks must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def collapsed(layers: Mapping[str, Layer]) -> list[str]:
-    """Return the names of the layers in which every effective weight is zero; none on the meta device."""
-    if not layers or any(layer.weight.is_meta for layer in layers.values()):
-        return []
-    found = [gathered((layer.effective_weight != 0).any()) for layer in layers.values()]
-    # On one device and stacked, so that a GPU is waited for once, not for each layer.
-    active = torch.stack([some.to(found[0].device, non_blocking=True) for some in found])
-    return [name for name, some in zip(layers, active.tolist(), strict=True) if not some]
 
 
 def default(name: str, module: nn.Module) -> bool:

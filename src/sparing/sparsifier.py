@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from sparing.attachment import check_held, check_optimizers, check_penalty, doubts
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
+from sparing.goal import collapsed, goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
 from sparing.hooks import StepHooks
-from sparing.layers import Layer, collapsed, sparse_layers
+from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward, parameters_of, parts
 from sparing.parametrizations import Clock, Sparse

@@ -25,7 +25,7 @@ BMVC 2023.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class STRFeather(Rescaling):
     """
 
     name = "str_feather"
+    ranges: ClassVar = {"init": "[-64, 0]"}
 
     begin: int | float = 0.0
     end: int | float = 0.5
@@ -81,7 +82,6 @@ class STRFeather(Rescaling):
             raise InputError("STRFeather: give sparsity=, a fraction in [0, 1), or macs=")
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
-        check_number(self, "init", "[-64, 0]")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         return {name: self._parametrization(layer) for name, layer in layers.items()}
