@@ -175,6 +175,8 @@ class Plan:
 
 def _part(tensor: Tensor, first: int, count: int, batch: int) -> Tensor:
     """Return samples [first, first + count) of a tensor of `batch` samples."""
+    if count == batch:
+        return tensor  # whose first dimension may be another one
     rows = len(tensor) // batch
     return tensor[first * rows : (first + count) * rows]
 
