@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("engine_library")
 
 
 class Model(nn.Module):
-    """Every operation of the engine, and attention, an embedding, and sizes that depend on the batch in PyTorch."""
+    """Every operation of the engine, and an embedding and sizes that depend on the batch in PyTorch."""
 
     def __init__(self):
         super().__init__()

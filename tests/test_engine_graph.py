@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import sparing
 from sparing.engine.library import openmp
-from sparing.engine.operations import Affine, Convolution, Copy, Mean
+from sparing.engine.operations import Affine, Attention, Convolution, Copy, Mean
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Window
 from sparing.export.inputs import find_inputs
@@ -159,7 +159,7 @@ class ConvNeXt(nn.Module):
 
 
 class Patches(nn.Module):
-    """Vision transformer without attention: patches are tokens."""
+    """Patches of an image are tokens."""
 
     def __init__(self):
         super().__init__()
@@ -216,12 +216,16 @@ def lenet():
         (Patches, (1, 3, 16, 16), ["2Convolution 1LayerNorm 1Mean"], {"add": 1, "mean": 1}),
         (
             lambda: encoder(norm_first=True, activation="gelu"),
-            torch.randn(7, 3, 16),
-            ["1Convolution 1LayerNorm", "4Convolution 2LayerNorm", "3Convolution 1LayerNorm"],
-            {"scaled_dot_product_attention": 2, "select": 6},
+            torch.randn(2, 3, 16),  # fewer tokens than some batches
+            ["2Attention 8Convolution 4LayerNorm"],
+            {},
         ),
+        (lambda: encoder(batch_first=True), (1, 7, 16), ["2Attention 8Convolution 4LayerNorm"], {}),
     ],
-    ids=["resnet", "mobilenet", "densenet", "inception", "convnext", "lenet", "conv1d", "patches", "transformer"],
+    ids=[
+        "resnet", "mobilenet", "densenet", "inception", "convnext", "lenet", "conv1d", "patches", "tokens first",
+        "batch first",
+    ],
 )  # fmt: skip
 def test_operations_and_outputs(make, example, segments, in_torch):
     engine = compiled(make(), example, threads=2)
@@ -481,6 +485,96 @@ def test_operators_in_torch(cases, segments):
     assert all(call.reason for call in engine.program.calls)
 
 
+def heads(x, number=2):
+    return x.unflatten(-1, (number, -1)).transpose(1, 2)
+
+
+def join(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(*operands, **options):
+    return join(F.scaled_dot_product_attention(*map(heads, operands), **options))
+
+
+def attend_to_parts(parts):
+    """Attention whose query, key and value are parts of one layer."""
+
+    def function(f, x):
+        return join(F.scaled_dot_product_attention(*parts(f(x).unflatten(-1, (2, 3, 2)))))
+
+    return function
+
+
+LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
+ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
+ALONE = "1Attention 1Convolution"
+WITH_ATTENTION = [
+    (lambda f, x: attend(f(x), f(x), f(x)), L, TOKENS, "1Attention 3Convolution"),
+    (lambda f, x: attend(y := f(x), y, y, is_causal=True, scale=0.7), L, (1, 21, 4), ALONE),
+    (lambda f, x: attend(*f(x).split(4, 2)), LARGE, TOKENS, "1Attention 1Convolution 3Copy"),
+    (lambda f, x: attend(*f(x).chunk(3, -1)), LARGE, (1, 1, 4), "1Attention 1Convolution 3Copy"),
+    (attend_to_parts(lambda x: x.permute(3, 0, 2, 1, 4).unbind(0)), LARGE, TOKENS, ALONE),
+    (attend_to_parts(lambda x: [x[..., i, :].transpose(1, 2) for i in (0, 1, -1)]), LARGE, TOKENS, ALONE),
+    (attend_to_parts(lambda x: x.flatten(3).transpose(1, 2).split(2, -1)), LARGE, TOKENS, ALONE),
+    (lambda f, x: F.scaled_dot_product_attention(y := f(x), y, y), L, TOKENS, ALONE),
+    (lambda f, x: F.scaled_dot_product_attention(*[f(x)[:, None]] * 3).squeeze(1), L, TOKENS, ALONE),
+    (lambda f, x: attend(y := f(x), f(y[:, :1] * 2), f(y[:, :1])), L, TOKENS, None),
+    (lambda f, x: attend(y := f(x), y, y, attn_mask=TRIANGLE), L, TOKENS, ALONE),
+    (lambda f, x: attend(y := f(x), y, y, attn_mask=ADDED), L, TOKENS, ALONE),
+    (lambda f, x: attend(f(x), y := f(F.pad(x, (0, 0, 2, 0))), y), L, TOKENS, None),
+]
+"""Function, layer, shape of the input, and the operations in the engine, or None where something runs in PyTorch."""
+
+
+@pytest.mark.parametrize("case", WITH_ATTENTION)
+def test_attention(case):
+    function, layer, shape, operations = case
+    segments, calls = kinds(compiled(run(function, layer()), shape))
+    assert sum(segment.count("Attention") for segment in segments) == 1
+    assert "scaled_dot_product_attention" not in calls
+    if operations is not None:
+        assert (segments, calls) == ([operations], {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_attention(dtype):
+    """A mask that the model computes, or is given, is added to the scores. Layers share it."""
+
+    def function(f, x, lengths):
+        seen = torch.arange(x.shape[1]) < lengths[:, None]
+        mask = seen[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        y = attend(z := f(x), z, z, attn_mask=mask)
+        return attend(y, y, y, attn_mask=mask)
+
+    model = sparse(run(function, nn.Linear(4, 4)))
+    engine = sparing.engine.compile(model, (torch.randn(2, 7, 4), torch.tensor([3, 7])))
+    assert kinds(engine)[0] == ["2Attention 1Convolution"]
+    assert engine.program.calls
+    for lengths in (torch.tensor([1]), torch.tensor([5, 7, 2, 0])):
+        x = torch.randn(len(lengths), 7, 4)
+        torch.testing.assert_close(engine(x, lengths), model(x, lengths))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda f, x: join(F.scaled_dot_product_attention(heads(f(x)), *[heads(f(x))[:, :1]] * 2, enable_gqa=True)),
+        lambda f, x: attend(y := f(x), y, y, attn_mask=torch.eye(3)),
+        lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3),
+        lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3).flatten(1),
+        lambda f, x: join(F.scaled_dot_product_attention(*[heads(f(x)).flip(3)] * 3)),
+        lambda f, x: attend(f(x), x, x),
+        lambda f, x: F.scaled_dot_product_attention(*[f(x)[:, 1:, None]] * 3).flatten(1),
+        lambda f, x: F.scaled_dot_product_attention(*[f(x).reshape(x.shape[0], 2, 3, 2)] * 3).flatten(1),
+    ],
+)
+def test_attention_in_torch(function):
+    _, calls = kinds(compiled(run(function, nn.Linear(4, 4)), TOKENS))
+    assert calls["scaled_dot_product_attention"] == 1
+
+
 def test_levels_put_parallel_branches_into_one_segment():
     def function(one, two, three, four, x):
         shared = one(x)
@@ -707,6 +801,16 @@ def ints(*numbers):
 IMAGES = Images(Count(1, True), 2, 4, 4)
 
 
+def attention(**changes):
+    """A segment of attention of two tokens to themselves, with two heads of two channels."""
+    numbers = dict.fromkeys(("heads", "channels", "queries", "keys", "query_stride", "key_stride", "value_stride"), 2)
+    numbers |= dict.fromkeys(("query_first", "key_first", "value_first"), 0)
+    operation = Attention(1, 0, key=0, value=0, mask=None, scale=1.0, causal=False, **numbers)
+    ports = [Port(number, True, (Count(1, True), Count(2), Count(4))) for number in (0, 1)]
+    shapes = (Matrix(Count(2, True), 4),) * 2
+    return Segment(shapes, (replace(operation, **changes),), (ports[0],), (ports[1],))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -735,13 +839,25 @@ IMAGES = Images(Count(1, True), 2, 4, 4)
         (lambda: segment(lambda o: Copy(output=1, input=0, input_first=0, output_first=0, channels=1)), "is not writ"),
         (lambda: segment(tensors=(IMAGES, Matrix(Count(1, True), 2))), r"2, 4, 4\], not \[batch, 2\]"),
         (lambda: segment(inputs=(Port(0, False, (Count(2),)),)), r"shape \[2\] cannot be \[batch, 2, 4, 4\]"),
+        (lambda: attention(heads=3), r"3 heads and 2 rows per sample do not fit the output, \[2 \* batch, 4\]"),
+        (lambda: attention(queries=3), "2 heads and 3 rows per sample do not fit"),
+        (lambda: attention(keys=3), r"the key must have shape \[3 \* batch, 4\], got \[2 \* batch, 4\]"),
+        (lambda: attention(channels=0), "channels must be an integer in"),
+        (lambda: attention(channels=3), r"the heads of the query end at channel 5 of \[2 \* batch, 4\]"),
+        (lambda: attention(key_first=-1), "the first channel must be an integer in"),
+        (lambda: attention(key_first=1), "the heads of the key end at channel 5"),
+        (lambda: attention(value_stride=0), "the channels from head to head must be an integer in"),
+        (lambda: attention(value_stride=3), "the heads of the value end at channel 5"),
+        (lambda: attention(mask=0), r"the mask must have shape \[2 \* batch, 2\], got"),
+        (lambda: attention(scale=math.inf), "scale must be a number, got inf"),
+        (lambda: attention(causal=1), "causal must be true or false, got 1"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),
         (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),
         (lambda: Matrix(Count(1), 2**24 + 1), "channels must be an integer in"),
     ],
 )  # fmt: skip
 def test_segments_check_themselves(wrong, message):
-    segment()
+    segment(), attention()
     with pytest.raises(sparing.InputError, match=message):
         wrong()
 

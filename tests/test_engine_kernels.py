@@ -194,6 +194,47 @@ class Network:
         self.operations.append(engine.LayerNorm(number, x, weight, bias, epsilon))
         return number
 
+    def attention(self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False):
+        """operands: (number, first channel, channels from head to head) of query, key and value."""
+        tokens, width = (queries, keys, keys), (channels, channels, size)
+
+        def divide(part, index):
+            """Return [samples, heads, tokens, channels]."""
+            _, first, stride = operands[index]
+            sizes = (tokens[index], -1) if tokens_first else (-1, tokens[index])
+            rows = part.view(*sizes, part.shape[1])
+            rows = rows.transpose(0, 1) if tokens_first else rows
+            columns = [rows[..., first + head * stride :][..., : width[index]] for head in range(heads)]
+            return torch.stack(columns, 1)
+
+        values = [self.values[number] for number, _, _ in operands]
+        q, k, v = (divide(value.exact, index) for index, value in enumerate(values))
+        q_error, k_error, v_error = (divide(value.error, index) for index, value in enumerate(values))
+        k, k_error = k.mT, k_error.mT
+        scores, scaled = scale * q @ k, abs(scale) * q.abs() @ k.abs()
+        error = abs(scale) * (q_error @ (k.abs() + k_error) + q.abs() @ k_error) + rounding(scaled, channels + 2)
+        if mask is not None:
+            added, of_mask = (part.view(-1, 1, queries, keys) for part in self.values[mask])
+            scores, error = scores + added, error + of_mask + rounding(added.masked_fill(added == -math.inf, 0))
+        if causal:
+            hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+            scores, error = scores.masked_fill(hidden, -math.inf), error.masked_fill(hidden, 0)
+        error = error + rounding(scores.masked_fill(scores == -math.inf, 0))
+        weights = scores.softmax(-1).nan_to_num(0) if mask is not None else scores.softmax(-1)
+        relative = torch.expm1(2 * error.amax(-1, True)) + tolerance(torch.float32, keys + 8)
+        error = (1 + relative) * (weights @ v_error) + relative * (weights @ v.abs()) + rounding(v.abs().amax() * 1e-30)
+        order = (2, 0, 1, 3) if tokens_first else (0, 2, 1, 3)
+        exact, error = (part.permute(order).flatten(2).flatten(0, 1) for part in (weights @ v, error))
+        number = self.add(exact, error)
+        (query, *of_query), (key, *of_key), (value, *of_value) = operands
+        self.operations.append(
+            engine.Attention(
+                number, query, key, value, mask, heads, channels, queries, keys, *of_query, *of_key, *of_value, scale,
+                causal, tokens_first,
+            )
+        )  # fmt: skip
+        return number
+
     def plan(self, outputs, threads=1, channels_last=False):
         """Return a function from inputs to outputs that calls the engine."""
 
@@ -280,7 +321,8 @@ def windows(draw, size, pool=False, same=False):
 def add_operation(draw, network, kind, generator):
     """Add an operation of some kind with a random input. Do nothing if none fits."""
     images = [i for i, value in enumerate(network.values) if value.exact.dim() == 4]
-    candidates = images if kind in ON_IMAGES else range(len(network.values))
+    matrices = [i for i, value in enumerate(network.values) if value.exact.dim() == 2]
+    candidates = images if kind in ON_IMAGES else matrices if kind == "attention" else range(len(network.values))
     if not candidates:
         return
     x = draw(st.sampled_from(candidates))
@@ -333,6 +375,26 @@ def add_operation(draw, network, kind, generator):
             first = draw(st.integers(0, count - 1))
             pieces.append((i, first, draw(st.integers(1, count - first))))
         network.concatenate(pieces)
+    elif kind == "attention":
+        samples = draw(st.sampled_from([n for n in range(1, shape[0] + 1) if shape[0] % n == 0]))
+        queries, keys = shape[0] // samples, draw(st.sampled_from([1, 2, 5, 7, 18, 33]))
+        if draw(st.booleans()):
+            keys = queries
+        others = [i for i in matrices if len(network.values[i].exact) == samples * keys]
+        if not others:
+            return
+        key, value = (draw(st.sampled_from(others)) for _ in range(2))
+        least = min(network.values[i].exact.shape[1] for i in (x, key))
+        heads = draw(st.integers(1, min(least, network.values[value].exact.shape[1], 4)))
+        size, of_value = (draw(st.integers(1, n // heads)) for n in (least, network.values[value].exact.shape[1]))
+        operands = []
+        for i, width in ((x, size), (key, size), (value, of_value)):
+            room = network.values[i].exact.shape[1] - width
+            stride = draw(st.integers(1, max(1, room // max(1, heads - 1))))
+            operands.append((i, draw(st.integers(0, room - (heads - 1) * stride)), stride))
+        mask = draw(st.sampled_from([None, *alike((shape[0], keys))]))
+        scale, causal, first = draw(st.sampled_from([1.0, 0.125, -0.3])), draw(st.booleans()), draw(st.booleans())
+        network.attention(operands, mask, heads, size, of_value, queries, keys, scale, causal, first)
     else:
         epsilon = draw(st.sampled_from([1e-5, 1e-3]))
         network.layer_norm(x, numbers(channels), numbers(channels), epsilon)
@@ -340,7 +402,7 @@ def add_operation(draw, network, kind, generator):
 
 KINDS = (
     "convolution", "residual", "depthwise", *engine.POOLS, "mean", "affine", *engine.BINARIES, "gate", "copy",
-    "layer_norm",
+    "layer_norm", "attention",
 )  # fmt: skip
 
 
@@ -349,7 +411,7 @@ def networks(draw, kinds, least=1, most=1):
     """A network, and arguments to run it."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     scale = draw(st.sampled_from([1.0, 1.0, 1e3, 1e-3, 1e-39]))
-    if draw(st.booleans()) and not set(kinds) <= set(ON_IMAGES):
+    if list(kinds) == ["attention"] or (draw(st.booleans()) and not set(kinds) <= set(ON_IMAGES)):
         shape = draw(ROWS), draw(CHANNELS)
     else:
         shape = draw(st.integers(1, 5)), draw(CHANNELS), draw(SIZES), draw(SIZES)
@@ -435,6 +497,33 @@ def test_large(shape, channels_last):
     weight *= torch.rand(weight.shape) < 0.1
     network.convolution(x, weight, numbers(48), Window(kernel, padding=(1, 1)) if kernel else Window())
     network.check([x, x + 1], threads=2, channels_last=channels_last)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 50), (130, 9), (64, 64)])
+@pytest.mark.parametrize(("causal", "tokens_first"), [(False, False), (True, True)])
+def test_mask_of_attention(queries, keys, causal, tokens_first):
+    """A mask hides keys with negative infinity. Where it hides all of them, the result is zero, as in PyTorch."""
+    mask = numbers(2 * queries, keys).masked_fill(torch.rand(2 * queries, keys) < 0.4, -math.inf)
+    mask[-1] = -math.inf
+    network = Network(numbers(2 * queries, 12), numbers(2 * keys, 30), mask)
+    operands = [(0, 0, 4), (1, 1, 5), (1, 14, 5)]
+    result = network.attention(operands, 2, 3, 4, 5, queries, keys, 0.5, causal, tokens_first)
+    network.check([result], threads=2)
+    assert not network.values[result].exact[-1].any()
+
+
+def test_attention_to_numbers_that_are_not_finite():
+    """A bad query spoils its own result, a bad key or value those of its sample, as in PyTorch."""
+    q, k, v = numbers(2 * 20, 8), numbers(2 * 20, 8), numbers(2 * 20, 8)
+    network = Network(q, k, v)
+    run = network.plan([network.attention([(0, 0, 4), (1, 0, 4), (2, 0, 4)], None, 2, 4, 4, 20, 20, 0.5, False)])
+    for index, rows in ((0, slice(3, 4)), (1, slice(0, 20)), (2, slice(0, 20))):
+        inputs = [x.clone() for x in (q, k, v)]
+        inputs[index][3, 1] = math.nan  # of head 0
+        (found,) = run(inputs)
+        expected = torch.zeros(40, 8, dtype=torch.bool)
+        expected[rows, slice(1, 2) if index == 2 else slice(0, 4)] = True
+        assert torch.equal(found.isnan(), expected)
 
 
 SAME = Window((3, 3), padding=(1, 1))

@@ -247,7 +247,7 @@ class Network {
             positions.push_back(static_cast<int>(i));
             if (t.channels == in.channels) alike.push_back(static_cast<int>(i));
         }
-        switch (random_.integer(matrix ? 2 : 0, 8)) {
+        switch (random_.integer(matrix ? 2 : 0, 9)) {
             case 0: {  // mean, and a gate
                 Expected mean(1, in.channels, 1, in.images);
                 in.each([&](int64_t n, int64_t c, int64_t, int64_t, double& x) {
@@ -314,8 +314,79 @@ class Network {
                 done(sparing_layer_norm(plan_, from, to, weight.data(), bias.data(), static_cast<float>(epsilon)));
                 return;
             }
+            case 7:
+                if (matrix) return attention(from);
+                [[fallthrough]];
             default: return convolution(from, activation, positions);
         }
+    }
+
+    void attention(int from) {
+        std::vector<int64_t> divisors;
+        for (int64_t n = 1; n <= tensors_[from].width; n++)
+            if (tensors_[from].width % n == 0) divisors.push_back(n);
+        const int64_t samples = random_.one_of(divisors), rows = tensors_[from].width, queries = rows / samples;
+        std::vector<int> others, values, masks{-1};
+        for (size_t i = 0; i < tensors_.size(); i++)
+            if (tensors_[i].images == 1 && tensors_[i].height == 1 && tensors_[i].width % samples == 0)
+                others.push_back(static_cast<int>(i));
+        const int key = random_.one_of(others);
+        for (const int i : others)
+            if (tensors_[i].width == tensors_[key].width) values.push_back(i);
+        const int value = random_.one_of(values);
+        const int64_t keys = tensors_[key].width / samples;
+        for (const int i : others)
+            if (tensors_[i].channels == keys && tensors_[i].width == rows) masks.push_back(i);
+        const int mask = random_.one_of(masks);
+        const int operands[] = {from, key, value};
+        const int64_t least = std::min(tensors_[from].channels, tensors_[key].channels);
+        const int64_t heads = random_.integer(1, std::min<int64_t>({4, least, tensors_[value].channels}));
+        const int64_t channels = random_.integer(1, least / heads);
+        const int64_t size = random_.integer(1, tensors_[value].channels / heads);
+        int64_t first[3], stride[3];
+        for (int i = 0; i < 3; i++) {
+            const int64_t room = tensors_[operands[i]].channels - (i == 2 ? size : channels);
+            stride[i] = random_.integer(1, std::max<int64_t>(1, room / std::max<int64_t>(1, heads - 1)));
+            first[i] = random_.integer(0, room - (heads - 1) * stride[i]);
+        }
+        const bool causal = random_.chance(0.5), tokens_first = random_.chance(0.5);
+        const float scale = random_.one_of<float>({1.0f, 0.3f, -0.5f});
+        const auto row = [&](int64_t sample, int64_t token, int64_t tokens) {
+            return tokens_first ? token * samples + sample : sample * tokens + token;
+        };
+        Expected out(1, heads * size, 1, rows);
+        for (int64_t sample = 0; sample < samples; sample++)
+            for (int64_t head = 0; head < heads; head++)
+                for (int64_t i = 0; i < queries; i++) {
+                    std::vector<double> weights(causal ? std::min(keys, i + 1) : keys);
+                    double most = -INFINITY, sum = 0;
+                    for (size_t j = 0; j < weights.size(); j++) {
+                        double score = 0;
+                        for (int64_t c = 0; c < channels; c++)
+                            score += tensors_[from].at(0, first[0] + head * stride[0] + c, 0, row(sample, i, queries)) *
+                                     tensors_[key].at(0, first[1] + head * stride[1] + c, 0, row(sample, j, keys));
+                        weights[j] = score * scale;
+                        if (mask >= 0) weights[j] += tensors_[mask].at(0, j, 0, sample * queries + i);
+                        most = std::max(most, weights[j]);
+                    }
+                    for (double& weight : weights) sum += weight = std::exp(weight - most);
+                    for (int64_t c = 0; c < size; c++)
+                        for (size_t j = 0; j < weights.size(); j++)
+                            out.at(0, head * size + c, 0, row(sample, i, queries)) +=
+                                weights[j] / sum *
+                                tensors_[value].at(0, first[2] + head * stride[2] + c, 0, row(sample, j, keys));
+                }
+        const Expected &q = tensors_[from], &k = tensors_[key], &v = tensors_[value];
+        const double factor = std::abs(scale) * static_cast<double>(channels);
+        double wrong = factor * (q.largest() * k.error + q.error * (k.largest() + k.error)) +
+                       2e-6 * factor * q.largest() * k.largest();
+        if (mask >= 0) wrong += tensors_[mask].error + 1e-6 * tensors_[mask].largest();
+        if (wrong > 1) return;  // rounding errors could decide which key is the most similar
+        const double relative = std::expm1(2 * wrong) + 1e-5;
+        out.error = (1 + relative) * v.error + relative * v.largest();
+        const int to = add(out);
+        done(sparing_attention(plan_, from, key, value, mask, to, first, stride, heads, channels, queries, keys, scale,
+                               causal, tokens_first));
     }
 
     void binary(int from, int other, int activation) {
@@ -508,6 +579,45 @@ void refuse() {
     sparing_free(plan);
 }
 
+// Attention that must be refused, on [2 samples * 2 tokens, 3 channels].
+void refuse_attention() {
+    SparingPlan* plan = sparing_plan(1, nullptr);
+    const int rows = sparing_tensor(plan, 1, 3, 1, 4), out = sparing_tensor(plan, 1, 4, 1, 4);
+    const int images = sparing_tensor(plan, 1, 3, 2, 2), fewer = sparing_tensor(plan, 1, 3, 1, 2);
+    for (const int tensor : {rows, images, fewer}) check(sparing_input(plan, tensor, 1) == 0, sparing_error());
+    int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1};
+    const auto attend = [&](int query, int key, int mask, int64_t heads, int64_t channels, int64_t queries, int64_t keys) {
+        return sparing_attention(plan, query, key, key, mask, out, first, stride, heads, channels, queries, keys, 1.0f, 0, 0);
+    };
+    const auto refused = [&](int64_t result, const char* what) { check(result < 0, std::string("accepted: ") + what); };
+    for (const int64_t n : {int64_t{0}, int64_t{-1}, int64_t{3}, int64_t{5}, int64_t{1} << 24, INT64_MAX, INT64_MIN}) {
+        refused(attend(rows, rows, -1, n, 1, 2, 2), "the heads of attention");
+        refused(attend(rows, rows, -1, 2, n, 2, 2), "the channels of a head");
+        refused(attend(rows, rows, -1, 2, 1, n, 2), "the queries of attention");
+        refused(attend(rows, rows, -1, 2, 1, 2, n), "the keys of attention");
+        for (int i = 0; i < 3; i++) {
+            first[i] = n;
+            if (n != 0) refused(attend(rows, rows, -1, 2, 1, 2, 2), "the first channel of a head");
+            first[i] = 0;
+            stride[i] = n;
+            refused(attend(rows, rows, -1, 2, 1, 2, 2), "the channels from head to head");
+            stride[i] = 1;
+        }
+    }
+    for (const int number : {-1, 99, INT32_MAX, INT32_MIN}) {
+        refused(attend(number, rows, -1, 2, 1, 2, 2), "attention without query");
+        refused(attend(rows, number, -1, 2, 1, 2, 2), "attention without key");
+        if (number >= 0) refused(attend(rows, rows, number, 2, 1, 2, 2), "a mask without tensor");
+    }
+    for (const int other : {images, fewer}) {
+        refused(attend(other, rows, -1, 2, 1, 2, 2), "the shape of a query");
+        refused(attend(rows, other, -1, 2, 1, 2, 2), "the shape of a key");
+        refused(attend(rows, rows, other, 2, 1, 2, 2), "the shape of a mask");
+    }
+    check(attend(rows, rows, -1, 2, 1, 2, 2) == 0, sparing_error());
+    sparing_free(plan);
+}
+
 // Windows of any numbers: they are refused, or run.
 void forge(Random& random) {
     const auto any = [&](int64_t least) {
@@ -548,6 +658,7 @@ void forge(Random& random) {
 int main(int count, char** arguments) {
     check(count == 3, "usage: fuzz FIRST LAST");
     refuse();
+    refuse_attention();
     for (seed = std::atoi(arguments[1]); seed < std::atoi(arguments[2]); seed++) {
         Random random{std::mt19937(seed)};
         Network(random, 1 + seed % 3).run();

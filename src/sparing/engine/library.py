@@ -54,6 +54,7 @@ _int, _long, _float, _double, _string = (
 )  # fmt: skip
 _plan = _numbers = ctypes.c_void_p  # `_numbers` takes tensor.data_ptr(), or None where engine.h allows null
 _pointers = ctypes.POINTER(ctypes.c_void_p)  # takes (ctypes.c_void_p * n)(...)
+_sizes = ctypes.POINTER(ctypes.c_int64)  # takes (ctypes.c_int64 * n)(...)
 _window, _openmp = ctypes.POINTER(Window), ctypes.POINTER(Openmp)
 
 # The functions of engine.h: name → result, arguments.
@@ -75,6 +76,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sparing_binary": (_int, [_plan, _int, _int, _int, _int, _int]),
     "sparing_copy": (_int, [_plan, _int, _long, _int, _long, _long]),
     "sparing_layer_norm": (_int, [_plan, _int, _int, _numbers, _numbers, _float]),
+    "sparing_attention": (
+        _int, [_plan, _int, _int, _int, _int, _int, _sizes, _sizes, _long, _long, _long, _long, _float, _int, _int],
+    ),
     "sparing_finish": (_int, [_plan]),
     "sparing_bytes": (_long, [_plan]),
     "sparing_run": (_int, [_plan, _pointers, _pointers]),

@@ -29,6 +29,8 @@ def simplify(graph: fx.Graph) -> None:
     """Remove operators without effect, and write others in one form."""
     _replace_operators(graph)
     _match_formulas(graph)
+    _add_masks(graph)
+    _put_batch_first(graph)
 
 
 def _replace_operators(graph: fx.Graph) -> None:
@@ -71,10 +73,70 @@ def _item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
                 return None
             first = sum(parts[:index])
             replacement = graph.call_function(aten.slice.Tensor, (source.args[0], dim, first, first + parts[index]))
+        elif packet is aten.unbind:
+            replacement = graph.call_function(aten.select.int, (source.args[0], *(source.args[1:] or (0,)), index))
         else:
             return None
     replacement.meta["val"] = node.meta["val"]
     return replacement
+
+
+def _put_batch_first(graph: fx.Graph) -> None:
+    """Undo the exchange of batch and tokens in nn.MultiheadAttention, which the engine would have to copy.
+
+    linear(x.transpose(0, 1)) = linear(x).transpose(0, 1)
+    linear(x.permute(2, 0, 1, 3).view(T * N, E)).view(T, N, E).transpose(0, 1)
+        = linear(x.permute(0, 2, 1, 3).view(N, T, E))                                   x: heads, (N, H, T, D)
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.linear.default and _exchanges(node.args[0]):
+            x = node.args[0].args[0]
+            with graph.inserting_before(node):
+                moved = _call(graph, aten.linear.default, (x, *node.args[1:]))
+                node.replace_all_uses_with(_call(graph, aten.transpose.int, (moved, 0, 1)))
+        elif _exchanges(node):
+            chain = [node]
+            while len(chain) < 5 and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
+                chain.append(chain[-1].args[0])
+            targets = [aten.view.default, aten.linear.default, aten.view.default, aten.permute.default]
+            if [other.target for other in chain[1:]] != targets or chain[4].args[1] != [2, 0, 1, 3]:
+                continue
+            split, linear, joined, heads = chain[1:]
+            tokens, samples, _ = split.args[1]
+            if str(tokens) != str(heads.meta["val"].shape[0]):
+                continue
+            with graph.inserting_before(node):
+                turned = _call(graph, aten.permute.default, (heads.args[0], [0, 2, 1, 3]))
+                channels = joined.meta["val"].shape[-1]
+                rows = _call(graph, aten.reshape.default, (turned, [samples, tokens, channels]))
+                node.replace_all_uses_with(_call(graph, aten.linear.default, (rows, *linear.args[1:])))
+
+
+def _exchanges(node: Any) -> bool:
+    """Return whether a node exchanges the first two of three dimensions."""
+    is_transpose = isinstance(node, fx.Node) and node.target is aten.transpose.int
+    return is_transpose and node.meta["val"].dim() == 3 and {dim % 3 for dim in node.args[1:]} == {0, 1}
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Add a call, with the shape of its value."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda other: other.meta["val"]))
+    return node
+
+
+def _add_masks(graph: fx.Graph) -> None:
+    """Write masks of attention that say which keys are seen as numbers to add to the scores."""
+    added: dict[fx.Node, fx.Node] = {}  # layers share masks
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is None or mask.meta["val"].dtype != torch.bool:
+            continue
+        if mask not in added:
+            with graph.inserting_before(node):
+                added[mask] = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
+            added[mask].meta["val"] = mask.meta["val"].float()
+        node.replace_input_with(mask, added[mask])
 
 
 def _match_formulas(graph: fx.Graph) -> None:

@@ -255,6 +255,47 @@ int sparing_layer_norm(
     });
 }
 
+int sparing_attention(
+    SparingPlan* plan, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
+    int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
+    int tokens_first
+) {
+    return attempt([&] {
+        const Layout& to = plan->layout(out);
+        check_integer("heads", heads, 1, to.channels);
+        check_integer("the channels of a head", channels);
+        check_integer("the number of queries", queries, 1, to.width);
+        const int64_t samples = to.width / queries;
+        check_integer("the number of keys", keys, 1, LARGEST / samples);
+        require(
+            to.width % queries == 0 && to.channels % heads == 0,
+            "the output must have " + std::to_string(queries) + " rows per sample and " + std::to_string(heads) +
+                " heads, got " + shape(to)
+        );
+        const int numbers[] = {query, key, value};
+        const int64_t rows[] = {to.width, samples * keys, samples * keys};
+        Heads parts[3];
+        for (int i = 0; i < 3; i++) {
+            const Layout& from = plan->layout(numbers[i]);
+            check_shape("query, key or value", from, {1, from.channels, 1, rows[i]});
+            check_integer("the first channel", first[i], 0);
+            check_integer("the channels from head to head", stride[i]);
+            const int64_t last = first[i] + (heads - 1) * stride[i] + (i == 2 ? to.channels / heads : channels);
+            require(
+                last <= from.channels, "the heads end at channel " + std::to_string(last) + " of " + shape(from)
+            );
+            parts[i] = {numbers[i], first[i], stride[i]};
+        }
+        check_shape("the output", to, {1, to.channels, 1, to.width});
+        if (mask >= 0) check_shape("the mask", plan->layout(mask), {1, keys, 1, to.width});
+        plan->add(std::make_unique<Attention>(
+            parts[0], parts[1], parts[2], mask, out,
+            AttentionShape{heads, channels, queries, keys, scale, causal != 0, tokens_first != 0}
+        ));
+        return 0;
+    });
+}
+
 int sparing_finish(SparingPlan* plan) {
     return attempt([&] {
         plan->finish();

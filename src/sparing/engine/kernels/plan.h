@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 
+#include "attention.h"
 #include "convolution.h"
 #include "memory.h"
 #include "pointwise.h"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sparing.engine.lowering import elementwise, layers, views
+from sparing.engine.lowering.attention import attention
 from sparing.engine.lowering.lowering import Rule
 
 aten = torch.ops.aten
@@ -36,6 +37,7 @@ RULES: dict[Any, Rule] = {
     aten.neg: Rule(elementwise.negate),
     aten.batch_norm: Rule(elementwise.batch_norm, axis=1),
     aten.layer_norm: Rule(elementwise.layer_norm, axis=-1),
+    aten.scaled_dot_product_attention: Rule(attention, axis=-1),
     **dict.fromkeys(VIEWS, Rule(views.view)),
     **dict.fromkeys((aten.permute, aten.transpose), Rule(views.permute)),
     **dict.fromkeys((aten.slice, aten.narrow), Rule(views.slice_channels)),

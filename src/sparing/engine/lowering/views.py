@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import fx
 
+from sparing.engine.lowering.attention import attention
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, fits, sizes
 from sparing.engine.operations import Copy
 from sparing.engine.shapes import Images, Matrix
@@ -13,7 +14,7 @@ from sparing.engine.shapes import Images, Matrix
 def view(low: Lowering, node: fx.Node) -> Place:
     x: Any = node.args[0]
     if x not in low.lowered:
-        raise Cut("a view of a tensor in PyTorch")
+        return attention(low, node)
     own, out = low.lowered[x].place, sizes(node)
     shape = low.shape(own)
     last = len(out) - 1
