@@ -538,12 +538,13 @@ def test_attention(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_masks_of_attention(dtype):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 7), (2, 7)])
+def test_masks_of_attention(dtype, shape):
     """A mask that the model computes, or is given, is added to the scores. Layers share it."""
 
     def function(f, x, lengths):
         seen = torch.arange(x.shape[1]) < lengths[:, None]
-        mask = seen[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        mask = seen[:, None, None, :].expand(-1, *shape, -1)
         mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
         y = attend(z := f(x), z, z, attn_mask=mask)
         return attend(y, y, y, attn_mask=mask)
@@ -557,9 +558,38 @@ def test_masks_of_attention(dtype):
         torch.testing.assert_close(engine(x, lengths), model(x, lengths))
 
 
+def test_padding_of_multi_head_attention():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x, padding):
+            return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+
+    model, example = (
+        sparse(Padded()),
+        (torch.randn(2, 3, 4), torch.tensor([[False, True, False], [False, False, True]])),
+    )
+    engine = sparing.engine.compile(model, example)
+    assert kinds(engine)[0] == ["1Attention 2Convolution"]
+    torch.testing.assert_close(engine(*example), model(*example))
+
+
+def test_attention_to_a_part_of_one_sample():
+    """With one sample, strides do not tell that other rows follow."""
+    model = sparse(run(lambda f, x: attend(f(x.reshape(1, 3, 4)), y := f(x)[:, :2], y), nn.Linear(4, 4)))
+    with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed"):
+        engine = sparing.engine.compile(model, (1, 3, 4))
+    assert kinds(engine)[1]["scaled_dot_product_attention"] == 1
+    x = torch.randn(1, 3, 4)
+    torch.testing.assert_close(engine(x), model(x))
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        lambda f, x: attend(*[f(x).reshape(1, -1, 4)] * 3),  # samples attend to one another
         lambda f, x: join(F.scaled_dot_product_attention(heads(f(x)), *[heads(f(x))[:, :1]] * 2, enable_gqa=True)),
         lambda f, x: attend(y := f(x), y, y, attn_mask=torch.eye(3)),
         lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3),
@@ -848,7 +878,8 @@ def attention(**changes):
         (lambda: attention(key_first=1), "the heads of the key end at channel 5"),
         (lambda: attention(value_stride=0), "the channels from head to head must be an integer in"),
         (lambda: attention(value_stride=3), "the heads of the value end at channel 5"),
-        (lambda: attention(mask=0), r"the mask must have shape \[2 \* batch, 2\], got"),
+        (lambda: attention(mask=0), r"the mask must have shape \[batch, 2\], got"),
+        (lambda: attention(mask_heads=3), "mask_heads must be 1 or 2, got 3"),
         (lambda: attention(scale=math.inf), "scale must be a number, got inf"),
         (lambda: attention(causal=1), "causal must be true or false, got 1"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),

@@ -194,7 +194,9 @@ class Network:
         self.operations.append(engine.LayerNorm(number, x, weight, bias, epsilon))
         return number
 
-    def attention(self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False):
+    def attention(
+        self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False, of_mask=(1, 1)
+    ):
         """operands: (number, first channel, channels from head to head) of query, key and value."""
         tokens, width = (queries, keys, keys), (channels, channels, size)
 
@@ -214,8 +216,8 @@ class Network:
         scores, scaled = scale * q @ k, abs(scale) * q.abs() @ k.abs()
         error = abs(scale) * (q_error @ (k.abs() + k_error) + q.abs() @ k_error) + rounding(scaled, channels + 2)
         if mask is not None:
-            added, of_mask = (part.view(-1, 1, queries, keys) for part in self.values[mask])
-            scores, error = scores + added, error + of_mask + rounding(added.masked_fill(added == -math.inf, 0))
+            added, wrong = (part.view(-1, *of_mask, keys) for part in self.values[mask])
+            scores, error = scores + added, error + wrong + rounding(added.masked_fill(added == -math.inf, 0))
         if causal:
             hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
             scores, error = scores.masked_fill(hidden, -math.inf), error.masked_fill(hidden, 0)
@@ -230,7 +232,7 @@ class Network:
         self.operations.append(
             engine.Attention(
                 number, query, key, value, mask, heads, channels, queries, keys, *of_query, *of_key, *of_value, scale,
-                causal, tokens_first,
+                causal, tokens_first, *of_mask,
             )
         )  # fmt: skip
         return number
@@ -392,9 +394,10 @@ def add_operation(draw, network, kind, generator):
             room = network.values[i].exact.shape[1] - width
             stride = draw(st.integers(1, max(1, room // max(1, heads - 1))))
             operands.append((i, draw(st.integers(0, room - (heads - 1) * stride)), stride))
-        mask = draw(st.sampled_from([None, *alike((shape[0], keys))]))
+        of_mask = draw(st.sampled_from([1, heads])), draw(st.sampled_from([1, queries]))
+        mask = draw(st.sampled_from([None, *alike((samples * math.prod(of_mask), keys))]))
         scale, causal, first = draw(st.sampled_from([1.0, 0.125, -0.3])), draw(st.booleans()), draw(st.booleans())
-        network.attention(operands, mask, heads, size, of_value, queries, keys, scale, causal, first)
+        network.attention(operands, mask, heads, size, of_value, queries, keys, scale, causal, first, of_mask)
     else:
         epsilon = draw(st.sampled_from([1e-5, 1e-3]))
         network.layer_norm(x, numbers(channels), numbers(channels), epsilon)
@@ -501,15 +504,19 @@ def test_large(shape, channels_last):
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (37, 50), (130, 9), (64, 64)])
 @pytest.mark.parametrize(("causal", "tokens_first"), [(False, False), (True, True)])
-def test_mask_of_attention(queries, keys, causal, tokens_first):
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("every_query", [False, True])
+def test_mask_of_attention(queries, keys, causal, tokens_first, heads, every_query):
     """A mask hides keys with negative infinity. Where it hides all of them, the result is zero, as in PyTorch."""
-    mask = numbers(2 * queries, keys).masked_fill(torch.rand(2 * queries, keys) < 0.4, -math.inf)
+    rows = 2 * heads * (queries if every_query else 1)
+    mask = numbers(rows, keys).masked_fill(torch.rand(rows, keys) < 0.4, -math.inf)
     mask[-1] = -math.inf
     network = Network(numbers(2 * queries, 12), numbers(2 * keys, 30), mask)
     operands = [(0, 0, 4), (1, 1, 5), (1, 14, 5)]
-    result = network.attention(operands, 2, 3, 4, 5, queries, keys, 0.5, causal, tokens_first)
+    of_mask = heads, queries if every_query else 1
+    result = network.attention(operands, 2, 3, 4, 5, queries, keys, 0.5, causal, tokens_first, of_mask)
     network.check([result], threads=2)
-    assert not network.values[result].exact[-1].any()
+    assert not network.values[result].exact[-1, -5:].any()  # of the last head
 
 
 def test_attention_to_numbers_that_are_not_finite():

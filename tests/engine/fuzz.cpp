@@ -335,14 +335,15 @@ class Network {
             if (tensors_[i].width == tensors_[key].width) values.push_back(i);
         const int value = random_.one_of(values);
         const int64_t keys = tensors_[key].width / samples;
-        for (const int i : others)
-            if (tensors_[i].channels == keys && tensors_[i].width == rows) masks.push_back(i);
-        const int mask = random_.one_of(masks);
         const int operands[] = {from, key, value};
         const int64_t least = std::min(tensors_[from].channels, tensors_[key].channels);
         const int64_t heads = random_.integer(1, std::min<int64_t>({4, least, tensors_[value].channels}));
         const int64_t channels = random_.integer(1, least / heads);
         const int64_t size = random_.integer(1, tensors_[value].channels / heads);
+        const int64_t mask_heads = random_.one_of<int64_t>({1, heads}), mask_queries = random_.one_of<int64_t>({1, queries});
+        for (const int i : others)
+            if (tensors_[i].channels == keys && tensors_[i].width == samples * mask_heads * mask_queries) masks.push_back(i);
+        const int mask = random_.one_of(masks);
         int64_t first[3], stride[3];
         for (int i = 0; i < 3; i++) {
             const int64_t room = tensors_[operands[i]].channels - (i == 2 ? size : channels);
@@ -366,7 +367,10 @@ class Network {
                             score += tensors_[from].at(0, first[0] + head * stride[0] + c, 0, row(sample, i, queries)) *
                                      tensors_[key].at(0, first[1] + head * stride[1] + c, 0, row(sample, j, keys));
                         weights[j] = score * scale;
-                        if (mask >= 0) weights[j] += tensors_[mask].at(0, j, 0, sample * queries + i);
+                        if (mask >= 0)
+                            weights[j] += tensors_[mask].at(
+                                0, j, 0, (sample * mask_heads + head % mask_heads) * mask_queries + i % mask_queries
+                            );
                         most = std::max(most, weights[j]);
                     }
                     for (double& weight : weights) sum += weight = std::exp(weight - most);
@@ -386,7 +390,7 @@ class Network {
         out.error = (1 + relative) * v.error + relative * v.largest();
         const int to = add(out);
         done(sparing_attention(plan_, from, key, value, mask, to, first, stride, heads, channels, queries, keys, scale,
-                               causal, tokens_first));
+                               causal, tokens_first, mask_heads, mask_queries));
     }
 
     void binary(int from, int other, int activation) {
@@ -585,9 +589,10 @@ void refuse_attention() {
     const int rows = sparing_tensor(plan, 1, 3, 1, 4), out = sparing_tensor(plan, 1, 4, 1, 4);
     const int images = sparing_tensor(plan, 1, 3, 2, 2), fewer = sparing_tensor(plan, 1, 3, 1, 2);
     for (const int tensor : {rows, images, fewer}) check(sparing_input(plan, tensor, 1) == 0, sparing_error());
-    int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1};
+    int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1}, mask_heads = 1, mask_queries = 1;
     const auto attend = [&](int query, int key, int mask, int64_t heads, int64_t channels, int64_t queries, int64_t keys) {
-        return sparing_attention(plan, query, key, key, mask, out, first, stride, heads, channels, queries, keys, 1.0f, 0, 0);
+        return sparing_attention(plan, query, key, key, mask, out, first, stride, heads, channels, queries, keys, 1.0f, 0, 0,
+                                 mask_heads, mask_queries);
     };
     const auto refused = [&](int64_t result, const char* what) { check(result < 0, std::string("accepted: ") + what); };
     for (const int64_t n : {int64_t{0}, int64_t{-1}, int64_t{3}, int64_t{5}, int64_t{1} << 24, INT64_MAX, INT64_MIN}) {
@@ -595,6 +600,11 @@ void refuse_attention() {
         refused(attend(rows, rows, -1, 2, n, 2, 2), "the channels of a head");
         refused(attend(rows, rows, -1, 2, 1, n, 2), "the queries of attention");
         refused(attend(rows, rows, -1, 2, 1, 2, n), "the keys of attention");
+        for (int64_t* size : {&mask_heads, &mask_queries}) {
+            *size = n;
+            refused(attend(rows, rows, -1, 2, 1, 2, 2), "the rows of a mask");
+            *size = 1;
+        }
         for (int i = 0; i < 3; i++) {
             first[i] = n;
             if (n != 0) refused(attend(rows, rows, -1, 2, 1, 2, 2), "the first channel of a head");

@@ -25,9 +25,9 @@ def compile(model: nn.Module, example: Example | Inputs, threads: int | None = N
     """Compile a sparse model for inference on the CPU, and check its outputs.
 
     The time of convolutions and linear layers follows the number of their nonzero weights. What the engine does not
-    have, such as a recurrent layer, runs in PyTorch; `Engine.summary` lists it. The batch size is dynamic if possible. All
-    other sizes are those of the example. The first call with another batch size than that of the example takes longer,
-    because it makes a plan. The engine computes in float32.
+    have, such as a recurrent layer, runs in PyTorch; `Engine.summary` lists it. The batch size is dynamic if possible.
+    All other sizes are those of the example. The first call with another batch size than that of the example takes
+    longer, because it makes a plan. The engine computes in float32.
 
     Args:
         model: a sparsified or plain model on the CPU; it is not modified.

@@ -279,7 +279,7 @@ class Attention(Operation):
     Attributes:
         key: number of a tensor.
         value: number of a tensor.
-        mask: number of a tensor with `keys` channels and the rows of the query, or None.
+        mask: number of a tensor [samples · mask_heads · mask_queries, keys], or None.
         heads: number of heads. The output has the channels of all of them, one after another.
         channels: of a head, in query and key.
         queries: rows of a sample in query and output.
@@ -289,6 +289,7 @@ class Attention(Operation):
         scale: factor of the scores.
         causal: whether query i sees the keys 0 to i only.
         tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
+        mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
     """
 
     key: int
@@ -307,6 +308,8 @@ class Attention(Operation):
     scale: float
     causal: bool
     tokens_first: bool = False
+    mask_heads: int = 1
+    mask_queries: int = 1
 
     FUNCTION = "sparing_attention"
     NUMBERS = ("input", "key", "value", "mask")
@@ -329,8 +332,14 @@ class Attention(Operation):
             last = first + (self.heads - 1) * stride + (of_value if name == "value" else self.channels)
             require(last <= shape.channels, f"the heads of the {name} end at channel {last} of {shape}")
         if self.mask is not None:
-            _check_shape("the mask", shapes[self.mask], Matrix(target.rows, self.keys))
+            rows = target.rows.factor // self.queries * self.mask_heads * self.mask_queries
+            _check_shape("the mask", shapes[self.mask], Matrix(Count(rows, target.rows.per_sample), self.keys))
         require(type(self.scale) is float and math.isfinite(self.scale), f"scale must be a number, got {self.scale!r}")
+        for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
+            number = getattr(self, name)
+            require(
+                type(number) is int and number in (1, all_of_them), f"{name} must be 1 or {all_of_them}, got {number!r}"
+            )
         for name in ("causal", "tokens_first"):
             require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -340,7 +349,7 @@ class Attention(Operation):
         return (
             *numbers, -1 if self.mask is None else self.mask, self.output, sizes(*firsts), sizes(*strides), self.heads,
             self.channels, self.queries, self.keys, self.scale, int(self.causal),
-            int(self.tokens_first),
+            int(self.tokens_first), self.mask_heads, self.mask_queries,
         )  # fmt: skip
 
     def _operands(self) -> list[tuple[str, int, int, int]]:

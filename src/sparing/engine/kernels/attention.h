@@ -25,11 +25,12 @@ struct AttentionShape {
     float scale;
     bool causal;  // query i sees the keys 0 to i
     bool tokens_first;  // row of token t of sample n: t * samples + n in place of n * tokens + t; not of the mask
+    int64_t mask_heads, mask_queries;  // of a sample in the mask: all, or 1 for all of them
 };
 
 class Attention : public Operation {
   public:
-    // mask: a matrix [samples * queries, keys] that is added to the scores, or -1.
+    // mask: a matrix [samples * mask_heads * mask_queries, keys] that is added to the scores, or -1.
     Attention(const Heads& query, const Heads& key, const Heads& value, int mask, int out, const AttentionShape& shape)
         : query_(query), key_(key), value_(value), mask_(mask), out_(out), shape_(shape) {
         reads = {query.tensor, key.tensor, value.tensor};
@@ -70,8 +71,11 @@ class Attention : public Operation {
             const Rows rows{row(begin, shape_.queries), step, count};
             const int64_t seen = shape_.causal ? std::min(shape_.keys, begin + count) : shape_.keys;
             read(tensors[query_.tensor], first(query_), shape_.channels, rows, queries, WIDTH);
-            if (mask_ >= 0)
-                read(tensors[mask_], 0, seen, {sample * shape_.queries + begin, 1, count}, scores, WIDTH);
+            if (mask_ >= 0) {
+                const int64_t of_head = sample * shape_.mask_heads + head % shape_.mask_heads;
+                const int64_t step = shape_.mask_queries > 1, first = of_head * shape_.mask_queries + begin * step;
+                read(tensors[mask_], 0, seen, {first, step, count}, scores, WIDTH);
+            }
             Vector factor[VECTORS];
             score(keys, queries, scores, begin, seen, factor);
             softmax(scores, seen, factor);

@@ -258,7 +258,7 @@ int sparing_layer_norm(
 int sparing_attention(
     SparingPlan* plan, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
     int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
-    int tokens_first
+    int tokens_first, int64_t mask_heads, int64_t mask_queries
 ) {
     return attempt([&] {
         const Layout& to = plan->layout(out);
@@ -287,10 +287,15 @@ int sparing_attention(
             parts[i] = {numbers[i], first[i], stride[i]};
         }
         check_shape("the output", to, {1, to.channels, 1, to.width});
-        if (mask >= 0) check_shape("the mask", plan->layout(mask), {1, keys, 1, to.width});
+        require(
+            (mask_heads == 1 || mask_heads == heads) && (mask_queries == 1 || mask_queries == queries),
+            "a mask must have one or all heads and queries"
+        );
+        if (mask >= 0)
+            check_shape("the mask", plan->layout(mask), {1, keys, 1, samples * mask_heads * mask_queries});
         plan->add(std::make_unique<Attention>(
             parts[0], parts[1], parts[2], mask, out,
-            AttentionShape{heads, channels, queries, keys, scale, causal != 0, tokens_first != 0}
+            AttentionShape{heads, channels, queries, keys, scale, causal != 0, tokens_first != 0, mask_heads, mask_queries}
         ));
         return 0;
     });

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparing.engine.lowering.lowering import Cut, Lowering, Place, arguments_of, sizes
+from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
 from sparing.engine.operations import Attention
 from sparing.engine.shapes import Count, Matrix
 
@@ -49,16 +49,16 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     result = Axes(zip(shape, strides, strict=True)).follow(views, operator)
     if _merge(result.factors()) != [(prod(shape), 1)][: prod(shape) > 1] or sizes(node)[-1] != Count(channels):
         raise Cut("attention whose heads are not joined")
-    mask, causal = _mask(low, given["attn_mask"], query, key.tokens)
+    mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens)
     output = low.tensor(Matrix(query.rows, channels))
     scale = query.channels**-0.5 if given["scale"] is None else given["scale"]
     low.emit(
         Attention(
-            output, query.tensor, key=key.tensor, value=value.tensor, mask=mask, heads=query.heads,
+            output, query.tensor, key=key.tensor, value=value.tensor, heads=query.heads,
             channels=query.channels, queries=query.tokens, keys=key.tokens, query_first=query.first,
             query_stride=query.stride, key_first=key.first, key_stride=key.stride, value_first=value.first,
-            value_stride=value.stride, scale=float(scale), causal=given["is_causal"] or causal,
-            tokens_first=tokens_first,
+            value_stride=value.stride, scale=float(scale), causal=given["is_causal"] or is_causal,
+            tokens_first=tokens_first, **mask,
         )
     )  # fmt: skip
     return Place(output, node.meta["val"].dim() - 1)
@@ -150,6 +150,8 @@ class _Heads:
         matrix = low.shape(place)
         if not isinstance(matrix, Matrix) or place.axis != base.meta["val"].dim() - 1 or rank not in (3, 4):
             raise Cut("attention on images, or in other than four dimensions")
+        if any(size.per_sample for size in sizes(node)[1:]):
+            raise Cut("attention between samples")
         shape = [size.at(BATCH) for size in sizes(base)]
         axes = Axes((size, prod(shape[dim + 1 :])) for dim, size in enumerate(shape)).follow(views, base)
         dims = [_merge(dim) for dim in axes.dims]
@@ -165,23 +167,30 @@ class _Heads:
             strides = (samples, self.stride, tokens, 1)
             if all(not dim or dim == [(dim[0][0], stride)] for dim, stride in zip(dims, strides, strict=True)):
                 self.orders.add(tokens_first)
-        if self.first + (self.heads - 1) * self.stride + self.channels > matrix.channels:
+        rows = Count(self.samples.factor * self.tokens, self.samples.per_sample)
+        if rows != matrix.rows or self.first + (self.heads - 1) * self.stride + self.channels > matrix.channels:
             raise Cut("attention to a part of the tokens")
 
 
-def _mask(low: Lowering, mask: Any, query: _Heads, keys: int) -> tuple[int | None, bool]:
-    """Return the number of the tensor of a mask, and whether it is that of causal attention."""
+def _mask(low: Lowering, mask: Any, query: _Heads, keys: int) -> tuple[dict[str, Any], bool]:
+    """Return the fields of the operation that describe a mask, and whether it is that of causal attention."""
     if mask is None:
-        return None, False
+        return {"mask": None}, False
     if mask in low.constants:
         value = low.constants[mask]
         hidden = value == -torch.inf
         triangle = torch.ones(query.tokens, keys, dtype=torch.bool).triu(1)
         if hidden.shape[-2:] == triangle.shape and bool((hidden == triangle).all()) and not value[~hidden].any():
-            return None, True
-    elif sizes(mask) == (query.samples, Count(1), Count(query.tokens), Count(keys)):
-        return low.read(mask, axis=3, shape=Matrix(query.rows, keys)).tensor, False
-    raise Cut("a mask that is not [samples, 1, queries, keys]")
+            return {"mask": None}, True
+    else:
+        shape = sizes(mask)
+        samples, heads, queries = shape[:-1] if len(shape) == 4 else (*shape[:1], ONE, *shape[1:-1])
+        rows = Count(samples.factor * heads.factor * queries.factor, samples.per_sample)
+        fits = heads.factor in (1, query.heads) and queries.factor in (1, query.tokens)
+        if samples == query.samples and shape[-1] == Count(keys) and fits and len(shape) > 2:
+            tensor = low.read(mask, axis=len(shape) - 1, shape=Matrix(rows, keys)).tensor
+            return {"mask": tensor, "mask_heads": heads.factor, "mask_queries": queries.factor}, False
+    raise Cut("a mask that is not [samples, heads or 1, queries or 1, keys]")
 
 
 def _strides(samples: int, tokens: int, channels: int, tokens_first: bool) -> Factor:
