@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparing
+from sparing.engine.attention import Attention
 from sparing.engine.library import openmp
-from sparing.engine.operations import Affine, Attention, Convolution, Copy, Mean
+from sparing.engine.operations import Affine, Convolution, Copy, Mean
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Window
 from sparing.export.inputs import find_inputs

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sparing.engine import operations as engine
+from sparing.engine.attention import Attention
 from sparing.engine.plan import Plans
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Window
@@ -230,7 +231,7 @@ class Network:
         number = self.add(exact, error)
         (query, *of_query), (key, *of_key), (value, *of_value) = operands
         self.operations.append(
-            engine.Attention(
+            Attention(
                 number, query, key, value, mask, heads, channels, queries, keys, *of_query, *of_key, *of_value, scale,
                 causal, tokens_first, *of_mask,
             )

@@ -9,12 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.engine.operations import OPERATIONS, Operation
+from sparing.engine.attention import Attention
+from sparing.engine.operations import (
+    Affine,
+    Binary,
+    Convolution,
+    Copy,
+    Depthwise,
+    LayerNorm,
+    Mean,
+    Operation,
+    Pool,
+)
 from sparing.engine.program import Constant, Ref
 from sparing.engine.segment import Port, Segment
 from sparing.engine.shapes import Count, Images, Matrix, Shape, Window
 from sparing.errors import InputError
 
+OPERATIONS = {
+    kind.__name__: kind for kind in (Convolution, Depthwise, Pool, Mean, Affine, Binary, Copy, LayerNorm, Attention)
+}
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (

@@ -5,7 +5,6 @@ the tensors, whether it comes from a traced model or from a file. kernels/plan.c
 their memory, at one batch size.
 """
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from sparing.engine import library as compiled
 from sparing.engine.checks import require, require_choice, require_integer, require_tensor
-from sparing.engine.shapes import Count, Images, Matrix, Shape, Window
+from sparing.engine.shapes import Images, Matrix, Shape, Window
 from sparing.errors import InputError
 
 # In the order of the enums of engine.h.
@@ -85,7 +84,7 @@ class Convolution(Operation):
         source, target = shapes[self.input], shapes[self.output]
         _check_window(self.window, source, target)
         if self.residual is not None:
-            _check_shape("the residual", shapes[self.residual], target)
+            check_shape("the residual", shapes[self.residual], target)
         require_tensor("starts", self.starts, torch.int32, target.channels + 1)
         require_tensor("values", self.values, torch.float32, len(self.values))
         require_tensor("columns", self.columns, torch.int32, len(self.values))
@@ -168,7 +167,7 @@ class Mean(Operation):
         source = shapes[self.input]
         if not isinstance(source, Images):
             raise InputError(f"the mean needs images, got {source}")
-        _check_shape("the mean", shapes[self.output], source.pixels)
+        check_shape("the mean", shapes[self.output], source.pixels)
 
     def arguments(self) -> tuple[Any, ...]:
         return self.input, self.output
@@ -186,7 +185,7 @@ class Affine(Operation):
 
     def check(self, shapes: Sequence[Shape]) -> None:
         source = shapes[self.input]
-        _check_shape("the output", shapes[self.output], source)
+        check_shape("the output", shapes[self.output], source)
         for name, tensor in (("scale", self.scale), ("bias", self.bias)):
             if tensor is not None:
                 require_tensor(name, tensor, torch.float32, source.channels)
@@ -213,9 +212,9 @@ class Binary(Operation):
 
     def check(self, shapes: Sequence[Shape]) -> None:
         source, other = shapes[self.input], shapes[self.other]
-        _check_shape("the output", shapes[self.output], source)
+        check_shape("the output", shapes[self.output], source)
         if not isinstance(source, Images) or other != source.pixels:
-            _check_shape("the other operand", other, source)
+            check_shape("the other operand", other, source)
         require_choice("kind", self.kind, BINARIES)
         require_choice("activation", self.activation, ACTIVATIONS)
 
@@ -236,7 +235,7 @@ class Copy(Operation):
 
     def check(self, shapes: Sequence[Shape]) -> None:
         source, target = shapes[self.input], shapes[self.output]
-        _check_shape("the output", target, replace(source, channels=target.channels))
+        check_shape("the output", target, replace(source, channels=target.channels))
         require_integer("channels", self.channels)
         for first, shape in ((self.input_first, source), (self.output_first, target)):
             require_integer("the first channel", first, 0)
@@ -259,7 +258,7 @@ class LayerNorm(Operation):
 
     def check(self, shapes: Sequence[Shape]) -> None:
         source = shapes[self.input]
-        _check_shape("the output", shapes[self.output], source)
+        check_shape("the output", shapes[self.output], source)
         require_tensor("weight", self.weight, torch.float32, source.channels)
         require_tensor("bias", self.bias, torch.float32, source.channels)
         fits = type(self.epsilon) is float and math.isfinite(self.epsilon) and self.epsilon >= 0
@@ -269,115 +268,18 @@ class LayerNorm(Operation):
         return self.input, self.output, self.weight.data_ptr(), self.bias.data_ptr(), self.epsilon
 
 
-@dataclass(frozen=True, eq=False)
-class Attention(Operation):
-    """output = softmax(scale * query @ key^T + mask) @ value, for each head of each sample.
-
-    All are matrices of `queries` or `keys` rows per sample; `input` is the query. A head has `channels` successive
-    channels in query and key.
-
-    Attributes:
-        key: number of a tensor.
-        value: number of a tensor.
-        mask: number of a tensor [samples · mask_heads · mask_queries, keys], or None.
-        heads: number of heads. The output has the channels of all of them, one after another.
-        channels: of a head, in query and key.
-        queries: rows of a sample in query and output.
-        keys: rows of a sample in key and value.
-        query_first, key_first, value_first: the first channel of head 0.
-        query_stride, key_stride, value_stride: channels from a head to the next.
-        scale: factor of the scores.
-        causal: whether query i sees the keys 0 to i only.
-        tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
-        mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
-    """
-
-    key: int
-    value: int
-    mask: int | None
-    heads: int
-    channels: int
-    queries: int
-    keys: int
-    query_first: int
-    query_stride: int
-    key_first: int
-    key_stride: int
-    value_first: int
-    value_stride: int
-    scale: float
-    causal: bool
-    tokens_first: bool = False
-    mask_heads: int = 1
-    mask_queries: int = 1
-
-    FUNCTION = "sparing_attention"
-    NUMBERS = ("input", "key", "value", "mask")
-
-    def check(self, shapes: Sequence[Shape]) -> None:
-        target = shapes[self.output]
-        for name in ("heads", "channels", "queries", "keys"):
-            require_integer(name, getattr(self, name))
-        fits = isinstance(target, Matrix) and target.rows.factor % self.queries == 0 == target.channels % self.heads
-        require(fits, f"{self.heads} heads and {self.queries} rows per sample do not fit the output, {target}")
-        assert isinstance(target, Matrix)
-        key_rows = Count(target.rows.factor // self.queries * self.keys, target.rows.per_sample)
-        of_value = target.channels // self.heads
-        rows_of = {"query": target.rows, "key": key_rows, "value": key_rows}
-        for name, number, first, stride in self._operands():
-            shape = shapes[number]
-            _check_shape(f"the {name}", shape, Matrix(rows_of[name], shape.channels))
-            require_integer("the first channel", first, 0)
-            require_integer("the channels from head to head", stride)
-            last = first + (self.heads - 1) * stride + (of_value if name == "value" else self.channels)
-            require(last <= shape.channels, f"the heads of the {name} end at channel {last} of {shape}")
-        if self.mask is not None:
-            rows = target.rows.factor // self.queries * self.mask_heads * self.mask_queries
-            _check_shape("the mask", shapes[self.mask], Matrix(Count(rows, target.rows.per_sample), self.keys))
-        require(type(self.scale) is float and math.isfinite(self.scale), f"scale must be a number, got {self.scale!r}")
-        for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
-            number = getattr(self, name)
-            require(
-                type(number) is int and number in (1, all_of_them), f"{name} must be 1 or {all_of_them}, got {number!r}"
-            )
-        for name in ("causal", "tokens_first"):
-            require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
-
-    def arguments(self) -> tuple[Any, ...]:
-        numbers, firsts, strides = zip(*(operand[1:] for operand in self._operands()), strict=True)
-        sizes = ctypes.c_int64 * 3
-        return (
-            *numbers, -1 if self.mask is None else self.mask, self.output, sizes(*firsts), sizes(*strides), self.heads,
-            self.channels, self.queries, self.keys, self.scale, int(self.causal),
-            int(self.tokens_first), self.mask_heads, self.mask_queries,
-        )  # fmt: skip
-
-    def _operands(self) -> list[tuple[str, int, int, int]]:
-        """Return name, tensor, first channel, and channels from head to head, of query, key and value."""
-        return [
-            ("query", self.input, self.query_first, self.query_stride),
-            ("key", self.key, self.key_first, self.key_stride),
-            ("value", self.value, self.value_first, self.value_stride),
-        ]
-
-
-OPERATIONS = {
-    kind.__name__: kind for kind in (Convolution, Depthwise, Pool, Mean, Affine, Binary, Copy, LayerNorm, Attention)
-}
-
-
 def _structure(window: Window) -> compiled.Window:
     return compiled.Window(*window.kernel, *window.stride, *window.padding, *window.dilation)
 
 
-def _check_shape(name: str, shape: Shape, expected: Shape) -> None:
+def check_shape(name: str, shape: Shape, expected: Shape) -> None:
     require(shape == expected, f"{name} must have shape {expected}, got {shape}")
 
 
 def _check_window(window: Window, source: Shape, target: Shape) -> None:
     if isinstance(source, Matrix):
         require(window == Window(), f"the window on a matrix must have one pixel, got {window}")
-        _check_shape("the output", target, replace(source, channels=target.channels))
+        check_shape("the output", target, replace(source, channels=target.channels))
         return
     size = window.output_size((source.height, source.width))
     fits = isinstance(target, Images) and (target.images, target.height, target.width) == (source.images, *size)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparing.engine.attention import Attention
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
-from sparing.engine.operations import Attention
 from sparing.engine.shapes import Count, Matrix
 
 aten = torch.ops.aten
