@@ -54,6 +54,13 @@ PAIRS = {
 }
 SPARSITY_TARGETS, MACS_TARGETS = (80, 90, 95, 98), (20, 10, 5)
 """Targets that bench/target.py trains, in percent; `PAIRS` has the recipes of recipes/targets/."""
+HARD = (
+    ("mobilenet_v1-fashion-mnist", "sparsity", 98),
+    ("mobilenet_v1-fashion-mnist", "macs", 5),
+    ("fastgrnn-watch", "sparsity", 95),
+)
+COMPARED = {"str": "STR", "str_feather": "STR-Feather", "feather": "Feather", "gmp_global": "GMP, global budget"}
+"""Targets and methods of bench/target.py --compare."""
 FINETUNE = {
     "dense": "dense",
     "gmp": "GMP, uniform",
@@ -477,6 +484,20 @@ def requests_table():
     return [*rows, "", f"One run each, seed 0, no setting changed but the target; {ran_on(shown)}."]
 
 
+def hard_table():
+    """Return the accuracy of several methods at targets at which small networks lose most."""
+    rows = [f"| network, data | target | {' | '.join(COMPARED.values())} |", f"|---|---|{'---|' * len(COMPARED)}"]
+    shown = []
+    for pair, kind, percent in HARD:
+        found = target_entries(pair)
+        groups = [found.get((f"{name}_{kind}", percent), []) for name in COMPARED]
+        cells = [spread([entry["accuracy"] for entry in group], 100) if group else "not run" for group in groups]
+        what = f"{percent} % sparsity" if kind == "sparsity" else f"{percent} % of the MACs"
+        rows.append(f"| {PAIRS[pair]} | {what} | {' | '.join(cells)} |")
+        shown += [entry for group in groups for entry in group]
+    return [*rows, "", f"Test accuracy in percent, mean ± standard deviation of up to three seeds; {ran_on(shown)}."]
+
+
 def freezing_table():
     """Return the difference in accuracy between STR with fixed thresholds at the end of the run and STR."""
     found = {}
@@ -610,6 +631,7 @@ TABLES = {
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
     "requests": requests_table,
+    "hard": hard_table,
     "freezing": freezing_table,
     "finetune": finetune_table,
     "finetune_images": partial(finetune_table, "finetune_images"),

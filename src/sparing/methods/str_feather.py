@@ -1,6 +1,7 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
     t_l = √‖W_l‖ · exp(s_l)                                         one s per layer
+    t_l = √‖W_l‖ · cost_l^¼ · exp(s_l)                              with a target in MACs
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
@@ -17,7 +18,8 @@ learning rate η suits SGD and AdamW.
 Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
 units of the layer. With one threshold for all layers, the sizes of their weights decide how sparse each becomes. With
 thresholds in multiples of ‖W_l‖, large layers would lose nearly all of their weights. The square root is between them.
-‖W_l‖ is measured at every update; nothing is pruned before the first one.
+‖W_l‖ is measured at every update; nothing is pruned before the first one. With a target in MACs, a weight of layer l is
+applied cost_l times per forward pass.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
@@ -32,7 +34,6 @@ from torch import Tensor, nn
 
 from sparing.errors import InputError
 from sparing.group_threshold import feather_threshold
-from sparing.layers import Layer
 from sparing.method import Layers, Optimizers, Parametrizations
 from sparing.parametrizations import LearnedThreshold, learned_number
 from sparing.patterns import Units
@@ -56,8 +57,8 @@ class STRFeather(Rescaling):
     `sparsity`, `macs`, `input_size`, `begin`, `end`, `every` and `pattern` are those of `sparing.target.Rescaling`.
 
     Args:
-        theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if `sparsity` is above 0.95,
-            and 1 otherwise, as in Feather.
+        theta: θ in [0, 1], the factor on the gradient of pruned weights; with None it is ½ if more than 0.95 of the
+            weights, or of the MACs, are pruned, and 1 otherwise, as in Feather.
         init: the value s starts from, in [-64, 0].
 
     Raises:
@@ -84,7 +85,14 @@ class STRFeather(Rescaling):
             check_number(self, "theta", "[0, 1]")
 
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
-        return {name: self._parametrization(layer) for name, layer in layers.items()}
+        pruned = 1 - plan.final / plan.dense if self.sparsity is None else self.sparsity
+        theta = self.theta if self.theta is not None else 0.5 if pruned > 0.95 else 1.0
+        made = {}
+        for name, layer in layers.items():
+            s, units = learned_number((1,), self.init, layer.weight), plan.units[name]
+            factor = 1.0 if self.macs is None else (plan.costs[name] / units.weights) ** 0.25
+            made[name] = FeatherLearnedThreshold(s, layer.weight, factor, theta, units)
+        return made
 
     @torch.no_grad()
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
@@ -114,18 +122,14 @@ class STRFeather(Rescaling):
             for layer, part in sparsifier.each(FeatherLearnedThreshold):
                 part.saving.copy_(target.costs[layer.name] * part.pruned_per_s(layer.weight))
 
-    def _parametrization(self, layer: Layer) -> LearnedThreshold:
-        s = learned_number((1,), self.init, layer.weight)
-        theta = self.theta if self.theta is not None else 0.5 if (self.sparsity or 0) > 0.95 else 1.0
-        return FeatherLearnedThreshold(s, layer.weight, theta, self.pattern.units(layer))
-
 
 class FeatherLearnedThreshold(LearnedThreshold):
-    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = √‖W‖ · exp(s).
+    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = factor · √‖W‖ · exp(s).
 
     Args:
         s: shape (1,).
         weight: W.
+        factor: cost^¼, or 1.
         theta: θ.
         units: what is pruned together.
 
@@ -135,8 +139,8 @@ class FeatherLearnedThreshold(LearnedThreshold):
 
     saving: Tensor
 
-    def __init__(self, s: nn.Parameter, weight: Tensor, theta: float, units: Units) -> None:
-        super().__init__(s, torch.exp, weight=weight)
+    def __init__(self, s: nn.Parameter, weight: Tensor, factor: float, theta: float, units: Units) -> None:
+        super().__init__(s, torch.exp, factor, weight)
         self.theta, self.units = theta, units
         self.register_state("saving", torch.zeros((), dtype=torch.float32, device=weight.device))
 
