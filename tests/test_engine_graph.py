@@ -382,6 +382,36 @@ PIXELS, TOKENS, ROWS = (1, 4, 6, 6), (1, 3, 4), (1, 4)
 CONSTANT = nn.Parameter(torch.rand(4) + 0.5, requires_grad=False)
 
 
+def heads(x, number=2):
+    return x.unflatten(-1, (number, -1)).transpose(1, 2)
+
+
+def join(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(*operands, **options):
+    return join(F.scaled_dot_product_attention(*map(heads, operands), **options))
+
+
+def attend_to_parts(parts):
+    """Attention whose query, key and value are parts of one layer."""
+
+    def function(f, x):
+        return join(F.scaled_dot_product_attention(*parts(f(x).unflatten(-1, (2, 3, 2)))))
+
+    return function
+
+
+def grouped(x):
+    return join(F.scaled_dot_product_attention(x, *[x[:, :1]] * 2, enable_gqa=True))
+
+
+LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
+ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
+ALONE, SDPA = "1Attention 1Convolution", "scaled_dot_product_attention"
+
+
 def gelu(x):
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3.0)))
 
@@ -421,8 +451,21 @@ def gelu(x):
             (lambda f, x: f(x) @ f.weight.t().reshape(4, 2, 2).flatten(1), L, TOKENS, "2Convolution"),
             (lambda f, x: f(x.view(-1, 4)).view(x.shape[0], 3, 4), L, TOKENS, "1Convolution"),
         ],
+        [
+            (lambda f, x: attend(f(x), f(x), f(x)), L, TOKENS, "1Attention 3Convolution"),
+            (lambda f, x: attend(y := f(x), y, y, is_causal=True, scale=0.7), L, (1, 21, 4), ALONE),
+            (lambda f, x: attend(*f(x).split(4, 2)), LARGE, TOKENS, "1Attention 1Convolution 3Copy"),
+            (lambda f, x: attend(*f(x).chunk(3, -1)), LARGE, (1, 1, 4), "1Attention 1Convolution 3Copy"),
+            (attend_to_parts(lambda x: x.permute(3, 0, 2, 1, 4).unbind(0)), LARGE, TOKENS, ALONE),
+            (attend_to_parts(lambda x: [x[..., i, :].transpose(1, 2) for i in (0, 1, -1)]), LARGE, TOKENS, ALONE),
+            (attend_to_parts(lambda x: x.flatten(3).transpose(1, 2).split(2, -1)), LARGE, TOKENS, ALONE),
+            (lambda f, x: F.scaled_dot_product_attention(y := f(x), y, y), L, TOKENS, ALONE),
+            (lambda f, x: F.scaled_dot_product_attention(*[f(x)[:, None]] * 3).squeeze(1), L, TOKENS, ALONE),
+            (lambda f, x: attend(y := f(x), y, y, attn_mask=TRIANGLE), L, TOKENS, ALONE),
+            (lambda f, x: attend(y := f(x), y, y, attn_mask=ADDED), L, TOKENS, ALONE),
+        ],
     ],
-    ids=["elementwise", "pooling", "shapes"],
+    ids=["elementwise", "pooling", "shapes", "attention"],
 )  # fmt: skip
 def test_operators_in_the_engine(cases):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -469,6 +512,20 @@ def test_operators_in_the_engine(cases):
         ),
         (
             [
+                (lambda f, x: attend(*[f(x).reshape(1, -1, 4)] * 3), L, TOKENS, SDPA),  # samples attend to one another
+                (lambda f, x: attend(y := f(x), y, y, attn_mask=torch.eye(3)), L, TOKENS, SDPA),
+                (lambda f, x: attend(f(x), x, x), L, TOKENS, SDPA),
+                (lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3), L, TOKENS, SDPA),
+                (lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3).flatten(1), L, TOKENS, SDPA),
+                (lambda f, x: attend(*[f(x).flip(2)] * 3), L, TOKENS, f"flip {SDPA}"),
+                (lambda f, x: attend(*[f(x)[:, 1:]] * 3), L, TOKENS, f"slice {SDPA}"),
+                (lambda f, x: attend(*[f(x).reshape(x.shape[0], 2, 6)] * 3), L, TOKENS, SDPA),
+                (lambda f, x: grouped(heads(f(x))), L, TOKENS, f"slice slice {SDPA}"),
+            ],
+            1,
+        ),
+        (
+            [
                 (lambda f, x: f(x), lambda: nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3), "conv_transpose2d"),
                 (lambda f, x: f(x), lambda: nn.Conv3d(4, 4, 2), (1, 4, 3, 3, 3), "conv3d"),
                 (lambda f, x: f(F.relu(x)), lambda: nn.BatchNorm1d(4), ROWS, "relu batch_norm"),  # nothing sparse
@@ -476,7 +533,7 @@ def test_operators_in_the_engine(cases):
             0,
         ),
     ],
-    ids=["elementwise", "shapes", "nothing sparse"],
+    ids=["elementwise", "shapes", "attention", "nothing sparse"],
 )  # fmt: skip
 def test_operators_in_torch(cases, segments):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -486,74 +543,40 @@ def test_operators_in_torch(cases, segments):
     assert all(call.reason for call in engine.program.calls)
 
 
-def heads(x, number=2):
-    return x.unflatten(-1, (number, -1)).transpose(1, 2)
+def test_attention_to_other_tokens():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
 
+        def forward(self, x):
+            f, longer = self.f, F.pad(x, (0, 0, 2, 0))
+            y = f(x)
+            return attend(y, f(y[:, :1] * 2), f(y[:, :1])), attend(y, z := f(longer), z), attend(f(longer), y, y)
 
-def join(x):
-    return x.transpose(1, 2).flatten(2)
-
-
-def attend(*operands, **options):
-    return join(F.scaled_dot_product_attention(*map(heads, operands), **options))
-
-
-def attend_to_parts(parts):
-    """Attention whose query, key and value are parts of one layer."""
-
-    def function(f, x):
-        return join(F.scaled_dot_product_attention(*parts(f(x).unflatten(-1, (2, 3, 2)))))
-
-    return function
-
-
-LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
-ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
-ALONE = "1Attention 1Convolution"
-WITH_ATTENTION = [
-    (lambda f, x: attend(f(x), f(x), f(x)), L, TOKENS, "1Attention 3Convolution"),
-    (lambda f, x: attend(y := f(x), y, y, is_causal=True, scale=0.7), L, (1, 21, 4), ALONE),
-    (lambda f, x: attend(*f(x).split(4, 2)), LARGE, TOKENS, "1Attention 1Convolution 3Copy"),
-    (lambda f, x: attend(*f(x).chunk(3, -1)), LARGE, (1, 1, 4), "1Attention 1Convolution 3Copy"),
-    (attend_to_parts(lambda x: x.permute(3, 0, 2, 1, 4).unbind(0)), LARGE, TOKENS, ALONE),
-    (attend_to_parts(lambda x: [x[..., i, :].transpose(1, 2) for i in (0, 1, -1)]), LARGE, TOKENS, ALONE),
-    (attend_to_parts(lambda x: x.flatten(3).transpose(1, 2).split(2, -1)), LARGE, TOKENS, ALONE),
-    (lambda f, x: F.scaled_dot_product_attention(y := f(x), y, y), L, TOKENS, ALONE),
-    (lambda f, x: F.scaled_dot_product_attention(*[f(x)[:, None]] * 3).squeeze(1), L, TOKENS, ALONE),
-    (lambda f, x: attend(y := f(x), f(y[:, :1] * 2), f(y[:, :1])), L, TOKENS, None),
-    (lambda f, x: attend(y := f(x), y, y, attn_mask=TRIANGLE), L, TOKENS, ALONE),
-    (lambda f, x: attend(y := f(x), y, y, attn_mask=ADDED), L, TOKENS, ALONE),
-    (lambda f, x: attend(f(x), y := f(F.pad(x, (0, 0, 2, 0))), y), L, TOKENS, None),
-]
-"""Function, layer, shape of the input, and the operations in the engine, or None where something runs in PyTorch."""
-
-
-@pytest.mark.parametrize("case", WITH_ATTENTION)
-def test_attention(case):
-    function, layer, shape, operations = case
-    segments, calls = kinds(compiled(run(function, layer()), shape))
-    assert sum(segment.count("Attention") for segment in segments) == 1
-    assert "scaled_dot_product_attention" not in calls
-    if operations is not None:
-        assert (segments, calls) == ([operations], {})
+    engine = compiled(Cross(), TOKENS)
+    operations = [type(operation) for segment in engine.program.segments for operation in segment.operations]
+    assert operations.count(Attention) == 3
+    assert SDPA not in kinds(engine)[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 7), (2, 7)])
-def test_masks_of_attention(dtype, shape):
-    """A mask that the model computes, or is given, is added to the scores. Layers share it."""
+def test_masks_of_attention(dtype):
+    """A mask that the model computes is added to the scores. Layers share it."""
 
     def function(f, x, lengths):
-        seen = torch.arange(x.shape[1]) < lengths[:, None]
-        mask = seen[:, None, None, :].expand(-1, *shape, -1)
-        mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
-        y = attend(z := f(x), z, z, attn_mask=mask)
-        return attend(y, y, y, attn_mask=mask)
+        seen = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None, :]
+        y = f(x)
+        for shape in ((1, 1), (2, 1), (1, 7), (2, 7)):
+            mask = seen.expand(-1, *shape, -1)
+            mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+            y = attend(y, y, y, attn_mask=mask) + attend(y, y, y * 2, attn_mask=mask, scale=0.3)
+        return y
 
     model = sparse(run(function, nn.Linear(4, 4)))
     engine = sparing.engine.compile(model, (torch.randn(2, 7, 4), torch.tensor([3, 7])))
-    assert kinds(engine)[0] == ["2Attention 1Convolution"]
-    assert engine.program.calls
+    assert kinds(engine)[0] == ["4Affine 8Attention 4Binary 1Convolution"]
+    assert len(engine.program.segments[0].inputs) == 5
     for lengths in (torch.tensor([1]), torch.tensor([5, 7, 2, 0])):
         x = torch.randn(len(lengths), 7, 4)
         torch.testing.assert_close(engine(x, lengths), model(x, lengths))
@@ -585,25 +608,6 @@ def test_attention_to_a_part_of_one_sample():
     assert kinds(engine)[1]["scaled_dot_product_attention"] == 1
     x = torch.randn(1, 3, 4)
     torch.testing.assert_close(engine(x), model(x))
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda f, x: attend(*[f(x).reshape(1, -1, 4)] * 3),  # samples attend to one another
-        lambda f, x: join(F.scaled_dot_product_attention(heads(f(x)), *[heads(f(x))[:, :1]] * 2, enable_gqa=True)),
-        lambda f, x: attend(y := f(x), y, y, attn_mask=torch.eye(3)),
-        lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3),
-        lambda f, x: F.scaled_dot_product_attention(*[heads(f(x))] * 3).flatten(1),
-        lambda f, x: join(F.scaled_dot_product_attention(*[heads(f(x)).flip(3)] * 3)),
-        lambda f, x: attend(f(x), x, x),
-        lambda f, x: F.scaled_dot_product_attention(*[f(x)[:, 1:, None]] * 3).flatten(1),
-        lambda f, x: F.scaled_dot_product_attention(*[f(x).reshape(x.shape[0], 2, 3, 2)] * 3).flatten(1),
-    ],
-)
-def test_attention_in_torch(function):
-    _, calls = kinds(compiled(run(function, nn.Linear(4, 4)), TOKENS))
-    assert calls["scaled_dot_product_attention"] == 1
 
 
 def test_levels_put_parallel_branches_into_one_segment():
