@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import sparing
@@ -709,6 +710,10 @@ def test_models_that_cannot_be_compiled_raise():
         (Explicit(), r"control flow \(cond\), which the engine does not support"),
         (Counting(), "changes its buffer 'calls' in each call"),
         (Noise(), "does not have the outputs of the model at batch size 3"),
+        (run(lambda f, x: f(x).squeeze(), nn.Linear(2, 4)), r"size 1: shapes \[\[1, 4\]\] in place of \[\[4\]\]"),
+        (run(lambda f, x: f(x) / 0, nn.Linear(2, 4)), "has outputs that are NaN or infinite, at batch size 3"),
+        (None, "compiles a torch.nn.Module that is not compiled yet, got NoneType"),
+        (nn.Linear, "compiles a torch.nn.Module that is not compiled yet, got type"),
         (nn.Linear(2, 2, device="meta"), "is on the meta device"),
     ]:
         with pytest.raises(sparing.InputError, match=message):
@@ -772,6 +777,125 @@ def test_large_batches_run_in_parts(monkeypatch):
     engine = compiled(run(lambda f, x: f(x.cumsum(0)), L()), torch.randn(7, 3, 4), threads=1)
     engine(torch.randn(7, 5, 4))
     assert 5 in engine._plans[-1]._plans, "tokens of different samples alternate"
+
+
+def test_attention_in_large_batches(monkeypatch):
+    """With tokens first, the rows of samples alternate, so a batch must not run in parts, whatever its inputs are."""
+    monkeypatch.setattr(sparing.engine.plan, "CACHE", 1)
+
+    def function(f, x):  # [tokens, samples, channels]
+        tokens, samples, channels = x.shape
+        y = f(x.reshape(tokens * samples, channels)).view(tokens, samples, 2, 2).permute(1, 2, 0, 3)
+        y = F.scaled_dot_product_attention(y, y, y).permute(2, 0, 1, 3)
+        return y.reshape(tokens * samples, channels).softmax(-1).view(tokens, samples, channels)
+
+    engine = compiled(run(function, L()), torch.randn(7, 3, 4))
+    assert [operation.tokens_first for operation in engine.program.segments[0].operations[1:]] == [True]
+
+
+def test_mask_of_three_dimensions_is_for_heads():
+    """PyTorch takes a mask [3, T, T] of queries [3, 3, T, E] for one of heads, not of samples."""
+
+    def function(f, x, mask):
+        y = f(x).view(3, 5, 3, 4).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask).transpose(1, 2).reshape(3, 5, 12)
+
+    model = sparse(run(function, nn.Linear(12, 12)))
+    with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed"):
+        engine = sparing.engine.compile(model, (torch.randn(3, 5, 12), torch.ones(3, 5, 5, dtype=torch.bool)))
+    x, mask = torch.randn(3, 5, 12), torch.rand(3, 5, 5) < 0.6
+    torch.testing.assert_close(engine(x, mask), model(x, mask))
+    model = sparse(run(lambda f, x, mask: F.scaled_dot_product_attention(*[f(x)] * 3, attn_mask=mask), nn.Linear(4, 4)))
+    engine = sparing.engine.compile(model, (torch.randn(2, 5, 4), torch.randn(2, 5, 5)))
+    assert kinds(engine) == (["1Attention 1Convolution"], {})
+
+
+def test_masks_of_all_samples():
+    model = sparse(run(lambda f, x, mask: attend(*[f(x)] * 3, attn_mask=mask), nn.Linear(4, 4)))
+    for shape in ((5, 5), (1, 5)):
+        engine = sparing.engine.compile(model, (torch.randn(1, 5, 4), torch.randn(shape)))
+        assert kinds(engine)[1][SDPA] == 1
+
+
+def test_heads_after_a_layer_are_not_those_of_multi_head_attention():
+    """A Linear layer on each head, with the same views around it."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 8), nn.Linear(4, 3)
+
+        def forward(self, x):
+            n = x.shape[0]
+            y = self.one(x).view(n, 2, 5, 4).permute(2, 0, 1, 3).contiguous().view(5 * n * 2, 4)
+            return self.other(y).view(5, n, 6).transpose(0, 1)
+
+    compiled(Heads(), (2, 5, 8))
+
+
+def test_other_default_dtype_and_device():
+    x = torch.randn(2, 4)
+    engine = compiled(nn.Linear(4, 4, bias=False), (1, 4))
+    expected = engine(x)
+    with torch.device("meta"):
+        torch.testing.assert_close(engine(x), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(engine(x), expected)
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(4, elementwise_affine=False)).float()
+        engine = sparing.engine.compile(model, torch.randn(1, 4, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(engine(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_data_are_refused():
+    engine, x = compiled(nn.Linear(4, 4), (1, 4)), torch.randn(2, 4)
+    for wrong in (torch._efficientzerotensor((2, 4)), torch.masked.masked_tensor(x, x > 0)):
+        with pytest.raises(sparing.InputError, match="the engine needs tensors with data in memory"):
+            engine(wrong)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(sparing.InputError, match="got a FakeTensor without"),
+    ):
+        engine(x)
+    with pytest.raises(sparing.InputError, match="must be a dense tensor on the CPU, got nested"):
+        engine(torch.nested.nested_tensor([x[0], x[1]]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_in_torch_compile_and_in_a_trace():
+    engine, x = compiled(nn.Linear(4, 4), (1, 4)), torch.randn(2, 4)
+    found = torch.compile(lambda x: engine(x) * 2, backend="eager")(x)
+    torch.testing.assert_close(found, engine(x) * 2)
+    with pytest.raises(sparing.InputError, match="cannot be traced or compiled again"):
+        torch.jit.trace(engine, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda f, x: f(x) - f(x).mean(),
+        lambda f, x: f(x) * x.shape[0] + x.shape[0],
+        lambda f, x: (f(x) * 1e300).clamp(-1, 1),
+        lambda f, x: (x.long() * torch.sigmoid(x.long())) + f(x),
+    ],
+)
+def test_numbers_that_the_engine_does_not_have(function):
+    model, x = sparse(run(function, nn.Linear(4, 4))), torch.randn(5, 4)
+    torch.testing.assert_close(sparing.engine.compile(model, (2, 4))(x), model(x))
+
+
+def test_more_outputs_than_a_convolution_may_have():
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2**16))
+    engine = sparing.engine.compile(model, (2, 2))
+    assert kinds(engine) == (["1Convolution"], {"linear": 1})
+
+
+def test_networks_that_need_two_samples():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    assert kinds(sparing.engine.compile(model, (2, 4)))[0] == ["1Convolution"]
 
 
 def test_concurrent_calls():

@@ -53,6 +53,8 @@ def compile(model: nn.Module, example: Example | Inputs, threads: int | None = N
         torch.Size([5, 8, 14, 14])
     """
     threads = check_threads(threads)
+    if not isinstance(model, nn.Module) or isinstance(model, Engine):
+        raise InputError(f"the engine compiles a torch.nn.Module that is not compiled yet, got {type(model).__name__}")
     library()
     check_values(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -75,18 +77,36 @@ def compile(model: nn.Module, example: Example | Inputs, threads: int | None = N
     program, inputs, returns = build(network, inputs)
     engine = Engine(program, threads, returns)
     for batch in (3,) if inputs.fixed else (3, 1):
-        args, kwargs = inputs.sample(batch)
-        error = max_relative_error(outputs(network, args, kwargs), outputs(engine, args, kwargs))
-        if not error <= tolerance(network):
-            raise InputError(
-                f"the compiled network does not have the outputs of the model at batch size {batch}: maximum relative "
-                f"error {error:.2g}, allowed {tolerance(network):g}; the model must give the same outputs in each call"
-            )
+        _compare(network, engine, inputs, batch)
     batch = _find_batch(program.inputs, tree_leaves((inputs.args, inputs.kwargs)))
     for plans in engine._plans:
         if plans is not None:
             plans.prepare(batch)
     return engine
+
+
+def _compare(network: nn.Module, engine: "Engine", inputs: Inputs, batch: int) -> None:
+    """Raise InputError unless the engine has the outputs of the network."""
+    args, kwargs = inputs.sample(batch)
+    try:
+        expected = outputs(network, args, kwargs)
+    except Exception:
+        if batch > 1:
+            raise
+        return  # some networks need two samples, for example for the statistics of a batch
+    got = outputs(engine, args, kwargs)
+    shapes = [[list(tensor.shape) for tensor in each] for each in (expected, got)]
+    where = f"the compiled network does not have the outputs of the model at batch size {batch}"
+    if shapes[0] != shapes[1]:
+        raise InputError(f"{where}: shapes {shapes[1]} in place of {shapes[0]}; they must not depend on sizes of 1")
+    if not all(bool(tensor.isfinite().all()) for tensor in expected):
+        raise InputError(f"the model has outputs that are NaN or infinite, at batch size {batch} and random inputs")
+    error = max_relative_error(expected, got)
+    if not error <= tolerance(network):
+        raise InputError(
+            f"{where}: maximum relative error {error:.2g}, allowed {tolerance(network):g}; the model must give the "
+            "same outputs in each call"
+        )
 
 
 class Engine(nn.Module):
@@ -122,6 +142,8 @@ class Engine(nn.Module):
         Raises:
             InputError: the inputs have another shape or dtype than the network was compiled for.
         """
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            raise InputError("a compiled network cannot be traced or compiled again; call it outside of what is")
         program = self.program
         tensors = self._bind(args, kwargs)
         batch = _find_batch(program.inputs, tensors)
@@ -237,8 +259,8 @@ def _find_batch(inputs: tuple[Input, ...], tensors: list[Tensor]) -> int:
     """Check the inputs. Return the batch size; 1 if it is fixed."""
     batch: int | None = None
     for expected, tensor in zip(inputs, tensors, strict=True):
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            kind = f"{tensor.layout} on {tensor.device}"
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_nested:
+            kind = f"{'nested' if tensor.is_nested else tensor.layout} on {tensor.device}"
             raise InputError(f"input {expected.name} must be a dense tensor on the CPU, got {kind}")
         fits = tensor.dtype == expected.dtype and tensor.dim() == len(expected.shape)
         for size, count in zip(tensor.shape, expected.shape, strict=False):

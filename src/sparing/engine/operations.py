@@ -24,6 +24,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 POOLS = ("maximum", "average", "average_without_padding")
 BINARIES = ("add", "multiply")
+MOST_FILTERS = 2**16 - 1
+"""Maximum number of filters, and of elements of a kernel, of a convolution, as in kernels/plan.cpp."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class Plans:
                     f"the engine needs a float32 tensor of shape {list(shape)} on the CPU, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )
-        results = [torch.empty(port.at(batch)) for port in segment.outputs]
+        results = [torch.empty(port.at(batch), dtype=torch.float32, device="cpu") for port in segment.outputs]
         if self._process != os.getpid():  # a forked process has neither threads of the plans nor of OpenMP
             self._clear()
             self.shared = False
@@ -138,7 +138,8 @@ class Plan:
         if not handle:
             raise InputError(f"the engine cannot make a plan: {_error(library)}")
         self._handle: int = handle
-        weakref.finalize(self, _free, library, handle, os.getpid())
+        # Not at exit: another thread may be running the plan.
+        weakref.finalize(self, _free, library, handle, os.getpid()).atexit = False
         for shape in segment.tensors:
             self._check(library.sparing_tensor(handle, *shape.at(batch)))
         for port in segment.inputs:
@@ -182,6 +183,9 @@ def _part(tensor: Tensor, first: int, count: int, batch: int) -> Tensor:
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    for tensor in tensors:
+        if type(tensor) is not Tensor or (tensor.numel() and not tensor.data_ptr()):
+            raise InputError(f"the engine needs tensors with data in memory, got a {type(tensor).__name__} without")
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 

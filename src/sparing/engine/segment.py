@@ -91,7 +91,9 @@ class Segment:
         """Whether samples are computed apart from one another, and follow one another in inputs and outputs."""
         ports = (*self.inputs, *self.outputs)
         sizes = [shape.images if isinstance(shape, Images) else shape.rows for shape in self.tensors]
-        return all(size.per_sample for size in sizes) and all(port.shape and port.shape[0].per_sample for port in ports)
+        alternate = any(getattr(operation, "tokens_first", False) for operation in self.operations)
+        per_sample = all(size.per_sample for size in sizes) and all(p.shape and p.shape[0].per_sample for p in ports)
+        return per_sample and not alternate
 
     @property
     def convolutions(self) -> list[Convolution]:

@@ -103,12 +103,12 @@ def _put_batch_first(graph: fx.Graph) -> None:
                 continue
             split, linear, joined, heads = chain[1:]
             tokens, samples, _ = split.args[1]
-            if str(tokens) != str(heads.meta["val"].shape[0]):
+            size, *_, number, channels = heads.meta["val"].shape
+            if str(tokens) != str(size) or joined.meta["val"].shape[-1] != number * channels:
                 continue
             with graph.inserting_before(node):
                 turned = _call(graph, aten.permute.default, (heads.args[0], [0, 2, 1, 3]))
-                channels = joined.meta["val"].shape[-1]
-                rows = _call(graph, aten.reshape.default, (turned, [samples, tokens, channels]))
+                rows = _call(graph, aten.reshape.default, (turned, [samples, tokens, number * channels]))
                 node.replace_all_uses_with(_call(graph, aten.linear.default, (rows, *linear.args[1:])))
 
 
@@ -144,7 +144,9 @@ def _match_formulas(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         for pattern, name in ((SILU, "silu"), (GELU_TANH, "gelu")):
             found: list[fx.Node] = []
-            if _matches(pattern, node, found) and len(set(found)) == 1:
+            if not _matches(pattern, node, found) or len(set(found)) > 1:
+                continue
+            if found[0].meta["val"].is_floating_point():
                 with graph.inserting_before(node):
                     if name == "silu":
                         replacement = graph.call_function(aten.silu.default, (found[0],))

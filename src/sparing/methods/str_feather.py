@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 from sparing.group_threshold import feather_threshold
 from sparing.method import Layers, Optimizers, Parametrizations
-from sparing.parametrizations import LearnedThreshold, learned_number
+from sparing.parametrizations import LearnedThreshold, Sparse, learned_number
 from sparing.patterns import Units
 from sparing.schedules import check_number
 from sparing.sparsifier import Sparsifier
@@ -87,7 +87,7 @@ class STRFeather(Rescaling):
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         pruned = 1 - plan.final / plan.dense if self.sparsity is None else self.sparsity
         theta = self.theta if self.theta is not None else 0.5 if pruned > 0.95 else 1.0
-        made = {}
+        made: dict[str, Sparse] = {}
         for name, layer in layers.items():
             s, units = learned_number((1,), self.init, layer.weight), plan.units[name]
             factor = 1.0 if self.macs is None else (plan.costs[name] / units.weights) ** 0.25

@@ -20,7 +20,7 @@ from sparing.engine.shapes import Count, Matrix
 
 aten = torch.ops.aten
 
-SHAPES = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
+SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
 VIEWS = (*SHAPES, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
 
 BATCH = 2**20 + 7
@@ -49,7 +49,8 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     result = Axes(zip(shape, strides, strict=True)).follow(views, operator)
     if _merge(result.factors()) != [(prod(shape), 1)][: prod(shape) > 1] or sizes(node)[-1] != Count(channels):
         raise Cut("attention whose heads are not joined")
-    mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens)
+    heads_in_mask = given["query"].meta["val"].dim() == 4
+    mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens, heads_in_mask)
     output = low.tensor(Matrix(query.rows, channels))
     scale = query.channels**-0.5 if given["scale"] is None else given["scale"]
     low.emit(
@@ -172,7 +173,7 @@ class _Heads:
             raise Cut("attention to a part of the tokens")
 
 
-def _mask(low: Lowering, mask: Any, query: _Heads, keys: int) -> tuple[dict[str, Any], bool]:
+def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) -> tuple[dict[str, Any], bool]:
     """Return the fields of the operation that describe a mask, and whether it is that of causal attention."""
     if mask is None:
         return {"mask": None}, False
@@ -182,12 +183,11 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int) -> tuple[dict[str,
         triangle = torch.ones(query.tokens, keys, dtype=torch.bool).triu(1)
         if hidden.shape[-2:] == triangle.shape and bool((hidden == triangle).all()) and not value[~hidden].any():
             return {"mask": None}, True
-    else:
-        shape = sizes(mask)
-        samples, heads, queries = shape[:-1] if len(shape) == 4 else (*shape[:1], ONE, *shape[1:-1])
+    elif len(shape := sizes(mask)) == 3 + with_heads:
+        samples, heads, queries = shape[:3] if with_heads else (shape[0], ONE, shape[1])
         rows = Count(samples.factor * heads.factor * queries.factor, samples.per_sample)
         fits = heads.factor in (1, query.heads) and queries.factor in (1, query.tokens)
-        if samples == query.samples and shape[-1] == Count(keys) and fits and len(shape) > 2:
+        if samples == query.samples and shape[-1] == Count(keys) and fits:
             tensor = low.read(mask, axis=len(shape) - 1, shape=Matrix(rows, keys)).tensor
             return {"mask": tensor, "mask_heads": heads.factor, "mask_queries": queries.factor}, False
     raise Cut("a mask that is not [samples, heads or 1, queries or 1, keys]")

@@ -92,7 +92,9 @@ def _vector(low: Lowering, argument: Any, x: fx.Node, axis: int) -> Tensor:
     shape = sizes(x)
     channels = shape[axis].factor
     if type(argument) in (int, float):
-        return torch.full((channels,), float(argument))
+        if abs(argument) > torch.finfo(torch.float32).max:  # and NaN is not
+            raise Cut("a number beyond float32")
+        return _numbers(channels, float(argument))
     if not isinstance(argument, fx.Node) or argument not in low.constants:
         raise Cut("another operand than a tensor or constant")
     tensor = low.constants[argument].detach()
@@ -104,6 +106,10 @@ def _vector(low: Lowering, argument: Any, x: fx.Node, axis: int) -> Tensor:
     if tensor.numel() not in (1, channels):
         raise Cut("a constant that enlarges the tensor")
     return tensor.reshape(-1).float().expand(channels).contiguous()
+
+
+def _numbers(count: int, value: float) -> Tensor:
+    return torch.full((count,), value, dtype=torch.float32, device="cpu")
 
 
 def batch_norm(low: Lowering, node: fx.Node) -> Place:
@@ -127,6 +133,6 @@ def layer_norm(low: Lowering, node: fx.Node) -> Place:
         raise Cut("layer norm over more than one dimension")
     place = low.read(x, axis=x.meta["val"].dim() - 1)
     channels = low.shape(place).channels
-    weight = torch.ones(channels) if given["weight"] is None else low.constant(given["weight"])
-    bias = torch.zeros(channels) if given["bias"] is None else low.constant(given["bias"])
+    weight = _numbers(channels, 1.0) if given["weight"] is None else low.constant(given["weight"])
+    bias = _numbers(channels, 0.0) if given["bias"] is None else low.constant(given["bias"])
     return low.apply(LayerNorm, place, weight=weight, bias=bias, epsilon=float(given["eps"]))

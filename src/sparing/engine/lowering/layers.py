@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
-from sparing.engine.operations import Convolution, Depthwise, Mean, Pool
+from sparing.engine.operations import MOST_FILTERS, Convolution, Depthwise, Mean, Pool
 from sparing.engine.shapes import Count, Images, Matrix, Window
 
 aten = torch.ops.aten
@@ -21,7 +21,9 @@ def convolution(low: Lowering, node: fx.Node) -> Place:
     dims = weight.dim() - 2
     if dims not in (1, 2) or given["input"].meta["val"].dim() != weight.dim():
         raise Cut(f"convolution of {given['input'].meta['val'].dim()} dimensions")
-    bias = low.constant(given["bias"]) if given["bias"] is not None else torch.zeros(len(weight))
+    bias = low.constant(given["bias"]) if given["bias"] is not None else weight.new_zeros(len(weight))
+    if max(len(weight), weight[0, 0].numel()) > MOST_FILTERS:
+        raise Cut(f"more than {MOST_FILTERS} filters, or elements of a kernel")
     stride, dilation = pair(given["stride"]), pair(given["dilation"])
     original, numel = given["input"], weight.numel()
     x, before, after = _unpad(low, original, dims)
@@ -121,7 +123,9 @@ def linear(low: Lowering, node: fx.Node) -> Place:
         raise Cut(f"product with a tensor of {weight.dim()} dimensions")
     if node.target.overloadpacket is not aten.linear:  # type: ignore[union-attr]
         weight = weight.t()
-    offset = low.constant(bias) if bias is not None else torch.zeros(len(weight))
+    offset = low.constant(bias) if bias is not None else weight.new_zeros(len(weight))
+    if len(weight) > MOST_FILTERS:
+        raise Cut(f"more than {MOST_FILTERS} outputs")
     if offset.shape != (len(weight),):
         raise Cut(f"bias of shape {list(offset.shape)}")
     place = low.read(x, axis=x.meta["val"].dim() - 1)
@@ -180,7 +184,7 @@ def adaptive_average(low: Lowering, node: fx.Node) -> Place:
 def mean(low: Lowering, node: fx.Node) -> Place:
     given = arguments_of(node)
     x, rank = given["input"], given["input"].meta["val"].dim()
-    dims = sorted(dim % rank for dim in given["dim"] or range(rank))
+    dims = sorted(dim % rank for dim in given.get("dim") or range(rank))
     if rank not in (3, 4) or len(dims) != rank - 2 or dims[0] == 0 or given["dtype"] not in (None, torch.float32):
         raise Cut("mean over other dimensions than height and width")
     (axis,) = set(range(1, rank)) - set(dims)

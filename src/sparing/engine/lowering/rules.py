@@ -15,7 +15,16 @@ ACTIVATIONS = {
     aten.relu: "relu", aten.relu6: "relu6", aten.silu: "silu", aten.sigmoid: "sigmoid", aten.tanh: "tanh",
     aten.hardswish: "hardswish", aten.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
-VIEWS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.expand)
+VIEWS = (
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.flatten,
+    aten.unflatten,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.expand,
+)
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.conv1d, aten.conv2d), Rule(layers.convolution, axis=1)),
