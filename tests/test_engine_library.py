@@ -84,7 +84,7 @@ def test_the_table_declares_every_function_of_the_header():
         "int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double,
         "void": None, "const char*": ctypes.c_char_p, "SparingPlan*": ctypes.c_void_p,
         "const int32_t*": ctypes.c_void_p, "const float*": ctypes.c_void_p,
-        "const SparingWindow*": ctypes.POINTER(module.Window),
+        "const int64_t*": ctypes.POINTER(ctypes.c_int64), "const SparingWindow*": ctypes.POINTER(module.Window),
         "const SparingOpenmp*": ctypes.POINTER(module.Openmp),
         "const float* const*": ctypes.POINTER(ctypes.c_void_p), "float* const*": ctypes.POINTER(ctypes.c_void_p),
     }  # fmt: skip

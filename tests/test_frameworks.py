@@ -753,7 +753,7 @@ def assert_outputs(fast, model, **inputs):
 
 
 @pytest.mark.usefixtures("engine_library")
-def test_the_engine_runs_all_layers_of_bert_but_attention_and_embeddings(transformers):
+def test_the_engine_runs_all_of_bert_but_embeddings(transformers):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -764,10 +764,10 @@ def test_the_engine_runs_all_layers_of_bert_but_attention_and_embeddings(transfo
     inputs = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
     fast = sparing.engine.compile(model, inputs)
     assert_outputs(fast, model, **inputs)
-    assert [len(segment.convolutions) for segment in fast.program.segments] == [3, 6, 3, 1]
+    assert [len(segment.convolutions) for segment in fast.program.segments] == [12, 1]
     names = {call.name.split(".")[1] for call in fast.program.calls}
-    assert {"embedding", "scaled_dot_product_attention"} <= names
-    assert not names & {"linear", "layer_norm", "gelu", "tanh"}
+    assert "embedding" in names
+    assert not names & {"linear", "layer_norm", "gelu", "tanh", "scaled_dot_product_attention"}
 
 
 @pytest.mark.usefixtures("engine_library")
