@@ -29,7 +29,7 @@ def ratio(row, engine, key="seconds"):
     if row is None:
         return "not run"
     if row[key] is None:
-        return "no bf16" if "bf16" in row["note"] else row["note"]
+        return "no bf16" if row["note"] == "this processor does not support bf16" else row["note"]
     value = f"{row[key] / engine[key]:.2f}"
     return f"**{value}**" if float(value) < 1 else value
 

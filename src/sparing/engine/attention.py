@@ -1,4 +1,4 @@
-"""The operation of attention."""
+"""The attention operation."""
 
 import ctypes
 import math
@@ -29,7 +29,7 @@ class Attention(Operation):
         query_first, key_first, value_first: the first channel of head 0.
         query_stride, key_stride, value_stride: channels from a head to the next.
         scale: factor of the scores.
-        causal: whether query i sees the keys 0 to i only.
+        causal: whether query i attends only to keys 0 to i.
         tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
         mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
     """
@@ -73,15 +73,14 @@ class Attention(Operation):
             require_integer("the channels from head to head", stride)
             last = first + (self.heads - 1) * stride + (of_value if name == "value" else self.channels)
             require(last <= shape.channels, f"the heads of the {name} end at channel {last} of {shape}")
+        for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
+            number = getattr(self, name)
+            fits = type(number) is int and number in (1, all_of_them)
+            require(fits, f"{name} must be 1 or {all_of_them}, got {number!r:.100}")
         if self.mask is not None:
             rows = target.rows.factor // self.queries * self.mask_heads * self.mask_queries
             check_shape("the mask", shapes[self.mask], Matrix(Count(rows, target.rows.per_sample), self.keys))
         require(type(self.scale) is float and math.isfinite(self.scale), f"scale must be a number, got {self.scale!r}")
-        for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
-            number = getattr(self, name)
-            require(
-                type(number) is int and number in (1, all_of_them), f"{name} must be 1 or {all_of_them}, got {number!r}"
-            )
         for name in ("causal", "tokens_first"):
             require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
 

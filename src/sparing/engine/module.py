@@ -98,9 +98,12 @@ def _compare(network: nn.Module, engine: "Engine", inputs: Inputs, batch: int) -
     shapes = [[list(tensor.shape) for tensor in each] for each in (expected, got)]
     where = f"the compiled network does not have the outputs of the model at batch size {batch}"
     if shapes[0] != shapes[1]:
-        raise InputError(f"{where}: shapes {shapes[1]} in place of {shapes[0]}; they must not depend on sizes of 1")
+        raise InputError(
+            f"{where}: output shapes {shapes[1]}, expected {shapes[0]}; use squeeze(dim) in place of squeeze(), so "
+            "that shapes do not depend on whether a size is 1"
+        )
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
-        raise InputError(f"the model has outputs that are NaN or infinite, at batch size {batch} and random inputs")
+        raise InputError(f"the model returns NaN or infinite values for random inputs at batch size {batch}")
     error = max_relative_error(expected, got)
     if not error <= tolerance(network):
         raise InputError(
@@ -143,7 +146,7 @@ class Engine(nn.Module):
             InputError: the inputs have another shape or dtype than the network was compiled for.
         """
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
-            raise InputError("a compiled network cannot be traced or compiled again; call it outside of what is")
+            raise InputError("a compiled network cannot be traced or compiled; call it outside of the function that is")
         program = self.program
         tensors = self._bind(args, kwargs)
         batch = _find_batch(program.inputs, tensors)

@@ -23,6 +23,8 @@ CACHE = 8 * 2**20
 ROWS = 16
 """The rows of a matrix are computed in vectors of up to so many. Parts of a large batch fill them."""
 
+NO_DATA = "the engine needs tensors with data in memory; pass a plain torch.Tensor"
+
 PLANS = 4
 """Maximum number of batch sizes whose plans are kept."""
 
@@ -63,7 +65,10 @@ class Plans:
             InputError: the inputs have other shapes; the library of the engine is missing, or refuses the operations.
         """
         segment = self.segment
-        given = [tensor.detach().contiguous() for tensor in inputs]
+        try:
+            given = [tensor.detach().as_subclass(Tensor).contiguous() for tensor in inputs]
+        except TypeError as error:  # a subclass that holds other tensors
+            raise InputError(NO_DATA) from error
         for tensor, port in zip(given, segment.inputs, strict=True):
             shape = port.at(batch)
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
@@ -177,7 +182,7 @@ class Plan:
 def _part(tensor: Tensor, first: int, count: int, batch: int) -> Tensor:
     """Return samples [first, first + count) of a tensor of `batch` samples."""
     if count == batch:
-        return tensor  # whose first dimension may be another one
+        return tensor  # the first dimension need not be the batch
     rows = len(tensor) // batch
     return tensor[first * rows : (first + count) * rows]
 
@@ -185,7 +190,7 @@ def _part(tensor: Tensor, first: int, count: int, batch: int) -> Tensor:
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     for tensor in tensors:
         if type(tensor) is not Tensor or (tensor.numel() and not tensor.data_ptr()):
-            raise InputError(f"the engine needs tensors with data in memory, got a {type(tensor).__name__} without")
+            raise InputError(NO_DATA)
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 

@@ -91,9 +91,10 @@ class Segment:
         """Whether samples are computed apart from one another, and follow one another in inputs and outputs."""
         ports = (*self.inputs, *self.outputs)
         sizes = [shape.images if isinstance(shape, Images) else shape.rows for shape in self.tensors]
-        alternate = any(getattr(operation, "tokens_first", False) for operation in self.operations)
+        # With tokens first, rows of different samples alternate.
+        interleaved = any(getattr(operation, "tokens_first", False) for operation in self.operations)
         per_sample = all(size.per_sample for size in sizes) and all(p.shape and p.shape[0].per_sample for p in ports)
-        return per_sample and not alternate
+        return per_sample and not interleaved
 
     @property
     def convolutions(self) -> list[Convolution]:

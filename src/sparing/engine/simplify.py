@@ -104,7 +104,8 @@ def _put_batch_first(graph: fx.Graph) -> None:
             split, linear, joined, heads = chain[1:]
             tokens, samples, _ = split.args[1]
             size, *_, number, channels = heads.meta["val"].shape
-            if str(tokens) != str(size) or joined.meta["val"].shape[-1] != number * channels:
+            kept = split.meta["val"].shape[-1] == linear.meta["val"].shape[-1]
+            if str(tokens) != str(size) or joined.meta["val"].shape[-1] != number * channels or not kept:
                 continue
             with graph.inserting_before(node):
                 turned = _call(graph, aten.permute.default, (heads.args[0], [0, 2, 1, 3]))
@@ -126,7 +127,7 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
 
 
 def _add_masks(graph: fx.Graph) -> None:
-    """Write masks of attention that say which keys are seen as numbers to add to the scores."""
+    """Convert boolean masks of attention to float masks, which are added to the scores."""
     added: dict[fx.Node, fx.Node] = {}  # layers share masks
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         mask: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
@@ -134,8 +135,9 @@ def _add_masks(graph: fx.Graph) -> None:
             continue
         if mask not in added:
             with graph.inserting_before(node):
-                added[mask] = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))
-            added[mask].meta["val"] = mask.meta["val"].float()
+                numbers = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))  # of the default dtype
+                added[mask] = graph.call_function(aten._to_copy.default, (numbers,), {"dtype": torch.float32})
+            numbers.meta["val"] = added[mask].meta["val"] = mask.meta["val"].float()
         node.replace_input_with(mask, added[mask])
 
 

@@ -71,8 +71,8 @@ SPARING_API int sparing_layer_norm(
 // out = softmax(scale * query . key + mask) . value for each head. Head h of the query has the channels from first[0] +
 // h * stride[0] on, the key those from first[1] + h * stride[1] on, the value from first[2] + h * stride[2] on. All are
 // matrices [samples * tokens, columns]; out: [samples * queries, heads * channels of a value]. channels: of a head in
-// query and key. mask: a matrix [samples * mask_heads * mask_queries, keys] or -1; mask_heads is 1 or all, mask_queries,
-// too. causal: query i sees the keys 0 to i. tokens_first: all but the mask have the rows [tokens * samples] in place of
+// query and key. mask: a matrix [samples * mask_heads * mask_queries, keys] or -1; mask_heads is 1 or heads,
+// mask_queries is 1 or queries. causal: query i sees the keys 0 to i. tokens_first: all but the mask have the rows [tokens * samples] in place of
 // [samples * tokens].
 SPARING_API int sparing_attention(
     SparingPlan*, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,

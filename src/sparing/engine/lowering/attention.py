@@ -24,7 +24,7 @@ SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatt
 VIEWS = (*SHAPES, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
 
 BATCH = 2**20 + 7
-"""Batch size for which views are followed: a prime number, which no other size divides."""
+"""Batch size for which views are followed: a large prime, so that it is not a factor of another size."""
 
 Factor = tuple[int, int]
 """Size and stride."""
@@ -41,6 +41,7 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     orders = query.orders & key.orders & value.orders
     if not alike or not orders or query.channels != key.channels or key.tokens != value.tokens:
         raise Cut("attention to other samples, heads or tokens")
+    mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens, given["query"].meta["val"].dim() == 4)
     channels = query.heads * value.channels
     tokens_first = False not in orders
     shape = (query.samples.at(BATCH), query.heads, query.tokens, value.channels)
@@ -49,8 +50,6 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     result = Axes(zip(shape, strides, strict=True)).follow(views, operator)
     if _merge(result.factors()) != [(prod(shape), 1)][: prod(shape) > 1] or sizes(node)[-1] != Count(channels):
         raise Cut("attention whose heads are not joined")
-    heads_in_mask = given["query"].meta["val"].dim() == 4
-    mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens, heads_in_mask)
     output = low.tensor(Matrix(query.rows, channels))
     scale = query.channels**-0.5 if given["scale"] is None else given["scale"]
     low.emit(
@@ -122,7 +121,7 @@ class Axes:
         if len(factors) > 1 or not isinstance(start, int) or given.get("step", 1) != 1:
             raise Cut("a slice of several dimensions")
         size, stride = factors[0] if factors else (1, 1)
-        self.offset += (start + size if start < 0 else start) * stride
+        self.offset += (max(start + size, 0) if start < 0 else start) * stride
         if "index" in given:
             del self.dims[dim]
         else:
@@ -183,7 +182,8 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) 
         triangle = torch.ones(query.tokens, keys, dtype=torch.bool).triu(1)
         if hidden.shape[-2:] == triangle.shape and bool((hidden == triangle).all()) and not value[~hidden].any():
             return {"mask": None}, True
-    elif len(shape := sizes(mask)) == 3 + with_heads:
+        raise Cut("a constant mask that is not causal")
+    if len(shape := sizes(mask)) == 3 + with_heads:
         samples, heads, queries = shape[:3] if with_heads else (shape[0], ONE, shape[1])
         rows = Count(samples.factor * heads.factor * queries.factor, samples.per_sample)
         fits = heads.factor in (1, query.heads) and queries.factor in (1, query.tokens)

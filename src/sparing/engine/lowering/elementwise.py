@@ -92,7 +92,7 @@ def _vector(low: Lowering, argument: Any, x: fx.Node, axis: int) -> Tensor:
     shape = sizes(x)
     channels = shape[axis].factor
     if type(argument) in (int, float):
-        if abs(argument) > torch.finfo(torch.float32).max:  # and NaN is not
+        if abs(argument) > torch.finfo(torch.float32).max:  # False for NaN, which is kept
             raise Cut("a number beyond float32")
         return _numbers(channels, float(argument))
     if not isinstance(argument, fx.Node) or argument not in low.constants:

@@ -231,7 +231,7 @@ class Lowering:
 def sizes(node: fx.Node) -> tuple[Count, ...]:
     """Return the shape of the value of a node."""
     if not isinstance(node.meta["val"], Tensor):
-        raise Cut("a number that depends on the batch size")
+        raise Cut("a value that is not a tensor")
     counts = [count(size) for size in node.meta["val"].shape]
     if any(size is None for size in counts):
         raise Cut("a size that is not a multiple of the batch size")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sparing.engine.lowering import elementwise, layers, views
-from sparing.engine.lowering.attention import attention
+from sparing.engine.lowering.attention import SHAPES, attention
 from sparing.engine.lowering.lowering import Rule
 
 aten = torch.ops.aten
@@ -15,16 +15,6 @@ ACTIVATIONS = {
     aten.relu: "relu", aten.relu6: "relu6", aten.silu: "silu", aten.sigmoid: "sigmoid", aten.tanh: "tanh",
     aten.hardswish: "hardswish", aten.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
-VIEWS = (
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.flatten,
-    aten.unflatten,
-    aten.squeeze,
-    aten.unsqueeze,
-    aten.expand,
-)
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.conv1d, aten.conv2d), Rule(layers.convolution, axis=1)),
@@ -47,7 +37,7 @@ RULES: dict[Any, Rule] = {
     aten.batch_norm: Rule(elementwise.batch_norm, axis=1),
     aten.layer_norm: Rule(elementwise.layer_norm, axis=-1),
     aten.scaled_dot_product_attention: Rule(attention, axis=-1),
-    **dict.fromkeys(VIEWS, Rule(views.view)),
+    **dict.fromkeys((*SHAPES, aten.expand), Rule(views.view)),
     **dict.fromkeys((aten.permute, aten.transpose), Rule(views.permute)),
     **dict.fromkeys((aten.slice, aten.narrow), Rule(views.slice_channels)),
     aten.cat: Rule(views.concatenate),
