@@ -25,7 +25,7 @@ NOT_RUN = {
     r"\b[A-Z]{3,}\b(?!=)|\.\.\.": "has placeholders",
 }
 """Lines that tests/test_documents.py parses, but that are not run: what they contain → why."""
-SHORT = ["schedule.epochs=1", "schedule.warmup_epochs=0", "model.width=8", "data.batch_size=100"]
+SHORT = ["schedule.epochs=1", "schedule.warmup_epochs=0", "model.width=4", "channels_last=false", "data.batch_size=100"]
 """Settings of runs on the digits that take seconds."""
 DEMO = "sparing train recipes/mnist5k/demo.yaml --out runs/demo"
 

@@ -25,6 +25,11 @@ _TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
 GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
 
 
+def packet_of(node: fx.Node) -> Any:
+    """Return the operator of a node without its overload, such as aten.add, or None if it calls no operator."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def simplify(graph: fx.Graph) -> None:
     """Remove operators without effect, and write others in one form."""
     _replace_operators(graph)
@@ -36,7 +41,7 @@ def simplify(graph: fx.Graph) -> None:
 def _replace_operators(graph: fx.Graph) -> None:
     """Remove operators without effect, and write others in one form."""
     for node in list(graph.nodes):
-        target, packet = node.target, getattr(node.target, "overloadpacket", None)
+        target, packet = node.target, packet_of(node)
         if packet is not None and str(packet).removeprefix("aten.").startswith(CHECKS) and not node.users:
             graph.erase_node(node)
         elif packet in IDENTITIES and _is_identity(node):
@@ -61,7 +66,7 @@ def _is_identity(node: fx.Node) -> bool:
 def _item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Return another form of one of several results of an operator, or None."""
     source: Any = node.args[0]
-    packet, index = getattr(source.target, "overloadpacket", None), cast(int, node.args[1])
+    packet, index = packet_of(source), cast(int, node.args[1])
     with graph.inserting_before(node):
         if packet is aten._native_batch_norm_legit_no_training and index == 0:
             args = (*source.args[:5], False, *source.args[5:], False)
@@ -167,7 +172,7 @@ def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
     if isinstance(pattern, float):
         return isinstance(argument, (int, float)) and math.isclose(pattern, argument, rel_tol=1e-6)
     packet, *operands = pattern
-    if not isinstance(argument, fx.Node) or getattr(argument.target, "overloadpacket", None) is not packet:
+    if not isinstance(argument, fx.Node) or packet_of(argument) is not packet:
         return False
     if len(argument.args) != len(operands) or argument.kwargs:
         return False

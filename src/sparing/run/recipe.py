@@ -191,10 +191,11 @@ class Recipe(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of an exponential moving average of the weights; the average is validated, tested and exported."""
     amp: Literal["none", "bf16", "fp16"] = "none"
-    """Automatic mixed precision; fp16 scales the loss."""
+    """Automatic mixed precision; fp16 scales the loss. Processors without instructions for bf16 emulate it, slowly."""
     channels_last: bool = False
     """Store images and convolution weights channels last, which is faster for most networks. On the CPU, torch 2.13 has
-    crashed on two threads in networks with fewer than 16 channels (`bench/channels_last.py`): leave it off there."""
+    crashed in networks with fewer than 16 channels (`bench/channels_last.py`), with AVX2 on one thread too: leave it off
+    there."""
     compile: bool = False
     """Compile the model with torch.compile."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -17,6 +17,7 @@ from torch import fx
 from sparing.engine.attention import Attention
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
 from sparing.engine.shapes import Count, Matrix
+from sparing.engine.simplify import packet_of
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ Factor = tuple[int, int]
 
 def attention(low: Lowering, node: fx.Node) -> Place:
     """Lower attention that ends with a node: the operator, or the view that joins its heads."""
-    operator, views = _chain(node, lambda n: _packet(n) is aten.scaled_dot_product_attention)
+    operator, views = _chain(node, lambda n: packet_of(n) is aten.scaled_dot_product_attention)
     given = arguments_of(operator)
     if given["dropout_p"] or given["enable_gqa"]:
         raise Cut("attention with dropout, or with heads that share keys")
@@ -48,7 +49,7 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     samples_stride, tokens_stride = _strides(*shape[::2], channels, tokens_first)
     strides = (samples_stride, value.channels, tokens_stride, 1)
     result = Axes(zip(shape, strides, strict=True)).follow(views, operator)
-    if _merge(result.factors()) != [(prod(shape), 1)][: prod(shape) > 1] or sizes(node)[-1] != Count(channels):
+    if _merge(result.factors()) not in ([(prod(shape), 1)], []) or sizes(node)[-1] != Count(channels):
         raise Cut("attention whose heads are not joined")
     output = low.tensor(Matrix(query.rows, channels))
     scale = query.channels**-0.5 if given["scale"] is None else given["scale"]
@@ -84,7 +85,7 @@ class Axes:
             del self.dims[1]
         for node in views:
             given, rank = arguments_of(node), len(self.dims)
-            if _packet(node) in SHAPES:
+            if packet_of(node) in SHAPES:
                 self._reshape([size.at(BATCH) for size in sizes(node)])
             elif "dims" in given:
                 self.dims = [self.dims[dim] for dim in given["dims"]]
@@ -212,12 +213,8 @@ def _chain(node: Any, ends: Callable[[fx.Node], bool]) -> tuple[fx.Node, list[fx
     """Follow views back to the first node for which `ends` is true. Return it, and the views from it on."""
     views: list[fx.Node] = []
     while not ends(node):
-        if not isinstance(node, fx.Node) or _packet(node) not in VIEWS:
+        if not isinstance(node, fx.Node) or packet_of(node) not in VIEWS:
             raise Cut("a view of a tensor in PyTorch")
         views.insert(0, node)
         node = node.args[0]
     return node, views
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)

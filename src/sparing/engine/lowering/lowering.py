@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from sparing.engine.operations import Mean, Operation
 from sparing.engine.shapes import Count, Images, Matrix, Shape, product
+from sparing.engine.simplify import packet_of
 from sparing.errors import InputError
 
 ONE = Count(1)
@@ -120,7 +121,7 @@ class Lowering:
             self.levels[node] = self._level
 
     def _lower(self, node: fx.Node) -> Place:
-        rule = self.rules.get(getattr(node.target, "overloadpacket", None))
+        rule = self.rules.get(packet_of(node))
         if node.op != "call_function" or rule is None:
             raise Cut("no such operation in the engine")
         value = node.meta["val"]
@@ -212,7 +213,7 @@ class Lowering:
         todo, seen = [node], {node}
         while todo:
             for user in todo.pop(0).users:
-                rule = self.rules.get(getattr(user.target, "overloadpacket", None))
+                rule = self.rules.get(packet_of(user))
                 if rule is not None and rule.axis is not None:
                     return rule.axis % rank
                 same = rule is not None and getattr(user.meta["val"], "shape", ()) == node.meta["val"].shape
