@@ -194,8 +194,8 @@ class Recipe(Section):
     """Automatic mixed precision; fp16 scales the loss. Processors without instructions for bf16 emulate it, slowly."""
     channels_last: bool = False
     """Store images and convolution weights channels last, which is faster for most networks. On the CPU, torch 2.13 has
-    crashed in networks with fewer than 16 channels (`bench/channels_last.py`), with AVX2 on one thread too: leave it off
-    there."""
+    crashed in networks with fewer than 16 channels (`bench/channels_last.py`), with AVX2 even on one thread: leave it
+    off there."""
     compile: bool = False
     """Compile the model with torch.compile."""
     seed: int = Field(default=0, ge=0, lt=2**32)
