@@ -63,6 +63,15 @@ def noise(monkeypatch):
     return {"name": "noise", "batch_size": 4}
 
 
+@pytest.mark.parametrize(("capability", "amp", "told"), [("AVX2", "bf16", True), ("AVX2", "none", False),
+                                                         ("AVX512", "bf16", False)])  # fmt: skip
+def test_a_precision_without_instructions_is_told(tmp_path, monkeypatch, noise, capability, amp, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    console = Console(file=io.StringIO(), width=120)
+    train_run(recipe(amp=amp, data=noise, device="cpu"), tmp_path / "run", stop_after=1, console=console)
+    assert ("amp: bf16 is emulated" in console.file.getvalue()) == told
+
+
 def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkeypatch, noise):
     # With two ranks, the last batch of 41 images is dropped, since it has one image.
     images = Images(torch.randint(0, 256, (41, 1, 8, 8), dtype=torch.uint8), torch.arange(41) % 10)

@@ -29,7 +29,7 @@ from sparing.run.interrupt import Interrupted, StopSignals
 from sparing.run.log import RunLog
 from sparing.run.progress import Progress, check_finite, check_numbers, check_optimizer, check_ranks, reason
 from sparing.run.recipe import Recipe
-from sparing.run.step import backward
+from sparing.run.step import backward, is_emulated
 from sparing.run.weights import load_weights
 
 
@@ -92,6 +92,8 @@ def fit(
     if training.resumed:
         step = f", step {progress.step}" if progress.step else ""
         console.print(f"continuing after epoch {progress.epoch} of {epochs}{step}")
+    if is_emulated(recipe.amp, ranks.device):
+        console.print(f"amp: {recipe.amp} is emulated on this processor, and slower than amp: none", style="yellow")
     log = RunLog(out, progress.epoch, recipe.tensorboard, console) if ranks.first else None
     for epoch in range(progress.epoch + 1, min(epochs, progress.epoch + (stop_after or epochs)) + 1):
         training.run_epoch(epoch, log)

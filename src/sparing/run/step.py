@@ -13,6 +13,16 @@ from sparing.sparsifier import Sparsifier
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def is_emulated(amp: str, device: torch.device) -> bool:
+    """Return whether the processor has no instructions for a precision, so that it takes longer than float32.
+
+    Args:
+        amp: "none", or a key of `AMP`.
+        device: of the model.
+    """
+    return amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def backward(
     model: nn.Module,
     batch: tuple[Tensor, ...],
