@@ -1,6 +1,7 @@
 """Forbid the network to Python processes."""
 
 import os
+from pathlib import Path
 
 # Started by every Python process that inherits PYTHONPATH, also by those that test exported files.
 REFUSE_NETWORK = """
@@ -23,6 +24,8 @@ sys.addaudithook(refuse)
 def environment(folder):
     """Return environment variables with which Python processes refuse to use the network and log every attempt.
 
+    They can import the modules of this folder.
+
     Args:
         folder: where to write the code that refuses, and `network.log`.
     """
@@ -30,6 +33,7 @@ def environment(folder):
     (folder / "start" / "sitecustomize.py").write_text(REFUSE_NETWORK)
     # Some packages send statistics, but not in CI, and not if a file in the home directory says so.
     kept = {name: value for name, value in os.environ.items() if name != "CI"}
-    return kept | {
-        "PYTHONPATH": str(folder / "start"), "NETWORK_LOG": str(folder / "network.log"), "HOME": str(folder)
-    }  # fmt: skip
+    path = os.pathsep.join([str(folder / "start"), str(Path(__file__).parent)])
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept.setdefault("SPARING_CACHE", os.path.join(caches, "sparing"))  # compiled already
+    return kept | {"PYTHONPATH": path, "NETWORK_LOG": str(folder / "network.log"), "HOME": str(folder)}

@@ -15,19 +15,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import sparing
 from small_run import descendants, torchrun
 from sparing.run.build import build_data, build_model, build_optimizer
-from sparing.run.checkpoint import load_checkpoint
 from sparing.run.distributed import Ranks
-from sparing.run.log import read_history
 from sparing.run.loop import backward
 from sparing.run.method_section import build_method
-from sparing.run.recipe import Recipe, load_recipe
-from sparing.run.training import train_run
+from sparing.run.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 RECIPE = {
     "model": {"name": "resnet8", "width": 2},
-    "data": {"name": "mnist5k", "batch_size": 175, "shift": 1},
+    "data": {"name": "small_run:noise", "batch_size": 4},
     "method": {"name": "str", "init": -4.0},
     "optimizer": {"lr": 0.05, "weight_decay": 5e-4, "threshold_weight_decay": 0.05},
     "schedule": {"epochs": 2},
@@ -49,31 +46,9 @@ def finish(process):
     return output
 
 
-def epochs(run):
-    return [line["epoch"] for line in read_history(run)]
-
-
-def test_a_run_of_two_ranks_resumes_on_one(recipe, tmp_path):
-    out = tmp_path / "run"
-    output = finish(torchrun(2, recipe, "--out", out, "--stop-after", 1))
-    assert output.count("epoch   1/2") == output.count("stopped early") == 1
-    saved = load_checkpoint(out / "checkpoint.pt")
-    assert saved["progress"]["epoch"] == 1
-    assert len(saved["ranks"]) == 2
-    metrics = train_run(load_recipe(recipe), out, resume=True)
-    assert metrics["ranks"] == 1
-    assert metrics["test_count"] == 1000
-    assert epochs(out) == [1, 2]
-
-
-def test_an_error_on_the_first_rank_ends_all_ranks_with_its_message(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "something").touch()
-    process = torchrun(2, recipe, "--out", tmp_path / "run")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "exists already; continue it with --resume auto" in output
-    assert "Connection" not in output
+def on_forks(count, function, *arguments):
+    """Run a function on forked ranks, which spares them the imports."""
+    torch.multiprocessing.start_processes(function, (count, *arguments), count, start_method="fork")
 
 
 METHODS = {
@@ -87,7 +62,7 @@ METHODS = {
 def test_two_ranks_take_the_same_steps_as_one(tmp_path, method):
     states = []
     for ranks in (1, 2):
-        torch.multiprocessing.spawn(twenty_steps, args=(ranks, tmp_path, METHODS[method]), nprocs=ranks)
+        on_forks(ranks, twenty_steps, tmp_path, METHODS[method])
         states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
     assert states[0].keys() == states[1].keys()
     for key, alone in states[0].items():
@@ -108,7 +83,7 @@ def twenty_steps(rank, count, folder, method):
     if count > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     ranks = Ranks(torch.device("cpu"), rank, count)
-    data_section = {"name": "mnist5k", "batch_size": 32, "accumulate": 2}
+    data_section = {"name": "small_run:noise", "count": 640, "batch_size": 32, "accumulate": 2}
     recipe = Recipe.model_validate(RECIPE | {"data": data_section, "method": method})
     torch.manual_seed(5)
     data = build_data(recipe.data)
@@ -159,7 +134,7 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(recipe, tmp_pa
 def test_fully_sharded_training_saves_the_same_state_as_one_process(tmp_path):
     states = []
     for ranks in (1, 2):
-        torch.multiprocessing.spawn(sharded_steps, args=(ranks, tmp_path), nprocs=ranks)
+        on_forks(ranks, sharded_steps, tmp_path)
         states.append(torch.load(tmp_path / f"{ranks}.pt", weights_only=True))
     model = two_layers()
     sparing.sparsify_(model, sparing.STR(init=-3.0))

@@ -51,6 +51,14 @@ def test_ranks_without_a_shared_run_directory_are_reported_when_they_continue(tm
         assert "different progress, weights or masks: epoch is 1 on rank 0 and 0 on rank 1" in text
 
 
+def test_an_error_on_the_first_rank_ends_all_ranks_with_its_message(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run"):
+        assert status == 2
+        assert "is not a run directory: it has no recipe.yaml" in text
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
     # The noise of this method is another one on each rank.
     wanted = recipe(2, **TWO | RUNS["variational_dropout"])

@@ -5,9 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,9 +12,10 @@ import torch
 import yaml
 from rich.console import Console
 
+import small_run
 import sparing
 from sparing import CheckpointError, InputError, SparsityWarning
-from sparing.data import DATASETS, ImageBatches, Images
+from sparing.data import ImageBatches, Images
 from sparing.data.image import ImageData, fashion_mnist, mnist, mnist5k, stratified_split
 from sparing.run import checkpoint, loop
 from sparing.run.build import build_model, build_sparsifier
@@ -33,11 +31,13 @@ from sparing.run.run import Run
 from sparing.run.training import train_run
 from sparing.schedules import warmup_cosine
 
+NOISE = {"name": "small_run:noise", "batch_size": 4}
+
 
 def recipe(**changes):
     base = {
         "model": {"name": "resnet8", "width": 2},
-        "data": {"name": "mnist5k", "batch_size": 350, "shift": 1},
+        "data": NOISE,
         "method": {"name": "str", "init": -4.0},
         "optimizer": {"lr": 0.1, "weight_decay": 5e-4, "threshold_weight_decay": 0.05},
         "schedule": {"epochs": 2, "warmup_epochs": 1},
@@ -54,32 +54,27 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.fixture
-def noise(monkeypatch):
-    """A data set of 40 noisy images of 8x8 pixels: 10 batches of 4 per epoch."""
-    images = Images(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
-    data = ImageData(images, images, images, mean=(0.5,), std=(0.25,), num_classes=10)
-    monkeypatch.setitem(DATASETS, "noise", lambda: data)
-    return {"name": "noise", "batch_size": 4}
-
-
 @pytest.mark.parametrize(("capability", "amp", "told"), [("AVX2", "bf16", True), ("AVX2", "none", False),
                                                          ("AVX512", "bf16", False)])  # fmt: skip
-def test_a_precision_without_instructions_is_told(tmp_path, monkeypatch, noise, capability, amp, told):
+def test_a_precision_without_instructions_is_told(tmp_path, monkeypatch, capability, amp, told):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     console = Console(file=io.StringIO(), width=120)
-    train_run(recipe(amp=amp, data=noise, device="cpu"), tmp_path / "run", stop_after=1, console=console)
+    train_run(recipe(amp=amp, device="cpu"), tmp_path / "run", stop_after=1, console=console)
     assert ("amp: bf16 is emulated" in console.file.getvalue()) == told
 
 
-def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkeypatch, noise):
+def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkeypatch):
+    data = small_run.noise()
     # With two ranks, the last batch of 41 images is dropped, since it has one image.
     images = Images(torch.randint(0, 256, (41, 1, 8, 8), dtype=torch.uint8), torch.arange(41) % 10)
-    larger = replace(DATASETS["noise"](), train=images)
+
+    def larger() -> ImageData:
+        return replace(data, train=images)
+
     method = {"name": "gmp", "sparsity": 0.75, "end": 1.0, "every": 3}
-    wanted = recipe(data=noise, method=method, select=["layer*"], schedule={"epochs": 3})
+    wanted = recipe(method=method, select=["layer*"], schedule={"epochs": 3})
     with monkeypatch.context() as patch:
-        patch.setitem(DATASETS, "noise", lambda: larger)
+        patch.setattr(small_run, "noise", larger)
         train_run(wanted, tmp_path / "run", stop_after=1)
     train_run(wanted, tmp_path / "run", resume=True)
     assert Run.open(tmp_path / "run").report().missed == ()
@@ -90,21 +85,23 @@ def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkey
     assert sum(layer.nonzero() for layer in layers) * 4 == sum(layer.weight.numel() for layer in layers)
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(recipe(schedule={"epochs": 4}).to_yaml())
-    command = [sys.executable, "-m", "sparing.cli", "train", str(tmp_path / "recipe.yaml")]
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "metrics.json").exists()
-    assert load_checkpoint(killed / "checkpoint.pt")["progress"]["epoch"] < 4
-    for out, resume in ((killed, "auto"), (tmp_path / "straight", "never")):
-        subprocess.run([*command, "--out", str(out), "--resume", resume], check=True, stdout=subprocess.DEVNULL)
-    assert same(weights(killed), weights(tmp_path / "straight"))
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    wanted, calls = recipe(schedule={"epochs": 4}), []
+
+    def killed_at_step_25(*arguments):
+        calls.append(None)
+        if len(calls) == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", killed_at_step_25)
+        assert small_run.in_child(lambda: train_run(wanted, tmp_path / "killed")) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["progress"]["epoch"] == 2
+    train_run(wanted, tmp_path / "killed", resume=True)
+    train_run(wanted, tmp_path / "straight")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "straight"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +148,7 @@ def test_evaluation_of_checkpoint_and_dense_file_agrees_with_the_metrics(finishe
     for which in ("last", "dense"):
         run = Run.open(out)
         result, counts = run.evaluate("test", which), run.report(which)
-        assert (result.accuracy, result.correct, result.count) == (metrics["accuracy"], metrics["test_correct"], 1000)
+        assert (result.accuracy, result.correct, result.count) == (metrics["accuracy"], metrics["test_correct"], 40)
         assert (counts.total.nonzero, counts.total.macs) == (metrics["nonzero"], metrics["macs"])
     best = Run.open(out).evaluate("validation", "best")
     assert best.accuracy == max(line["validation_accuracy"] for line in read_history(out)[1:])
@@ -221,10 +218,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_training_warns_if_all_weights_of_a_layer_are_zero_and_continues(tmp_path):
-    too_sparse = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0}, schedule={"epochs": 8})
-    with pytest.warns(SparsityWarning, match="every weight of 'layer1.0.conv1' .*threshold 0.9.* is zero"):
-        metrics = train_run(too_sparse, tmp_path / "run")
-    assert metrics["sparsity"] > 0.8
+    too_sparse = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0})
+    with pytest.warns(SparsityWarning, match=r"step 10: every weight of 'layer.* threshold 0\.9.* is zero"):
+        train_run(too_sparse, tmp_path / "run")
+    assert len(read_history(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "older", "newer", "absent"])
@@ -299,14 +296,16 @@ def test_the_best_epoch_is_the_most_accurate_of_the_sparsest():
 
 
 def test_without_a_validation_split_the_last_epoch_is_the_best(tmp_path, monkeypatch):
-    def all_trained():
-        data = mnist5k()
-        return replace(data, validation=Images(data.validation.pixels[:0], data.validation.labels[:0]))
+    data = small_run.noise()
+    no_images = Images(data.validation.pixels[:0], data.validation.labels[:0])
 
-    monkeypatch.setitem(DATASETS, "mnist5k", all_trained)
-    metrics = train_run(recipe(data={"name": "mnist5k", "batch_size": 350}, tensorboard=True), tmp_path / "run")
+    def all_trained() -> ImageData:
+        return replace(data, validation=no_images)
+
+    monkeypatch.setattr(small_run, "noise", all_trained)
+    metrics = train_run(recipe(tensorboard=True), tmp_path / "run")
     assert metrics["validation_accuracy"] is None
-    assert metrics["test_count"] == 1000
+    assert metrics["test_count"] == 40
     with pytest.raises(InputError, match="the data has no validation split"):
         Run.open(tmp_path / "run").evaluate("validation")
     assert [line["validation_accuracy"] for line in read_history(tmp_path / "run")] == [None, None]
@@ -347,11 +346,9 @@ FP16 = {
 
 
 @pytest.mark.parametrize("name", FP16)
-def test_a_run_whose_last_steps_overflow_in_fp16_ends_on_its_target(tmp_path, monkeypatch, noise, name):
+def test_a_run_whose_last_steps_overflow_in_fp16_ends_on_its_target(tmp_path, monkeypatch, name):
     taken = overflow(monkeypatch, {1, 2, 9, 18, 19, 20})
-    wanted = recipe(
-        method=FP16[name], select=["layer*"], data=noise, amp="fp16", optimizer={"lr": 0.01, "weight_decay": 0.0}
-    )
+    wanted = recipe(method=FP16[name], select=["layer*"], amp="fp16", optimizer={"lr": 0.01, "weight_decay": 0.0})
     metrics = train_run(wanted, tmp_path / "run")
     assert len(taken) == 14
     model = Run.open(tmp_path / "run").model()
@@ -365,9 +362,9 @@ def test_a_run_whose_last_steps_overflow_in_fp16_ends_on_its_target(tmp_path, mo
     assert Run.open(tmp_path / "run").report("dense").total.nonzero == metrics["nonzero"]
 
 
-def test_steps_that_overflow_do_not_count_and_do_not_delay_the_learning_rate(tmp_path, monkeypatch, noise):
+def test_steps_that_overflow_do_not_count_and_do_not_delay_the_learning_rate(tmp_path, monkeypatch):
     overflow(monkeypatch, {1, 5, 6})
-    wanted = recipe(data=noise, amp="fp16", schedule={"epochs": 2, "update": "epoch"})
+    wanted = recipe(amp="fp16", schedule={"epochs": 2, "update": "epoch"})
     train_run(wanted, tmp_path / "run", stop_after=1)
     model = Run.open(tmp_path / "run").model()
     assert {layer.parametrization.clock.step for layer in sparing.sparse_layers(model).values()} == {7}
@@ -383,9 +380,9 @@ def test_steps_that_overflow_do_not_count_and_do_not_delay_the_learning_rate(tmp
     assert [line["lr"] for line in read_history(tmp_path / "run")] == pytest.approx([0.1, 0.05])
 
 
-def test_the_moving_average_of_a_run_whose_last_steps_overflow_meets_the_target(tmp_path, monkeypatch, noise):
+def test_the_moving_average_of_a_run_whose_last_steps_overflow_meets_the_target(tmp_path, monkeypatch):
     overflow(monkeypatch, {18, 19, 20})
-    wanted = recipe(method=FP16["gmp"], select=["layer*"], data=noise, amp="fp16", ema=0.9)
+    wanted = recipe(method=FP16["gmp"], select=["layer*"], amp="fp16", ema=0.9)
     train_run(wanted, tmp_path / "run")
     model = Run.open(tmp_path / "run").model()
     layers = sparing.sparse_layers(model)
@@ -406,20 +403,21 @@ PENALTIES = {
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_the_penalty_is_added_once_and_in_full_to_the_loss(noise, name, accumulate):
+def test_the_penalty_is_added_once_and_in_full_to_the_loss(name, accumulate):
     wanted = recipe(
-        model={"name": "resnet8", "width": 1}, method=PENALTIES[name], data={**noise, "accumulate": accumulate}
+        model={"name": "resnet8", "width": 1}, method=PENALTIES[name], data={**NOISE, "accumulate": accumulate}
     )
-    data = DATASETS["noise"]()
-    model = build_model(wanted.model, data.model_arguments()).eval()  # without noise or batch statistics
+    data = small_run.noise()
+    model = build_model(wanted.model, data.model_arguments()).double().eval()  # without noise or batch statistics
     sparsifier = build_sparsifier(resolve(wanted, data), model)
     images, labels = next(iter(data.training(4, 0)))
+    images = images.double()
     expected = torch.nn.functional.cross_entropy(model(images), labels) + sparsifier.penalty()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     loss = backward(model, (images, labels), wanted, Ranks(torch.device("cpu")), scaler, sparsifier)
-    torch.testing.assert_close(loss, 4 * (expected - sparsifier.penalty()).detach())
+    torch.testing.assert_close(loss, 4 * (expected - sparsifier.penalty()).detach().float())
     thresholds = 0
     for (key, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         if gradient is not None:
@@ -429,13 +427,13 @@ def test_the_penalty_is_added_once_and_in_full_to_the_loss(noise, name, accumula
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_a_run_trains_with_the_penalty(tmp_path, monkeypatch, noise, name):
+def test_a_run_trains_with_the_penalty(tmp_path, monkeypatch, name):
     calls = []
     penalty = sparing.Sparsifier.penalty
     monkeypatch.setattr(sparing.Sparsifier, "penalty", lambda self: (calls.append(self.step), penalty(self))[1])
     method = {key: 0.003 if value == 0.3 else value for key, value in PENALTIES[name].items()}
     # It would warn, and the test fail, if a step was taken without the penalty.
-    train_run(recipe(method=method, data={**noise, "accumulate": 2}), tmp_path / "run")
+    train_run(recipe(method=method, data={**NOISE, "accumulate": 2}), tmp_path / "run")
     assert calls == list(range(20))
 
 
