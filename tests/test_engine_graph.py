@@ -408,9 +408,52 @@ def grouped(x):
     return join(F.scaled_dot_product_attention(x, *[x[:, :1]] * 2, enable_gqa=True))
 
 
+def written(scale=lambda q, k: q @ k.transpose(-2, -1), mask=lambda scores: scores, dim=-1, use=lambda y, scores, w: y):
+    """Attention as products and a softmax."""
+
+    def function(f, x):
+        q, k, v = map(heads, f(x).chunk(3, -1))
+        weights = F.dropout(
+            F.softmax(scores := mask(scale(q, k)), dim, dtype=torch.float32).to(x.dtype), training=False
+        )
+        return use(join(weights @ v), scores, weights)
+
+    return function
+
+
+def einsums(f, x):
+    q, k, v = (part.unflatten(-1, (2, -1)) for part in f(x).chunk(3, -1))
+    weights = torch.einsum("nshc,nthc->nhts", k * 0.3, q * 2).softmax(-1)
+    return torch.einsum("nhts, nshc -> nthc", weights, v).flatten(2)
+
+
+def batched(f, x):
+    """As in nn.MultiheadAttention, with a mask for all samples, and without dividing and joining heads."""
+    q, k, v = f(x).chunk(3, -1)
+    scores = torch.baddbmm(HIDE.to(x), q, k.transpose(1, 2), alpha=0.3)
+    return torch.bmm(scores.softmax(2), v)
+
+
+def weighted(batch_first):
+    """With weights, which nothing uses."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            return self.attention(x, x, x, attn_mask=FUTURE)[0]
+
+    return Weighted()
+
+
 LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
 ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
+FUTURE = ~TRIANGLE
+HIDE = torch.zeros(3, 3).masked_fill(FUTURE, torch.finfo(torch.float32).min)
 ALONE, SDPA = "1Attention 1Convolution", "scaled_dot_product_attention"
+SPLIT, WHOLE, WRITTEN = "1Attention 1Convolution 3Copy", "1Attention 2Convolution", "matmul softmax matmul "
 
 
 def gelu(x):
@@ -466,8 +509,19 @@ def gelu(x):
             (lambda f, x: attend(y := f(x), y, y, attn_mask=TRIANGLE), L, TOKENS, ALONE),
             (lambda f, x: attend(y := f(x), y, y, attn_mask=ADDED), L, TOKENS, ALONE),
         ],
+        [
+            (written(), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: 2 * (q @ k.transpose(2, 3) / 3), lambda s: s + ADDED), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: (q * 2) @ (k / 3).mT, lambda s: s.masked_fill(FUTURE, -1e9)), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: q @ (k.mT * -2), lambda s: HIDE[None, None] + s), LARGE, TOKENS, SPLIT),
+            (written(mask=lambda s: s.masked_fill(TRIANGLE[None, None] == 0, -math.inf)), LARGE, TOKENS, SPLIT),
+            (einsums, LARGE, TOKENS, SPLIT),
+            (batched, LARGE, TOKENS, SPLIT),
+            (lambda f, x: f(x), lambda: weighted(True), TOKENS, WHOLE),
+            (lambda f, x: f(x.transpose(0, 1)).transpose(0, 1), lambda: weighted(False), TOKENS, WHOLE),
+        ],
     ],
-    ids=["elementwise", "pooling", "shapes", "attention"],
+    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax"],
 )  # fmt: skip
 def test_operators_in_the_engine(cases):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -528,6 +582,21 @@ def test_operators_in_the_engine(cases):
         ),
         (
             [
+                (written(dim=-2), LARGE, TOKENS, WRITTEN),
+                (written(mask=lambda s: s.masked_fill(FUTURE, -100)), LARGE, TOKENS, WRITTEN + "masked_fill"),
+                (written(mask=lambda s: (s + ADDED) * 2), LARGE, TOKENS, WRITTEN + "add mul"),
+                (written(mask=lambda s: s + ADDED + s), LARGE, TOKENS, WRITTEN + "add add"),
+                (written(mask=lambda s: s.transpose(2, 3)), LARGE, TOKENS, WRITTEN),
+                (written(mask=lambda s: s * ADDED.exp()), LARGE, TOKENS, WRITTEN + "mul"),
+                (written(lambda q, k: q @ k[:, :1].mT), LARGE, TOKENS, WRITTEN + "slice slice"),
+                (written(use=lambda y, s, w: y + s.sum()), LARGE, TOKENS, WRITTEN + "sum add"),
+                (written(use=lambda y, s, w: y + w.amax()), LARGE, TOKENS, WRITTEN + "amax add"),
+                (lambda f, x: torch.einsum("ntc,mtc->nmt", f(x), f(x)[:1]), L, TOKENS, "einsum slice"),
+            ],
+            1,
+        ),
+        (
+            [
                 (lambda f, x: f(x), lambda: nn.ConvTranspose2d(4, 4, 2), (1, 4, 3, 3), "conv_transpose2d"),
                 (lambda f, x: f(x), lambda: nn.Conv3d(4, 4, 2), (1, 4, 3, 3, 3), "conv3d"),
                 (lambda f, x: f(F.relu(x)), lambda: nn.BatchNorm1d(4), ROWS, "relu batch_norm"),  # nothing sparse
@@ -535,7 +604,7 @@ def test_operators_in_the_engine(cases):
             0,
         ),
     ],
-    ids=["elementwise", "shapes", "attention", "nothing sparse"],
+    ids=["elementwise", "shapes", "attention", "products and softmax", "nothing sparse"],
 )  # fmt: skip
 def test_operators_in_torch(cases, segments):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -586,14 +655,37 @@ def test_masks_of_attention(dtype, tmp_path):
         torch.testing.assert_close(engine(x, lengths), model(x, lengths))
 
 
-def test_padding_of_multi_head_attention():
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min])
+def test_scores_that_a_mask_fills(fill):
+    def function(f, x, lengths):
+        hidden = (torch.arange(x.shape[1]) >= lengths[:, None])[:, None, None, :]
+        y = x
+        for _ in range(2):  # layers share the mask
+            y = written(mask=lambda scores: scores.masked_fill(hidden, fill))(f, y)
+        return y
+
+    model = sparse(run(function, nn.Linear(4, 12)))
+    engine = sparing.engine.compile(model, (torch.randn(2, 7, 4), torch.tensor([3, 7])))
+    assert kinds(engine)[0] == ["2Attention 2Convolution 6Copy"]
+    assert len(engine.program.segments[0].inputs) == 2
+    x, lengths = torch.randn(4, 7, 4), torch.tensor([5, 7, 2, 0])
+    outputs, expected = engine(x, lengths), model(x, lengths)
+    if fill == -math.inf:  # attention to nothing
+        assert expected[3].isnan().all()
+        assert outputs[3].isfinite().all()
+        outputs, expected = outputs[:3], expected[:3]
+    torch.testing.assert_close(outputs, expected)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_padding_of_multi_head_attention(weights):
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
         def forward(self, x, padding):
-            return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            return self.attention(x, x, x, key_padding_mask=padding, need_weights=weights)[0]
 
     model, example = (
         sparse(Padded()),

@@ -7,6 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from sparing.engine.formulas import join_attention
+from sparing.engine.nodes import add_call, add_mask, exchanges, packet_of
+
 aten = torch.ops.aten
 
 IDENTITIES = (
@@ -25,15 +28,11 @@ _TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
 GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
 
 
-def packet_of(node: fx.Node) -> Any:
-    """Return the operator of a node without its overload, such as aten.add, or None if it calls no operator."""
-    return getattr(node.target, "overloadpacket", None)
-
-
 def simplify(graph: fx.Graph) -> None:
     """Remove operators without effect, and write others in one form."""
     _replace_operators(graph)
     _match_formulas(graph)
+    join_attention(graph)
     _add_masks(graph)
     _put_batch_first(graph)
 
@@ -94,17 +93,19 @@ def _put_batch_first(graph: fx.Graph) -> None:
         = linear(x.permute(0, 2, 1, 3).view(N, T, E))                                   x: heads, (N, H, T, D)
     """
     for node in list(graph.nodes):
-        if node.target is aten.linear.default and _exchanges(node.args[0]):
+        if node.target is aten.linear.default and exchanges(node.args[0]):
             x = node.args[0].args[0]
             with graph.inserting_before(node):
-                moved = _call(graph, aten.linear.default, (x, *node.args[1:]))
-                node.replace_all_uses_with(_call(graph, aten.transpose.int, (moved, 0, 1)))
-        elif _exchanges(node):
+                moved = add_call(graph, aten.linear.default, x, *node.args[1:])
+                node.replace_all_uses_with(add_call(graph, aten.transpose.int, moved, 0, 1))
+        elif exchanges(node):
             chain = [node]
             while len(chain) < 5 and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
                 chain.append(chain[-1].args[0])
-            targets = [aten.view.default, aten.linear.default, aten.view.default, aten.permute.default]
-            if [other.target for other in chain[1:]] != targets or chain[4].args[1] != [2, 0, 1, 3]:
+            views = (aten.view, aten.reshape)
+            packets = [views, (aten.linear,), views, (aten.permute,)]
+            alike = [packet_of(other) in some for other, some in zip(chain[1:], packets, strict=False)]
+            if alike != [True] * 4 or chain[4].args[1] != [2, 0, 1, 3]:
                 continue
             split, linear, joined, heads = chain[1:]
             tokens, samples, _ = split.args[1]
@@ -113,22 +114,9 @@ def _put_batch_first(graph: fx.Graph) -> None:
             if str(tokens) != str(size) or joined.meta["val"].shape[-1] != number * channels or not kept:
                 continue
             with graph.inserting_before(node):
-                turned = _call(graph, aten.permute.default, (heads.args[0], [0, 2, 1, 3]))
-                rows = _call(graph, aten.reshape.default, (turned, [samples, tokens, number * channels]))
-                node.replace_all_uses_with(_call(graph, aten.linear.default, (rows, *linear.args[1:])))
-
-
-def _exchanges(node: Any) -> bool:
-    """Return whether a node exchanges the first two of three dimensions."""
-    is_transpose = isinstance(node, fx.Node) and node.target is aten.transpose.int
-    return is_transpose and node.meta["val"].dim() == 3 and {dim % 3 for dim in node.args[1:]} == {0, 1}
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """Add a call, with the shape of its value."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda other: other.meta["val"]))
-    return node
+                turned = add_call(graph, aten.permute.default, heads.args[0], [0, 2, 1, 3])
+                rows = add_call(graph, aten.reshape.default, turned, [samples, tokens, number * channels])
+                node.replace_all_uses_with(add_call(graph, aten.linear.default, rows, *linear.args[1:]))
 
 
 def _add_masks(graph: fx.Graph) -> None:
@@ -140,9 +128,7 @@ def _add_masks(graph: fx.Graph) -> None:
             continue
         if mask not in added:
             with graph.inserting_before(node):
-                numbers = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))  # of the default dtype
-                added[mask] = graph.call_function(aten._to_copy.default, (numbers,), {"dtype": torch.float32})
-            numbers.meta["val"] = added[mask].meta["val"] = mask.meta["val"].float()
+                added[mask] = add_mask(graph, mask, 0.0, -math.inf)
         node.replace_input_with(mask, added[mask])
 
 

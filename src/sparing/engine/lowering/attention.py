@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from sparing.engine.attention import Attention
+from sparing.engine.formulas import HIDDEN
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
+from sparing.engine.nodes import packet_of
 from sparing.engine.shapes import Count, Matrix
-from sparing.engine.simplify import packet_of
 
 aten = torch.ops.aten
 
@@ -179,7 +180,7 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) 
         return {"mask": None}, False
     if mask in low.constants:
         value = low.constants[mask]
-        hidden = value == -torch.inf
+        hidden = value <= HIDDEN
         triangle = torch.ones(query.tokens, keys, dtype=torch.bool).triu(1)
         if hidden.shape[-2:] == triangle.shape and bool((hidden == triangle).all()) and not value[~hidden].any():
             return {"mask": None}, True
