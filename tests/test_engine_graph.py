@@ -404,8 +404,25 @@ def attend_to_parts(parts):
     return function
 
 
-def grouped(x):
-    return join(F.scaled_dot_product_attention(x, *[x[:, :1]] * 2, enable_gqa=True))
+def grouped(repeat, **options):
+    """Attention with four heads of queries and two of keys and values."""
+
+    def function(f, x):
+        parts = f(x).split((8, 4, 4), -1)
+        q, k, v = (heads(part, number) for part, number in zip(parts, (4, 2, 2), strict=True))
+        return join(F.scaled_dot_product_attention(q, repeat(k), repeat(v), **options))
+
+    return function
+
+
+def repeated(x):
+    """As in transformers."""
+    samples, number, tokens, channels = x.shape
+    return x[:, :, None].expand(samples, number, 2, tokens, channels).reshape(samples, 2 * number, tokens, channels)
+
+
+def rms_norm(x):
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-3)
 
 
 def written(scale=lambda q, k: q @ k.transpose(-2, -1), mask=lambda scores: scores, dim=-1, use=lambda y, scores, w: y):
@@ -453,6 +470,7 @@ ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
 FUTURE = ~TRIANGLE
 HIDE = torch.zeros(3, 3).masked_fill(FUTURE, torch.finfo(torch.float32).min)
 ALONE, SDPA = "1Attention 1Convolution", "scaled_dot_product_attention"
+GROUPS, NORM = (lambda: nn.Linear(4, 16)), "1Convolution 1LayerNorm"
 SPLIT, WHOLE, WRITTEN = "1Attention 1Convolution 3Copy", "1Attention 2Convolution", "matmul softmax matmul "
 
 
@@ -475,7 +493,11 @@ def gelu(x):
             (lambda f, x: (y := f(x)) + y, C, PIXELS, "1Binary 1Convolution"),
             (lambda f, x: f(x) * f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
             (lambda f, x: f(x) + f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
-            (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, "1Convolution 1LayerNorm"),
+            (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, NORM),
+            (lambda f, x: F.layer_norm(f(x) + 9, (4,), c := CONSTANT.to(x), c) * c - 2, L, TOKENS, NORM),
+            (lambda f, x: CONSTANT * rms_norm(f(x) + 9), L, TOKENS, NORM),
+            (lambda f, x: F.rms_norm(f(x), (4,), CONSTANT.to(x)), L, TOKENS, NORM),
+            (lambda f, x: F.silu(f(x)) * f(x), L, TOKENS, "1Binary 2Convolution"),
         ],
         [
             (lambda f, x: F.max_pool2d(f(x), 3, 2, 1, ceil_mode=True), C, (1, 4, 7, 7), "1Convolution 1Pool"),
@@ -520,8 +542,14 @@ def gelu(x):
             (lambda f, x: f(x), lambda: weighted(True), TOKENS, WHOLE),
             (lambda f, x: f(x.transpose(0, 1)).transpose(0, 1), lambda: weighted(False), TOKENS, WHOLE),
         ],
+        [
+            (grouped(lambda x: x, enable_gqa=True), GROUPS, TOKENS, SPLIT),
+            (grouped(repeated), GROUPS, TOKENS, SPLIT),
+            (grouped(lambda x: repeated(x[:, 1:]), enable_gqa=True), GROUPS, TOKENS, SPLIT),
+            (grouped(lambda x: x[:, :1].expand(-1, 4, -1, -1), is_causal=True), GROUPS, (1, 19, 4), SPLIT),
+        ],
     ],
-    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax"],
+    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax", "shared keys"],
 )  # fmt: skip
 def test_operators_in_the_engine(cases):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -576,7 +604,8 @@ def test_operators_in_the_engine(cases):
                 (lambda f, x: attend(*[f(x).flip(2)] * 3), L, TOKENS, f"flip {SDPA}"),
                 (lambda f, x: attend(*[f(x)[:, 1:]] * 3), L, TOKENS, f"slice {SDPA}"),
                 (lambda f, x: attend(*[f(x).reshape(x.shape[0], 2, 6)] * 3), L, TOKENS, SDPA),
-                (lambda f, x: grouped(heads(f(x))), L, TOKENS, f"slice slice {SDPA}"),
+                (grouped(lambda x: x.repeat(1, 2, 1, 1)), GROUPS, TOKENS, f"repeat repeat {SDPA}"),
+                (grouped(lambda x: repeated(x)[:, :, :1].expand(-1, -1, 3, -1)), GROUPS, TOKENS, f"slice slice {SDPA}"),
             ],
             1,
         ),
@@ -588,7 +617,7 @@ def test_operators_in_the_engine(cases):
                 (written(mask=lambda s: s + ADDED + s), LARGE, TOKENS, WRITTEN + "add add"),
                 (written(mask=lambda s: s.transpose(2, 3)), LARGE, TOKENS, WRITTEN),
                 (written(mask=lambda s: s * ADDED.exp()), LARGE, TOKENS, WRITTEN + "mul"),
-                (written(lambda q, k: q @ k[:, :1].mT), LARGE, TOKENS, WRITTEN + "slice slice"),
+                (written(lambda q, k: q @ k[:, :1].mT), LARGE, TOKENS, WRITTEN + "slice"),
                 (written(use=lambda y, s, w: y + s.sum()), LARGE, TOKENS, WRITTEN + "sum add"),
                 (written(use=lambda y, s, w: y + w.amax()), LARGE, TOKENS, WRITTEN + "amax add"),
                 (lambda f, x: torch.einsum("ntc,mtc->nmt", f(x), f(x)[:1]), L, TOKENS, "einsum slice"),
@@ -1114,6 +1143,9 @@ def attention(**changes):
         (lambda: attention(mask_heads=3), "mask_heads must be 1 or 2, got 3"),
         (lambda: attention(mask=0, mask_heads="x", mask_queries=10**11), "mask_heads must be 1 or 2, got 'x'"),
         (lambda: attention(scale=math.inf), "scale must be a number, got inf"),
+        (lambda: attention(shared=0), "shared must be an integer in"),
+        (lambda: attention(shared=3), "2 heads cannot share keys in groups of 3"),
+        (lambda: attention(shared=2, key_first=2, value_first=3), "the heads of the value end at channel 5"),
         (lambda: attention(causal=1), "causal must be true or false, got 1"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),
         (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),

@@ -32,6 +32,7 @@ class Attention(Operation):
         causal: whether query i attends only to keys 0 to i.
         tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
         mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
+        shared: successive heads of the query that share a head of key and value.
     """
 
     key: int
@@ -52,16 +53,18 @@ class Attention(Operation):
     tokens_first: bool = False
     mask_heads: int = 1
     mask_queries: int = 1
+    shared: int = 1
 
     FUNCTION = "sparing_attention"
     NUMBERS = ("input", "key", "value", "mask")
 
     def check(self, shapes: Sequence[Shape]) -> None:
         target = shapes[self.output]
-        for name in ("heads", "channels", "queries", "keys"):
+        for name in ("heads", "channels", "queries", "keys", "shared"):
             require_integer(name, getattr(self, name))
         fits = isinstance(target, Matrix) and target.rows.factor % self.queries == 0 == target.channels % self.heads
         require(fits, f"{self.heads} heads and {self.queries} rows per sample do not fit the output, {target}")
+        require(self.heads % self.shared == 0, f"{self.heads} heads cannot share keys in groups of {self.shared}")
         assert isinstance(target, Matrix)
         key_rows = Count(target.rows.factor // self.queries * self.keys, target.rows.per_sample)
         of_value = target.channels // self.heads
@@ -71,7 +74,8 @@ class Attention(Operation):
             check_shape(f"the {name}", shape, Matrix(rows_of[name], shape.channels))
             require_integer("the first channel", first, 0)
             require_integer("the channels from head to head", stride)
-            last = first + (self.heads - 1) * stride + (of_value if name == "value" else self.channels)
+            heads = self.heads if name == "query" else self.heads // self.shared
+            last = first + (heads - 1) * stride + (of_value if name == "value" else self.channels)
             require(last <= shape.channels, f"the heads of the {name} end at channel {last} of {shape}")
         for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
             number = getattr(self, name)
@@ -90,7 +94,7 @@ class Attention(Operation):
         return (
             *numbers, -1 if self.mask is None else self.mask, self.output, sizes(*firsts), sizes(*strides), self.heads,
             self.channels, self.queries, self.keys, self.scale, int(self.causal),
-            int(self.tokens_first), self.mask_heads, self.mask_queries,
+            int(self.tokens_first), self.mask_heads, self.mask_queries, self.shared,
         )  # fmt: skip
 
     def _operands(self) -> list[tuple[str, int, int, int]]:

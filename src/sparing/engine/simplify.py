@@ -14,18 +14,20 @@ aten = torch.ops.aten
 
 IDENTITIES = (
     aten.alias, aten.clone, aten.contiguous, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.dropout,
-    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand,
+    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand, aten.slice,
 )  # fmt: skip
 """Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
 
 CHECKS = ("_assert", "sym_constrain_range")
 """Operators that check sizes. The engine checks its inputs itself."""
 
-# Formulas of activations: "x", a number, or an operator and its arguments.
+# Formulas: "x", "number", another constant, or an operator and its arguments.
 SILU = (aten.mul, "x", (aten.sigmoid, "x"))
 _CUBIC = (aten.mul, 0.044715, (aten.pow, "x", 3.0))
 _TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
 GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
+_MEAN = (aten.mean, (aten.pow, "x", 2.0), [-1], True)
+RMS_NORM = (aten.mul, "x", (aten.rsqrt, (aten.add, _MEAN, "number")))
 
 
 def simplify(graph: fx.Graph) -> None:
@@ -133,30 +135,36 @@ def _add_masks(graph: fx.Graph) -> None:
 
 
 def _match_formulas(graph: fx.Graph) -> None:
-    """Replace formulas that other libraries write for SiLU and GELU by the operator of PyTorch."""
+    """Replace formulas that other libraries write for SiLU, GELU and RMSNorm by the operator of PyTorch."""
     for node in list(graph.nodes):
-        for pattern, name in ((SILU, "silu"), (GELU_TANH, "gelu")):
-            found: list[fx.Node] = []
-            if not _matches(pattern, node, found) or len(set(found)) > 1:
+        for pattern in (SILU, GELU_TANH, RMS_NORM):
+            found: list[Any] = []
+            if not _matches(pattern, node, found):
                 continue
-            if found[0].meta["val"].is_floating_point():
-                with graph.inserting_before(node):
-                    if name == "silu":
-                        replacement = graph.call_function(aten.silu.default, (found[0],))
-                    else:
-                        replacement = graph.call_function(aten.gelu.default, (found[0],), {"approximate": "tanh"})
-                replacement.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(replacement)
-                graph.erase_node(node)
-                break
+            x, *others = dict.fromkeys(one for one in found if isinstance(one, fx.Node))
+            if others or not x.meta["val"].is_floating_point():
+                continue
+            with graph.inserting_before(node):
+                if pattern is RMS_NORM:
+                    (epsilon,) = (one for one in found if not isinstance(one, fx.Node))
+                    replacement = add_call(graph, aten.rms_norm.default, x, [x.meta["val"].shape[-1]], None, epsilon)
+                elif pattern is SILU:
+                    replacement = add_call(graph, aten.silu.default, x)
+                else:
+                    replacement = add_call(graph, aten.gelu.default, x, approximate="tanh")
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+            break
 
 
-def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
-    if pattern == "x":
+def _matches(pattern: Any, argument: Any, found: list[Any]) -> bool:
+    if pattern in ("x", "number"):
         found.append(argument)
-        return isinstance(argument, fx.Node)
+        return isinstance(argument, fx.Node if pattern == "x" else (int, float))
     if isinstance(pattern, float):
         return isinstance(argument, (int, float)) and math.isclose(pattern, argument, rel_tol=1e-6)
+    if not isinstance(pattern, tuple):
+        return bool(argument == pattern)
     packet, *operands = pattern
     if not isinstance(argument, fx.Node) or packet_of(argument) is not packet:
         return False
@@ -164,7 +172,7 @@ def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
         return False
     orders = [operands, operands[::-1]] if packet in (aten.mul, aten.add) else [operands]
     for order in orders:
-        trial: list[fx.Node] = []
+        trial: list[Any] = []
         if all(_matches(one, other, trial) for one, other in zip(order, argument.args, strict=True)):
             found += trial
             return True

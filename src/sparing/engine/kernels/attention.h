@@ -26,6 +26,7 @@ struct AttentionShape {
     bool causal;  // query i sees the keys 0 to i
     bool tokens_first;  // row of token t of sample n: t * samples + n in place of n * tokens + t; not of the mask
     int64_t mask_heads, mask_queries;  // of a sample in the mask: all, or 1 for all of them
+    int64_t shared;  // successive heads of the query that share one of key and value
 };
 
 class Attention : public Operation {
@@ -58,7 +59,7 @@ class Attention : public Operation {
         const int64_t sample = item / shape_.heads, head = item % shape_.heads;
         float *keys = scratch, *values = scratch + value_at_, *queries = scratch + query_at_;
         float* scores = scratch + scores_at_;
-        const auto first = [&](const Heads& heads) { return heads.first + head * heads.stride; };
+        const auto first = [&](const Heads& heads) { return heads.first + head / shape_.shared * heads.stride; };
         const int64_t step = shape_.tokens_first ? samples_ : 1;
         const auto row = [&](int64_t token, int64_t tokens) {
             return shape_.tokens_first ? token * samples_ + sample : sample * tokens + token;
@@ -70,7 +71,7 @@ class Attention : public Operation {
             const int64_t count = std::min<int64_t>(WIDTH, shape_.queries - begin);
             const Rows rows{row(begin, shape_.queries), step, count};
             const int64_t seen = shape_.causal ? std::min(shape_.keys, begin + count) : shape_.keys;
-            read(tensors[query_.tensor], first(query_), shape_.channels, rows, queries, WIDTH);
+            read(tensors[query_.tensor], query_.first + head * query_.stride, shape_.channels, rows, queries, WIDTH);
             if (mask_ >= 0) {
                 const int64_t of_head = sample * shape_.mask_heads + head % shape_.mask_heads;
                 const int64_t step = shape_.mask_queries > 1, first = of_head * shape_.mask_queries + begin * step;

@@ -23,7 +23,7 @@ from sparing.engine.shapes import Count, Matrix
 aten = torch.ops.aten
 
 SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
-VIEWS = (*SHAPES, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
+VIEWS = (*SHAPES, aten.expand, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
 
 BATCH = 2**20 + 7
 """Batch size for which views are followed: a large prime, so that it is not a factor of another size."""
@@ -36,10 +36,12 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     """Lower attention that ends with a node: the operator, or the view that joins its heads."""
     operator, views = _chain(node, lambda n: packet_of(n) is aten.scaled_dot_product_attention)
     given = arguments_of(operator)
-    if given["dropout_p"] or given["enable_gqa"]:
-        raise Cut("attention with dropout, or with heads that share keys")
+    if given["dropout_p"]:
+        raise Cut("attention with dropout")
     query, key, value = (_Heads(low, given[name]) for name in ("query", "key", "value"))
-    alike = query.samples == key.samples == value.samples and query.heads == key.heads == value.heads
+    repeated = query.heads // key.heads if given["enable_gqa"] else 1
+    heads = query.heads // query.shared, *(part.heads * repeated for part in (key, value))
+    alike = query.samples == key.samples == value.samples and set(heads) == {query.heads} and key.shared == value.shared
     orders = query.orders & key.orders & value.orders
     if not alike or not orders or query.channels != key.channels or key.tokens != value.tokens:
         raise Cut("attention to other samples, heads or tokens")
@@ -60,7 +62,7 @@ def attention(low: Lowering, node: fx.Node) -> Place:
             channels=query.channels, queries=query.tokens, keys=key.tokens, query_first=query.first,
             query_stride=query.stride, key_first=key.first, key_stride=key.stride, value_first=value.first,
             value_stride=value.stride, scale=float(scale), causal=given["is_causal"] or is_causal,
-            tokens_first=tokens_first, **mask,
+            tokens_first=tokens_first, shared=key.shared * repeated, **mask,
         )
     )  # fmt: skip
     return Place(output, node.meta["val"].dim() - 1)
@@ -86,7 +88,9 @@ class Axes:
             del self.dims[1]
         for node in views:
             given, rank = arguments_of(node), len(self.dims)
-            if packet_of(node) in SHAPES:
+            if packet_of(node) is aten.expand:
+                self._expand([size.at(BATCH) for size in sizes(node)])
+            elif packet_of(node) in SHAPES:
                 self._reshape([size.at(BATCH) for size in sizes(node)])
             elif "dims" in given:
                 self.dims = [self.dims[dim] for dim in given["dims"]]
@@ -116,6 +120,14 @@ class Axes:
                 size //= outer
             self.dims.append(dim)
 
+    def _expand(self, shape: Sequence[int]) -> None:
+        """Follow the repetition of dimensions of size 1: the stride becomes 0."""
+        missing: list[list[Factor]] = [[] for _ in range(len(shape) - len(self.dims))]
+        self.dims = missing + self.dims
+        for dim, size in zip(self.dims, shape, strict=True):
+            if size > 1 and not dim:
+                dim.append((size, 0))
+
     def _select(self, node: fx.Node, given: dict[str, Any], dim: int) -> None:
         """Follow the choice of an index, or of successive ones."""
         start = given["index"] if "index" in given else given["start"] or 0
@@ -139,6 +151,7 @@ class _Heads:
         rows: number of its rows.
         samples: number of samples.
         heads: number of heads.
+        shared: how often each head is repeated.
         tokens: number of tokens of a sample.
         channels: of a head.
         first: the first channel of head 0.
@@ -161,6 +174,7 @@ class _Heads:
             dims.insert(1, [])
         self.tensor, self.rows, self.samples = place.tensor, matrix.rows, sizes(node)[0]
         _, self.heads, self.tokens, self.channels = (prod(size for size, _ in dim) for dim in dims)
+        self.shared = dims[1].pop()[0] if dims[1] and dims[1][-1][1] == 0 else 1
         self.first = axes.offset
         self.stride = dims[1][0][1] if dims[1] else self.channels
         self.orders = set()
@@ -170,7 +184,10 @@ class _Heads:
             if all(not dim or dim == [(dim[0][0], stride)] for dim, stride in zip(dims, strides, strict=True)):
                 self.orders.add(tokens_first)
         rows = Count(self.samples.factor * self.tokens, self.samples.per_sample)
-        if rows != matrix.rows or self.first + (self.heads - 1) * self.stride + self.channels > matrix.channels:
+        if (
+            rows != matrix.rows
+            or self.first + (self.heads // self.shared - 1) * self.stride + self.channels > matrix.channels
+        ):
             raise Cut("attention to a part of the tokens")
 
 
