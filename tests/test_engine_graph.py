@@ -421,6 +421,21 @@ def repeated(x):
     return x[:, :, None].expand(samples, number, 2, tokens, channels).reshape(samples, 2 * number, tokens, channels)
 
 
+def rotary(views=lambda q, k: (q, k), angles=lambda part: ANGLES, layout=heads, value=lambda v, turn: v):
+    """Attention with rotary embeddings. `views` come after them."""
+
+    def function(f, x):
+        def turn(x, cosine, sine):
+            one, other = x.chunk(2, -1)
+            return x * cosine.to(x) + torch.cat([-other, one], -1) * sine.to(x)
+
+        q, k, v = map(layout, f(x).split(4, -1))
+        of_query, of_key = views(turn(q, *angles(0)), turn(k, *angles(1)))
+        return join(F.scaled_dot_product_attention(of_query, of_key, value(v, turn), is_causal=True))
+
+    return function
+
+
 def rms_norm(x):
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-3)
 
@@ -468,6 +483,7 @@ def weighted(batch_first):
 LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
 ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
 FUTURE = ~TRIANGLE
+HEAD, ANGLES = torch.ones(2, 1, 1).cumsum(0), torch.rand(2, 1, 1, 3, 2).sub(0.5).unbind()
 HIDE = torch.zeros(3, 3).masked_fill(FUTURE, torch.finfo(torch.float32).min)
 ALONE, SDPA = "1Attention 1Convolution", "scaled_dot_product_attention"
 GROUPS, NORM = (lambda: nn.Linear(4, 16)), "1Convolution 1LayerNorm"
@@ -546,10 +562,23 @@ def gelu(x):
             (grouped(lambda x: x, enable_gqa=True), GROUPS, TOKENS, SPLIT),
             (grouped(repeated), GROUPS, TOKENS, SPLIT),
             (grouped(lambda x: repeated(x[:, 1:]), enable_gqa=True), GROUPS, TOKENS, SPLIT),
+            (rotary(), LARGE, TOKENS, SPLIT),
+            (rotary(angles=lambda _: [table[0, 0] for table in ANGLES]), LARGE, TOKENS, SPLIT),
+            (rotary(lambda q, k: (q, repeated(k[:, 1:])), value=lambda v, _: repeated(v[:, 1:])), LARGE, TOKENS, SPLIT),
+            (
+                rotary(
+                    lambda *parts: [x.transpose(1, 2) for x in parts],
+                    lambda _: [table.transpose(1, 2) for table in ANGLES],
+                    lambda x: x.unflatten(-1, (2, -1)),
+                    lambda v, _: v.transpose(1, 2),
+                ),
+                LARGE, TOKENS, SPLIT,
+            ),
+            (rotary(angles=lambda _: [table[:, :, :1] for table in ANGLES]), LARGE, (1, 1, 4), SPLIT),
             (grouped(lambda x: x[:, :1].expand(-1, 4, -1, -1), is_causal=True), GROUPS, (1, 19, 4), SPLIT),
         ],
     ],
-    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax", "shared keys"],
+    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax", "shared keys and rotary"],
 )  # fmt: skip
 def test_operators_in_the_engine(cases):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -641,6 +670,62 @@ def test_operators_in_torch(cases, segments):
     assert len(found) == segments
     assert calls == Counter(name for case in cases for name in case[3].split())
     assert all(call.reason for call in engine.program.calls)
+
+
+class Llama(nn.Module):
+    """Two blocks of a language model of this kind."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(16) for _ in range(2))
+            self.attention, self.join = nn.Linear(16, 32), nn.Linear(16, 16)
+            self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+        def forward(self, x, cosine, sine):
+            def turn(x):
+                return x * cosine + torch.cat([-x[..., 2:], x[..., :2]], -1) * sine
+
+            parts = self.attention(self.norms[0](x)).split([16, 8, 8], -1)
+            q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
+            y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
+            x = x + self.join(join(y))
+            y = self.norms[1](x)
+            return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(20, 16), nn.ModuleList([self.Block(), self.Block()])
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, tokens):
+        x, count = self.embedding(tokens), tokens.shape[1]
+        angles = torch.arange(count)[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
+        for block in self.blocks:
+            x = block(x, angles.cos(), angles.sin())
+        return self.head(x)
+
+
+def test_language_models_run_as_one_segment(tmp_path):
+    model = sparse(Llama())
+    engine = sparing.engine.compile(model, torch.randint(20, (2, 7)))
+    assert kinds(engine) == (["2Attention 2Binary 11Convolution 6Copy 4LayerNorm"], {"embedding": 1})
+    sparing.engine.save(engine, tmp_path / "model.engine")
+    tokens = torch.randint(20, (3, 7))
+    torch.testing.assert_close(sparing.engine.load(tmp_path / "model.engine")(tokens), model(tokens))
+
+
+def test_rotary_embeddings_in_torch():
+    cases = [
+        rotary(angles=lambda part: ANGLES if part else ANGLES[::-1]),  # others for the key than for the query
+        rotary(angles=lambda _: [table.expand(1, 2, 3, 2) * HEAD for table in ANGLES]),  # others for each head
+        rotary(value=lambda v, turn: turn(v, *ANGLES)),
+        rotary(lambda q, k: (q, k.flip(2))),
+        rotary(lambda *parts: [x[:, :, :2] for x in parts], value=lambda v, _: v[:, :, :2]),
+        rotary(lambda *parts: [x.mT.reshape(-1, 2, 3, 2) for x in parts]),
+    ]
+    engine = compiled(Parallel([run(case, LARGE()) for case in cases]), (TOKENS,) * len(cases))
+    assert kinds(engine)[1][SDPA] == len(cases)
 
 
 def test_attention_to_other_tokens():
@@ -1146,6 +1231,9 @@ def attention(**changes):
         (lambda: attention(shared=0), "shared must be an integer in"),
         (lambda: attention(shared=3), "2 heads cannot share keys in groups of 3"),
         (lambda: attention(shared=2, key_first=2, value_first=3), "the heads of the value end at channel 5"),
+        (lambda: attention(cosine=torch.ones(2, 2)), "a rotary embedding needs cosine and sine"),
+        (lambda: attention(sine=torch.ones(2, 3), cosine=torch.ones(2, 2)), r"sine must be torch.float32 \[2, 2\]"),
+        (lambda: attention(channels=1, sine=torch.ones(2, 1), cosine=torch.ones(2, 1)), "needs an even number of chan"),
         (lambda: attention(causal=1), "causal must be true or false, got 1"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),
         (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),

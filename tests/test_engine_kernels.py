@@ -47,6 +47,15 @@ def rounding(scale, terms=1):
     return tolerance(torch.float32, terms) * scale.abs() + terms * SMALLEST
 
 
+def rotate(x, error, cosine, sine):
+    """Return a rotary embedding [..., tokens, channels], and its error."""
+    half = x.shape[-1] // 2
+    turned, of_turned = torch.cat([-x[..., half:], x[..., :half]], -1), error.roll(half, -1)
+    cosine, sine = cosine.double(), sine.double()
+    terms = x.abs() * cosine.abs() + turned.abs() * sine.abs()
+    return x * cosine + turned * sine, error * cosine.abs() + of_turned * sine.abs() + rounding(terms, 3)
+
+
 class Network:
     def __init__(self, *inputs):
         self.shapes, self.values, self.operations = [], [], []
@@ -198,7 +207,7 @@ class Network:
 
     def attention(
         self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False, of_mask=(1, 1),
-        shared=1,
+        shared=1, angles=None,
     ):  # fmt: skip
         """operands: (number, first channel, channels from head to head) of query, key and value."""
         tokens, width = (queries, keys, keys), (channels, channels, size)
@@ -216,6 +225,8 @@ class Network:
         values = [self.values[number] for number, _, _ in operands]
         q, k, v = (divide(value.exact, index) for index, value in enumerate(values))
         q_error, k_error, v_error = (divide(value.error, index) for index, value in enumerate(values))
+        if angles is not None:
+            (q, q_error), (k, k_error) = rotate(q, q_error, *angles), rotate(k, k_error, *angles)
         k, k_error = k.mT, k_error.mT
         scores, scaled = scale * q @ k, abs(scale) * q.abs() @ k.abs()
         error = abs(scale) * (q_error @ (k.abs() + k_error) + q.abs() @ k_error) + rounding(scaled, channels + 2)
@@ -236,7 +247,7 @@ class Network:
         self.operations.append(
             Attention(
                 number, query, key, value, mask, heads, channels, queries, keys, *of_query, *of_key, *of_value, scale,
-                causal, tokens_first, *of_mask, shared,
+                causal, tokens_first, *of_mask, shared, *(angles or (None, None)),
             )
         )  # fmt: skip
         return number
@@ -402,7 +413,11 @@ def add_operation(draw, network, kind, generator):
         of_mask = draw(st.sampled_from([1, heads])), draw(st.sampled_from([1, queries]))
         mask = draw(st.sampled_from([None, *alike((samples * math.prod(of_mask), keys))]))
         scale, causal, first = draw(st.sampled_from([1.0, 0.125, -0.3])), draw(st.booleans()), draw(st.booleans())
-        network.attention(operands, mask, heads, size, of_value, queries, keys, scale, causal, first, of_mask, shared)
+        angles = [torch.rand(keys, size) - 0.5 for _ in range(2)]
+        angles = angles if queries == keys and size % 2 == 0 and draw(st.booleans()) else None
+        network.attention(
+            operands, mask, heads, size, of_value, queries, keys, scale, causal, first, of_mask, shared, angles
+        )
     else:
         epsilon = draw(st.sampled_from([1e-5, 1e-3]))
         network.layer_norm(x, numbers(channels), numbers(channels), epsilon, draw(st.booleans()))

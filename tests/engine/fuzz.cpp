@@ -356,6 +356,18 @@ class Network {
         }
         const bool causal = random_.chance(0.5), tokens_first = random_.chance(0.5);
         const float scale = random_.one_of<float>({1.0f, 0.3f, -0.5f});
+        const bool rotary = queries == keys && channels % 2 == 0 && random_.chance(0.7);
+        std::vector<float> cosine, sine;
+        for (const float angle : random_.numbers(rotary ? keys * channels : 0)) {
+            cosine.push_back(std::cos(angle));
+            sine.push_back(std::sin(angle));
+        }
+        // Channel c of a head that begins at a channel.
+        const auto turned = [&](int tensor, int64_t begin, int64_t c, int64_t row, int64_t token) {
+            const auto at = [&](int64_t channel) { return double(tensors_[tensor].at(0, begin + channel, 0, row)); };
+            const int64_t half = channels / 2, i = token * channels + c;
+            return rotary ? at(c) * cosine[i] + (c < half ? -at(c + half) : at(c - half)) * sine[i] : at(c);
+        };
         const auto row = [&](int64_t sample, int64_t token, int64_t tokens) {
             return tokens_first ? token * samples + sample : sample * tokens + token;
         };
@@ -368,8 +380,8 @@ class Network {
                     for (size_t j = 0; j < weights.size(); j++) {
                         double score = 0;
                         for (int64_t c = 0; c < channels; c++)
-                            score += tensors_[from].at(0, first[0] + head * stride[0] + c, 0, row(sample, i, queries)) *
-                                     tensors_[key].at(0, first[1] + head / shared * stride[1] + c, 0, row(sample, j, keys));
+                            score += turned(from, first[0] + head * stride[0], c, row(sample, i, queries), i) *
+                                     turned(key, first[1] + head / shared * stride[1], c, row(sample, j, keys), j);
                         weights[j] = score * scale;
                         if (mask >= 0)
                             weights[j] += tensors_[mask].at(
@@ -385,7 +397,7 @@ class Network {
                                 tensors_[value].at(0, first[2] + head / shared * stride[2] + c, 0, row(sample, j, keys));
                 }
         const Expected &q = tensors_[from], &k = tensors_[key], &v = tensors_[value];
-        const double factor = std::abs(scale) * static_cast<double>(channels);
+        const double factor = std::abs(scale) * static_cast<double>(channels) * (rotary ? 2.1 : 1.0);  // (sin + cos)^2 <= 2
         double wrong = factor * (q.largest() * k.error + q.error * (k.largest() + k.error)) +
                        2e-6 * factor * q.largest() * k.largest();
         if (mask >= 0) wrong += tensors_[mask].error + 1e-6 * tensors_[mask].largest();
@@ -394,7 +406,8 @@ class Network {
         out.error = (1 + relative) * v.error + relative * v.largest();
         const int to = add(out);
         done(sparing_attention(plan_, from, key, value, mask, to, first, stride, heads, channels, queries, keys, scale,
-                               causal, tokens_first, mask_heads, mask_queries, shared));
+                               causal, tokens_first, mask_heads, mask_queries, shared, rotary ? cosine.data() : nullptr,
+                               rotary ? sine.data() : nullptr));
     }
 
     void binary(int from, int other, int activation) {
@@ -594,9 +607,10 @@ void refuse_attention() {
     const int images = sparing_tensor(plan, 1, 3, 2, 2), fewer = sparing_tensor(plan, 1, 3, 1, 2);
     for (const int tensor : {rows, images, fewer}) check(sparing_input(plan, tensor, 1) == 0, sparing_error());
     int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1}, mask_heads = 1, mask_queries = 1, shared = 1;
+    const float angles[6] = {}, *cosine = nullptr, *sine = nullptr;
     const auto attend = [&](int query, int key, int mask, int64_t heads, int64_t channels, int64_t queries, int64_t keys) {
         return sparing_attention(plan, query, key, key, mask, out, first, stride, heads, channels, queries, keys, 1.0f, 0, 0,
-                                 mask_heads, mask_queries, shared);
+                                 mask_heads, mask_queries, shared, cosine, sine);
     };
     const auto refused = [&](int64_t result, const char* what) { check(result < 0, std::string("accepted: ") + what); };
     for (const int64_t n : {int64_t{0}, int64_t{-1}, int64_t{3}, int64_t{5}, int64_t{1} << 24, INT64_MAX, INT64_MIN}) {
@@ -628,6 +642,12 @@ void refuse_attention() {
         refused(attend(rows, other, -1, 2, 1, 2, 2), "the shape of a key");
         refused(attend(rows, rows, other, 2, 1, 2, 2), "the shape of a mask");
     }
+    cosine = angles;
+    refused(attend(rows, rows, -1, 1, 2, 2, 2), "a rotary embedding without sine");
+    sine = angles;
+    refused(attend(rows, rows, -1, 1, 3, 2, 2), "a rotary embedding of an odd number of channels");
+    refused(attend(rows, fewer, -1, 1, 2, 2, 1), "a rotary embedding of other keys");
+    cosine = sine = nullptr;
     check(attend(rows, rows, -1, 2, 1, 2, 2) == 0, sparing_error());
     sparing_free(plan);
 }

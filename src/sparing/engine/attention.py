@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparing.engine.checks import require, require_integer
+import torch
+from torch import Tensor
+
+from sparing.engine.checks import require, require_integer, require_tensor
 from sparing.engine.operations import Operation, check_shape
 from sparing.engine.shapes import Count, Matrix, Shape
 
@@ -32,6 +35,8 @@ class Attention(Operation):
         causal: whether query i attends only to keys 0 to i.
         tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
         mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
+        cosine, sine: float32 [keys, channels] or None, factors of a rotary embedding: query and key x of a token are
+            replaced by x * cosine + [-second half of x, first half of x] * sine.
         shared: successive heads of the query that share a head of key and value.
     """
 
@@ -54,6 +59,8 @@ class Attention(Operation):
     mask_heads: int = 1
     mask_queries: int = 1
     shared: int = 1
+    cosine: Tensor | None = None
+    sine: Tensor | None = None
 
     FUNCTION = "sparing_attention"
     NUMBERS = ("input", "key", "value", "mask")
@@ -85,6 +92,12 @@ class Attention(Operation):
             rows = target.rows.factor // self.queries * self.mask_heads * self.mask_queries
             check_shape("the mask", shapes[self.mask], Matrix(Count(rows, target.rows.per_sample), self.keys))
         require(type(self.scale) is float and math.isfinite(self.scale), f"scale must be a number, got {self.scale!r}")
+        require((self.cosine is None) == (self.sine is None), "a rotary embedding needs cosine and sine")
+        for name, table in (("cosine", self.cosine), ("sine", self.sine)):
+            if table is not None:
+                require_tensor(name, table, torch.float32, self.keys, self.channels)
+                fits = self.channels % 2 == 0 and self.queries == self.keys
+                require(fits, "a rotary embedding needs an even number of channels, and as many queries as keys")
         for name in ("causal", "tokens_first"):
             require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -95,6 +108,7 @@ class Attention(Operation):
             *numbers, -1 if self.mask is None else self.mask, self.output, sizes(*firsts), sizes(*strides), self.heads,
             self.channels, self.queries, self.keys, self.scale, int(self.causal),
             int(self.tokens_first), self.mask_heads, self.mask_queries, self.shared,
+            *(None if table is None else table.data_ptr() for table in (self.cosine, self.sine)),
         )  # fmt: skip
 
     def _operands(self) -> list[tuple[str, int, int, int]]:

@@ -78,7 +78,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sparing_layer_norm": (_int, [_plan, _int, _int, _numbers, _numbers, _float, _int]),
     "sparing_attention": (
         _int, [_plan, _int, _int, _int, _int, _int, _sizes, _sizes, _long, _long, _long, _long, _float, _int, _int,
-         _long, _long, _long],
+         _long, _long, _long, _numbers, _numbers],
     ),
     "sparing_finish": (_int, [_plan]),
     "sparing_bytes": (_long, [_plan]),

@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 IDENTITIES = (
     aten.alias, aten.clone, aten.contiguous, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.dropout,
-    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand, aten.slice,
+    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.type_as, aten.expand, aten.slice,
 )  # fmt: skip
 """Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
 

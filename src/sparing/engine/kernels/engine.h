@@ -74,10 +74,12 @@ SPARING_API int sparing_layer_norm(
 // query and key. mask: a matrix [samples * mask_heads * mask_queries, keys] or -1; mask_heads is 1 or heads,
 // mask_queries is 1 or queries. causal: query i sees the keys 0 to i. tokens_first: all but the mask have the rows
 // [tokens * samples] in place of [samples * tokens]. shared: successive heads of the query that share one of key and value.
+// cosine and sine: [keys, channels] or null. With them, query and key x of a token are x * cosine + [-second half of x,
+// first half of x] * sine.
 SPARING_API int sparing_attention(
     SparingPlan*, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
     int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
-    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared
+    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared, const float* cosine, const float* sine
 );
 
 // Choose layouts and memory. No operation can be added after it.

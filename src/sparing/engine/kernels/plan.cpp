@@ -260,7 +260,7 @@ int sparing_layer_norm(
 int sparing_attention(
     SparingPlan* plan, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
     int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
-    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared
+    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared, const float* cosine, const float* sine
 ) {
     return attempt([&] {
         const Layout& to = plan->layout(out);
@@ -298,8 +298,13 @@ int sparing_attention(
         );
         if (mask >= 0)
             check_shape("the mask", plan->layout(mask), {1, keys, 1, samples * mask_heads * mask_queries});
+        require((cosine == nullptr) == (sine == nullptr), "a rotary embedding needs cosine and sine");
+        require(
+            !cosine || (channels % 2 == 0 && queries == keys),
+            "a rotary embedding needs an even number of channels, and as many queries as keys"
+        );
         plan->add(std::make_unique<Attention>(
-            parts[0], parts[1], parts[2], mask, out,
+            parts[0], parts[1], parts[2], mask, out, copy(cosine, keys * channels), copy(sine, keys * channels),
             AttentionShape{
                 heads, channels, queries, keys, scale, causal != 0, tokens_first != 0, mask_heads, mask_queries, shared
             }

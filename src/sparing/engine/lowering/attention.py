@@ -12,11 +12,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sparing.engine.attention import Attention
 from sparing.engine.formulas import HIDDEN
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
+from sparing.engine.lowering.rotary import find_rotation, tables
 from sparing.engine.nodes import packet_of
 from sparing.engine.shapes import Count, Matrix
 
@@ -45,6 +46,9 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     orders = query.orders & key.orders & value.orders
     if not alike or not orders or query.channels != key.channels or key.tokens != value.tokens:
         raise Cut("attention to other samples, heads or tokens")
+    if value.angles or len(query.angles) != len(key.angles) or not all(map(torch.equal, query.angles, key.angles)):
+        raise Cut("rotary embeddings that differ between query and key, or of the value")
+    cosine, sine = key.angles or (None, None)
     mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens, given["query"].meta["val"].dim() == 4)
     channels = query.heads * value.channels
     tokens_first = False not in orders
@@ -62,7 +66,8 @@ def attention(low: Lowering, node: fx.Node) -> Place:
             channels=query.channels, queries=query.tokens, keys=key.tokens, query_first=query.first,
             query_stride=query.stride, key_first=key.first, key_stride=key.stride, value_first=value.first,
             value_stride=value.stride, scale=float(scale), causal=given["is_causal"] or is_causal,
-            tokens_first=tokens_first, shared=key.shared * repeated, **mask,
+            tokens_first=tokens_first, shared=key.shared * repeated, cosine=cosine,
+            sine=sine, **mask,
         )
     )  # fmt: skip
     return Place(output, node.meta["val"].dim() - 1)
@@ -156,19 +161,29 @@ class _Heads:
         channels: of a head.
         first: the first channel of head 0.
         stride: channels from a head to the next.
+        angles: cosine and sine [tokens, channels] of rotary embeddings, if there are any.
         orders: whether the rows may have the tokens first. Both with one sample or token.
     """
 
     def __init__(self, low: Lowering, node: fx.Node):
-        base, views = _chain(node, low.lowered.__contains__)
+        base, views = _chain(node, lambda n: n in low.lowered or find_rotation(low, n) is not None)
+        self.angles: list[Tensor] = []
+        if (rotation := find_rotation(low, base)) is not None:
+            x, *factors = rotation
+            dim, self.angles = tables(x, *factors)
+            whole = _contiguous(sizes(x))
+            expected = Axes([(1, 1) if dim is None else whole[dim], whole[-1]])
+            if [_merge(part) for part in Axes(whole).follow(views, base).dims[-2:]] != expected.dims:
+                raise Cut("a view of a rotary embedding that changes the tokens or channels")
+            base, before = _chain(x, low.lowered.__contains__)
+            views = before + views
         place, rank = low.read(base), node.meta["val"].dim()
         matrix = low.shape(place)
         if not isinstance(matrix, Matrix) or place.axis != base.meta["val"].dim() - 1 or rank not in (3, 4):
             raise Cut("attention on images, or in other than four dimensions")
         if any(size.per_sample for size in sizes(node)[1:]):
             raise Cut("attention between samples")
-        shape = [size.at(BATCH) for size in sizes(base)]
-        axes = Axes((size, prod(shape[dim + 1 :])) for dim, size in enumerate(shape)).follow(views, base)
+        axes = Axes(_contiguous(sizes(base))).follow(views, base)
         dims = [_merge(dim) for dim in axes.dims]
         if rank == 3:
             dims.insert(1, [])
@@ -210,6 +225,12 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) 
             tensor = low.read(mask, axis=len(shape) - 1, shape=Matrix(rows, keys)).tensor
             return {"mask": tensor, "mask_heads": heads.factor, "mask_queries": queries.factor}, False
     raise Cut("a mask that is not [samples, heads or 1, queries or 1, keys]")
+
+
+def _contiguous(shape: Sequence[Count]) -> list[Factor]:
+    """Return size and stride of each dimension of a contiguous tensor."""
+    numbers = [size.at(BATCH) for size in shape]
+    return [(size, prod(numbers[dim + 1 :])) for dim, size in enumerate(numbers)]
 
 
 def _strides(samples: int, tokens: int, channels: int, tokens_first: bool) -> Factor:
