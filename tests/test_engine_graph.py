@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -1088,6 +1089,18 @@ def test_a_compiled_network_cannot_be_traced():
     engine = compiled(nn.Linear(4, 4), (1, 4))
     with pytest.raises(sparing.InputError, match="cannot be traced or compiled"):
         torch.jit.trace(engine, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_does_not_trace_the_engine():
+    """It fails with a RecursionError on some functions of the engine, if the process has loaded many modules."""
+    engine, x = compiled(nn.Linear(4, 4), (1, 4)), torch.randn(2, 4)
+    clear_compilation_metrics()
+    found = torch.compile(nn.Sequential(engine, nn.ReLU()), backend="eager")(x)
+    torch.testing.assert_close(found, engine(x).relu())
+    folder = os.path.dirname(sparing.engine.__file__)
+    traced = [frame.co_name for frame in get_compilation_metrics() if str(frame.co_filename).startswith(folder)]
+    assert traced == ["forward"], traced
 
 
 @pytest.mark.parametrize(
