@@ -39,8 +39,8 @@ class Model(nn.Module):
         x = self.depthwise(self.stem(x))
         x = torch.cat([x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))), x], 1)
         y = x.flatten(2).transpose(1, 2) + self.embedding(tokens.clamp(max=self.limit))[:, None]
-        y = y + self.attention(y, y, y, need_weights=False)[0]
         y = F.layer_norm(y, (16,)).masked_fill(y > 100, float("-inf")).softmax(1)
+        y = y + self.attention(y, y, y, need_weights=False)[0]
         return {
             "y": (self.head(self.norm(y)), [self.tied(y.mean(1))]),
             "none": None,
@@ -258,6 +258,8 @@ def first_operation(content, name):
         (lambda c: first_operation(c, "Pool").update(window=[[2, 2]] * 4), "makes"),
         (lambda c: first_operation(c, "Copy").update(channels=0), "channels must be an integer in"),
         (lambda c: first_operation(c, "LayerNorm").update(epsilon=-1.0), "epsilon must be a number"),
+        (lambda c: first_operation(c, "LayerNorm").update(centered=2), "centered must be true or false"),
+        (lambda c: first_operation(c, "Attention").update(shared=2**40), "shared must be an integer in"),
         (lambda c: first_operation(c, "Affine").update(scale=None), "belongs to nothing"),
         (lambda c: c["program"]["inputs"].pop() and None, "the arguments are not the inputs"),
         (lambda c: c["program"]["inputs"][0].update(dtype="complex64"), "KeyError: 'complex64'"),

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -404,13 +405,90 @@ def attend_to_parts(parts):
     return function
 
 
-def grouped(x):
-    return join(F.scaled_dot_product_attention(x, *[x[:, :1]] * 2, enable_gqa=True))
+def grouped(repeat, **options):
+    """Attention with four heads of queries and two of keys and values."""
+
+    def function(f, x):
+        parts = f(x).split((8, 4, 4), -1)
+        q, k, v = (heads(part, number) for part, number in zip(parts, (4, 2, 2), strict=True))
+        return join(F.scaled_dot_product_attention(q, repeat(k), repeat(v), **options))
+
+    return function
+
+
+def repeated(x):
+    """As in transformers."""
+    samples, number, tokens, channels = x.shape
+    return x[:, :, None].expand(samples, number, 2, tokens, channels).reshape(samples, 2 * number, tokens, channels)
+
+
+def rotary(views=lambda q, k: (q, k), angles=lambda part: ANGLES, layout=heads, value=lambda v, turn: v):
+    """Attention with rotary embeddings. `views` come after them."""
+
+    def function(f, x):
+        def turn(x, cosine, sine):
+            one, other = x.chunk(2, -1)
+            return x * cosine.to(x) + torch.cat([-other, one], -1) * sine.to(x)
+
+        q, k, v = map(layout, f(x).split(4, -1))
+        of_query, of_key = views(turn(q, *angles(0)), turn(k, *angles(1)))
+        return join(F.scaled_dot_product_attention(of_query, of_key, value(v, turn), is_causal=True))
+
+    return function
+
+
+def rms_norm(x):
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-3)
+
+
+def written(scale=lambda q, k: q @ k.transpose(-2, -1), mask=lambda scores: scores, dim=-1, use=lambda y, scores, w: y):
+    """Attention as products and a softmax."""
+
+    def function(f, x):
+        q, k, v = map(heads, f(x).chunk(3, -1))
+        weights = F.dropout(
+            F.softmax(scores := mask(scale(q, k)), dim, dtype=torch.float32).to(x.dtype), training=False
+        )
+        return use(join(weights @ v), scores, weights)
+
+    return function
+
+
+def einsums(f, x):
+    q, k, v = (part.unflatten(-1, (2, -1)) for part in f(x).chunk(3, -1))
+    weights = torch.einsum("nshc,nthc->nhts", k * 0.3, q * 2).softmax(-1)
+    return torch.einsum("nhts, nshc -> nthc", weights, v).flatten(2)
+
+
+def batched(f, x):
+    """As in nn.MultiheadAttention, with a mask for all samples, and without dividing and joining heads."""
+    q, k, v = f(x).chunk(3, -1)
+    scores = torch.baddbmm(HIDE.to(x), q, k.transpose(1, 2), alpha=0.3)
+    return torch.bmm(scores.softmax(2), v)
+
+
+def weighted(batch_first):
+    """With weights, which nothing uses."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            return self.attention(x, x, x, attn_mask=FUTURE)[0]
+
+    return Weighted()
 
 
 LARGE, TRIANGLE = (lambda: nn.Linear(4, 12)), torch.ones(3, 3, dtype=torch.bool).tril()
 ADDED = torch.zeros(3, 3).masked_fill(~TRIANGLE, -math.inf)
+FUTURE = ~TRIANGLE
+HEAD, ANGLES = torch.ones(2, 1, 1).cumsum(0), torch.rand(2, 1, 1, 3, 2).sub(0.5).unbind()
+HIDE = torch.zeros(3, 3).masked_fill(FUTURE, torch.finfo(torch.float32).min)
 ALONE, SDPA = "1Attention 1Convolution", "scaled_dot_product_attention"
+GROUPS, NORM = (lambda: nn.Linear(4, 16)), "1Convolution 1LayerNorm"
+SPLIT, WHOLE, WRITTEN = "1Attention 1Convolution 3Copy", "1Attention 2Convolution", "matmul softmax matmul "
 
 
 def gelu(x):
@@ -432,7 +510,11 @@ def gelu(x):
             (lambda f, x: (y := f(x)) + y, C, PIXELS, "1Binary 1Convolution"),
             (lambda f, x: f(x) * f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
             (lambda f, x: f(x) + f(x).mean((2, 3), True), C, PIXELS, "1Binary 2Convolution 1Mean"),
-            (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, "1Convolution 1LayerNorm"),
+            (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, NORM),
+            (lambda f, x: F.layer_norm(f(x) + 9, (4,), c := CONSTANT.to(x), c) * c - 2, L, TOKENS, NORM),
+            (lambda f, x: CONSTANT * rms_norm(f(x) + 9), L, TOKENS, NORM),
+            (lambda f, x: F.rms_norm(f(x), (4,), CONSTANT.to(x)), L, TOKENS, NORM),
+            (lambda f, x: F.silu(f(x)) * f(x), L, TOKENS, "1Binary 2Convolution"),
         ],
         [
             (lambda f, x: F.max_pool2d(f(x), 3, 2, 1, ceil_mode=True), C, (1, 4, 7, 7), "1Convolution 1Pool"),
@@ -466,8 +548,38 @@ def gelu(x):
             (lambda f, x: attend(y := f(x), y, y, attn_mask=TRIANGLE), L, TOKENS, ALONE),
             (lambda f, x: attend(y := f(x), y, y, attn_mask=ADDED), L, TOKENS, ALONE),
         ],
+        [
+            (written(), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: 2 * (q @ k.transpose(2, 3) / 3), lambda s: s + ADDED), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: (q * 2) @ (k / 3).mT, lambda s: s.masked_fill(FUTURE, -1e9)), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: q @ (k.mT * -2), lambda s: HIDE[None, None] + s), LARGE, TOKENS, SPLIT),
+            (written(mask=lambda s: s.masked_fill(TRIANGLE[None, None] == 0, -math.inf)), LARGE, TOKENS, SPLIT),
+            (einsums, LARGE, TOKENS, SPLIT),
+            (batched, LARGE, TOKENS, SPLIT),
+            (lambda f, x: f(x), lambda: weighted(True), TOKENS, WHOLE),
+            (lambda f, x: f(x.transpose(0, 1)).transpose(0, 1), lambda: weighted(False), TOKENS, WHOLE),
+        ],
+        [
+            (grouped(lambda x: x, enable_gqa=True), GROUPS, TOKENS, SPLIT),
+            (grouped(repeated), GROUPS, TOKENS, SPLIT),
+            (grouped(lambda x: repeated(x[:, 1:]), enable_gqa=True), GROUPS, TOKENS, SPLIT),
+            (rotary(), LARGE, TOKENS, SPLIT),
+            (rotary(angles=lambda _: [table[0, 0] for table in ANGLES]), LARGE, TOKENS, SPLIT),
+            (rotary(lambda q, k: (q, repeated(k[:, 1:])), value=lambda v, _: repeated(v[:, 1:])), LARGE, TOKENS, SPLIT),
+            (
+                rotary(
+                    lambda *parts: [x.transpose(1, 2) for x in parts],
+                    lambda _: [table.transpose(1, 2) for table in ANGLES],
+                    lambda x: x.unflatten(-1, (2, -1)),
+                    lambda v, _: v.transpose(1, 2),
+                ),
+                LARGE, TOKENS, SPLIT,
+            ),
+            (rotary(angles=lambda _: [table[:, :, :1] for table in ANGLES]), LARGE, (1, 1, 4), SPLIT),
+            (grouped(lambda x: x[:, :1].expand(-1, 4, -1, -1), is_causal=True), GROUPS, (1, 19, 4), SPLIT),
+        ],
     ],
-    ids=["elementwise", "pooling", "shapes", "attention"],
+    ids=["elementwise", "pooling", "shapes", "attention", "products and softmax", "shared keys and rotary"],
 )  # fmt: skip
 def test_operators_in_the_engine(cases):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -522,7 +634,23 @@ def test_operators_in_the_engine(cases):
                 (lambda f, x: attend(*[f(x).flip(2)] * 3), L, TOKENS, f"flip {SDPA}"),
                 (lambda f, x: attend(*[f(x)[:, 1:]] * 3), L, TOKENS, f"slice {SDPA}"),
                 (lambda f, x: attend(*[f(x).reshape(x.shape[0], 2, 6)] * 3), L, TOKENS, SDPA),
-                (lambda f, x: grouped(heads(f(x))), L, TOKENS, f"slice slice {SDPA}"),
+                (grouped(lambda x: x.repeat(1, 2, 1, 1)), GROUPS, TOKENS, f"repeat repeat {SDPA}"),
+                (grouped(lambda x: repeated(x)[:, :, :1].expand(-1, -1, 3, -1)), GROUPS, TOKENS, f"slice slice {SDPA}"),
+            ],
+            1,
+        ),
+        (
+            [
+                (written(dim=-2), LARGE, TOKENS, WRITTEN),
+                (written(mask=lambda s: s.masked_fill(FUTURE, -100)), LARGE, TOKENS, WRITTEN + "masked_fill"),
+                (written(mask=lambda s: (s + ADDED) * 2), LARGE, TOKENS, WRITTEN + "add mul"),
+                (written(mask=lambda s: s + ADDED + s), LARGE, TOKENS, WRITTEN + "add add"),
+                (written(mask=lambda s: s.transpose(2, 3)), LARGE, TOKENS, WRITTEN),
+                (written(mask=lambda s: s * ADDED.exp()), LARGE, TOKENS, WRITTEN + "mul"),
+                (written(lambda q, k: q @ k[:, :1].mT), LARGE, TOKENS, WRITTEN + "slice"),
+                (written(use=lambda y, s, w: y + s.sum()), LARGE, TOKENS, WRITTEN + "sum add"),
+                (written(use=lambda y, s, w: y + w.amax()), LARGE, TOKENS, WRITTEN + "amax add"),
+                (lambda f, x: torch.einsum("ntc,mtc->nmt", f(x), f(x)[:1]), L, TOKENS, "einsum slice"),
             ],
             1,
         ),
@@ -535,7 +663,7 @@ def test_operators_in_the_engine(cases):
             0,
         ),
     ],
-    ids=["elementwise", "shapes", "attention", "nothing sparse"],
+    ids=["elementwise", "shapes", "attention", "products and softmax", "nothing sparse"],
 )  # fmt: skip
 def test_operators_in_torch(cases, segments):
     engine = compiled(Parallel([run(case[0], case[1]()) for case in cases]), tuple(case[2] for case in cases))
@@ -543,6 +671,62 @@ def test_operators_in_torch(cases, segments):
     assert len(found) == segments
     assert calls == Counter(name for case in cases for name in case[3].split())
     assert all(call.reason for call in engine.program.calls)
+
+
+class Llama(nn.Module):
+    """Two blocks of a language model of this kind."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(16) for _ in range(2))
+            self.attention, self.join = nn.Linear(16, 32), nn.Linear(16, 16)
+            self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+        def forward(self, x, cosine, sine):
+            def turn(x):
+                return x * cosine + torch.cat([-x[..., 2:], x[..., :2]], -1) * sine
+
+            parts = self.attention(self.norms[0](x)).split([16, 8, 8], -1)
+            q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
+            y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
+            x = x + self.join(join(y))
+            y = self.norms[1](x)
+            return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(20, 16), nn.ModuleList([self.Block(), self.Block()])
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, tokens):
+        x, count = self.embedding(tokens), tokens.shape[1]
+        angles = torch.arange(count)[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
+        for block in self.blocks:
+            x = block(x, angles.cos(), angles.sin())
+        return self.head(x)
+
+
+def test_language_models_run_as_one_segment(tmp_path):
+    model = sparse(Llama())
+    engine = sparing.engine.compile(model, torch.randint(20, (2, 7)))
+    assert kinds(engine) == (["2Attention 2Binary 11Convolution 6Copy 4LayerNorm"], {"embedding": 1})
+    sparing.engine.save(engine, tmp_path / "model.engine")
+    tokens = torch.randint(20, (3, 7))
+    torch.testing.assert_close(sparing.engine.load(tmp_path / "model.engine")(tokens), model(tokens))
+
+
+def test_rotary_embeddings_in_torch():
+    cases = [
+        rotary(angles=lambda part: ANGLES if part else ANGLES[::-1]),  # others for the key than for the query
+        rotary(angles=lambda _: [table.expand(1, 2, 3, 2) * HEAD for table in ANGLES]),  # others for each head
+        rotary(value=lambda v, turn: turn(v, *ANGLES)),
+        rotary(lambda q, k: (q, k.flip(2))),
+        rotary(lambda *parts: [x[:, :, :2] for x in parts], value=lambda v, _: v[:, :, :2]),
+        rotary(lambda *parts: [x.mT.reshape(-1, 2, 3, 2) for x in parts]),
+    ]
+    engine = compiled(Parallel([run(case, LARGE()) for case in cases]), (TOKENS,) * len(cases))
+    assert kinds(engine)[1][SDPA] == len(cases)
 
 
 def test_attention_to_other_tokens():
@@ -586,14 +770,37 @@ def test_masks_of_attention(dtype, tmp_path):
         torch.testing.assert_close(engine(x, lengths), model(x, lengths))
 
 
-def test_padding_of_multi_head_attention():
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min])
+def test_scores_that_a_mask_fills(fill):
+    def function(f, x, lengths):
+        hidden = (torch.arange(x.shape[1]) >= lengths[:, None])[:, None, None, :]
+        y = x
+        for _ in range(2):  # layers share the mask
+            y = written(mask=lambda scores: scores.masked_fill(hidden, fill))(f, y)
+        return y
+
+    model = sparse(run(function, nn.Linear(4, 12)))
+    engine = sparing.engine.compile(model, (torch.randn(2, 7, 4), torch.tensor([3, 7])))
+    assert kinds(engine)[0] == ["2Attention 2Convolution 6Copy"]
+    assert len(engine.program.segments[0].inputs) == 2
+    x, lengths = torch.randn(4, 7, 4), torch.tensor([5, 7, 2, 0])
+    outputs, expected = engine(x, lengths), model(x, lengths)
+    if fill == -math.inf:  # attention to nothing
+        assert expected[3].isnan().all()
+        assert outputs[3].isfinite().all()
+        outputs, expected = outputs[:3], expected[:3]
+    torch.testing.assert_close(outputs, expected)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_padding_of_multi_head_attention(weights):
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
         def forward(self, x, padding):
-            return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            return self.attention(x, x, x, key_padding_mask=padding, need_weights=weights)[0]
 
     model, example = (
         sparse(Padded()),
@@ -884,6 +1091,18 @@ def test_a_compiled_network_cannot_be_traced():
         torch.jit.trace(engine, torch.randn(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_does_not_trace_the_engine():
+    """It fails with a RecursionError on some functions of the engine, if the process has loaded many modules."""
+    engine, x = compiled(nn.Linear(4, 4), (1, 4)), torch.randn(2, 4)
+    clear_compilation_metrics()
+    found = torch.compile(nn.Sequential(engine, nn.ReLU()), backend="eager")(x)
+    torch.testing.assert_close(found, engine(x).relu())
+    folder = os.path.dirname(sparing.engine.__file__)
+    traced = [frame.co_name for frame in get_compilation_metrics() if str(frame.co_filename).startswith(folder)]
+    assert traced == ["forward"], traced
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -1022,6 +1241,12 @@ def attention(**changes):
         (lambda: attention(mask_heads=3), "mask_heads must be 1 or 2, got 3"),
         (lambda: attention(mask=0, mask_heads="x", mask_queries=10**11), "mask_heads must be 1 or 2, got 'x'"),
         (lambda: attention(scale=math.inf), "scale must be a number, got inf"),
+        (lambda: attention(shared=0), "shared must be an integer in"),
+        (lambda: attention(shared=3), "2 heads cannot share keys in groups of 3"),
+        (lambda: attention(shared=2, key_first=2, value_first=3), "the heads of the value end at channel 5"),
+        (lambda: attention(cosine=torch.ones(2, 2)), "a rotary embedding needs cosine and sine"),
+        (lambda: attention(sine=torch.ones(2, 3), cosine=torch.ones(2, 2)), r"sine must be torch.float32 \[2, 2\]"),
+        (lambda: attention(channels=1, sine=torch.ones(2, 1), cosine=torch.ones(2, 1)), "needs an even number of chan"),
         (lambda: attention(causal=1), "causal must be true or false, got 1"),
         (lambda: Window((0, 1)), "kernel must be an integer in"),
         (lambda: Images(Count(0, True), 1, 1, 1), "number of images must be"),

@@ -47,6 +47,15 @@ def rounding(scale, terms=1):
     return tolerance(torch.float32, terms) * scale.abs() + terms * SMALLEST
 
 
+def rotate(x, error, cosine, sine):
+    """Return a rotary embedding [..., tokens, channels], and its error."""
+    half = x.shape[-1] // 2
+    turned, of_turned = torch.cat([-x[..., half:], x[..., :half]], -1), error.roll(half, -1)
+    cosine, sine = cosine.double(), sine.double()
+    terms = x.abs() * cosine.abs() + turned.abs() * sine.abs()
+    return x * cosine + turned * sine, error * cosine.abs() + of_turned * sine.abs() + rounding(terms, 3)
+
+
 class Network:
     def __init__(self, *inputs):
         self.shapes, self.values, self.operations = [], [], []
@@ -184,20 +193,22 @@ class Network:
             first += count
         return number
 
-    def layer_norm(self, x, weight, bias, epsilon):
+    def layer_norm(self, x, weight, bias, epsilon, centered=True):
         value, error = (part.movedim(1, -1) for part in self.values[x])
-        exact = F.layer_norm(value, value.shape[-1:], weight.double(), bias.double(), epsilon)
-        deviation = (value.var(-1, unbiased=False, keepdim=True) + epsilon).sqrt()
-        normal = (value - value.mean(-1, keepdim=True)).abs() / deviation
+        centre = value.mean(-1, keepdim=True) if centered else torch.zeros(())
+        deviation = ((value - centre).square().mean(-1, keepdim=True) + epsilon).sqrt()
+        exact = (value - centre) / deviation * weight.double() + bias.double()
+        normal = (value - centre).abs() / deviation
         wrong = 3 * error.amax(-1, True) + rounding(value.abs().amax(-1, True), value.shape[-1])
         error = wrong / deviation * (1 + normal) * weight.double().abs() + rounding(exact.abs() + bias.double().abs())
         number = self.add(exact.movedim(-1, 1), error.movedim(-1, 1))
-        self.operations.append(engine.LayerNorm(number, x, weight, bias, epsilon))
+        self.operations.append(engine.LayerNorm(number, x, weight, bias, epsilon, centered))
         return number
 
     def attention(
-        self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False, of_mask=(1, 1)
-    ):
+        self, operands, mask, heads, channels, size, queries, keys, scale, causal, tokens_first=False, of_mask=(1, 1),
+        shared=1, angles=None,
+    ):  # fmt: skip
         """operands: (number, first channel, channels from head to head) of query, key and value."""
         tokens, width = (queries, keys, keys), (channels, channels, size)
 
@@ -207,12 +218,15 @@ class Network:
             sizes = (tokens[index], -1) if tokens_first else (-1, tokens[index])
             rows = part.view(*sizes, part.shape[1])
             rows = rows.transpose(0, 1) if tokens_first else rows
-            columns = [rows[..., first + head * stride :][..., : width[index]] for head in range(heads)]
+            places = [first + (head if index == 0 else head // shared) * stride for head in range(heads)]
+            columns = [rows[..., place:][..., : width[index]] for place in places]
             return torch.stack(columns, 1)
 
         values = [self.values[number] for number, _, _ in operands]
         q, k, v = (divide(value.exact, index) for index, value in enumerate(values))
         q_error, k_error, v_error = (divide(value.error, index) for index, value in enumerate(values))
+        if angles is not None:
+            (q, q_error), (k, k_error) = rotate(q, q_error, *angles), rotate(k, k_error, *angles)
         k, k_error = k.mT, k_error.mT
         scores, scaled = scale * q @ k, abs(scale) * q.abs() @ k.abs()
         error = abs(scale) * (q_error @ (k.abs() + k_error) + q.abs() @ k_error) + rounding(scaled, channels + 2)
@@ -233,7 +247,7 @@ class Network:
         self.operations.append(
             Attention(
                 number, query, key, value, mask, heads, channels, queries, keys, *of_query, *of_key, *of_value, scale,
-                causal, tokens_first, *of_mask,
+                causal, tokens_first, *of_mask, shared, *(angles or (None, None)),
             )
         )  # fmt: skip
         return number
@@ -389,19 +403,24 @@ def add_operation(draw, network, kind, generator):
         key, value = (draw(st.sampled_from(others)) for _ in range(2))
         least = min(network.values[i].exact.shape[1] for i in (x, key))
         heads = draw(st.integers(1, min(least, network.values[value].exact.shape[1], 4)))
+        shared = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
         size, of_value = (draw(st.integers(1, n // heads)) for n in (least, network.values[value].exact.shape[1]))
         operands = []
-        for i, width in ((x, size), (key, size), (value, of_value)):
+        for i, width, number in ((x, size, heads), (key, size, heads // shared), (value, of_value, heads // shared)):
             room = network.values[i].exact.shape[1] - width
-            stride = draw(st.integers(1, max(1, room // max(1, heads - 1))))
-            operands.append((i, draw(st.integers(0, room - (heads - 1) * stride)), stride))
+            stride = draw(st.integers(1, max(1, room // max(1, number - 1))))
+            operands.append((i, draw(st.integers(0, room - (number - 1) * stride)), stride))
         of_mask = draw(st.sampled_from([1, heads])), draw(st.sampled_from([1, queries]))
         mask = draw(st.sampled_from([None, *alike((samples * math.prod(of_mask), keys))]))
         scale, causal, first = draw(st.sampled_from([1.0, 0.125, -0.3])), draw(st.booleans()), draw(st.booleans())
-        network.attention(operands, mask, heads, size, of_value, queries, keys, scale, causal, first, of_mask)
+        angles = [torch.rand(keys, size) - 0.5 for _ in range(2)]
+        angles = angles if queries == keys and size % 2 == 0 and draw(st.booleans()) else None
+        network.attention(
+            operands, mask, heads, size, of_value, queries, keys, scale, causal, first, of_mask, shared, angles
+        )
     else:
         epsilon = draw(st.sampled_from([1e-5, 1e-3]))
-        network.layer_norm(x, numbers(channels), numbers(channels), epsilon)
+        network.layer_norm(x, numbers(channels), numbers(channels), epsilon, draw(st.booleans()))
 
 
 KINDS = (

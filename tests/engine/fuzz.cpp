@@ -300,8 +300,10 @@ class Network {
             case 6: {
                 const auto weight = random_.numbers(in.channels), bias = random_.numbers(in.channels);
                 const double channels = static_cast<double>(in.channels), epsilon = 0.01;
+                const bool centered = random_.chance(0.5);
                 Expected out = in, mean(in.images, 1, in.height, in.width), square = mean;
-                in.each([&](int64_t n, int64_t, int64_t y, int64_t x, double& v) { mean.at(n, 0, y, x) += v / channels; });
+                if (centered)
+                    in.each([&](int64_t n, int64_t, int64_t y, int64_t x, double& v) { mean.at(n, 0, y, x) += v / channels; });
                 in.each([&](int64_t n, int64_t, int64_t y, int64_t x, double& v) {
                     const double difference = v - mean.at(n, 0, y, x);
                     square.at(n, 0, y, x) += difference * difference / channels;
@@ -311,7 +313,7 @@ class Network {
                 });
                 out.error = (30 * in.error + 1e-5 * in.largest()) * (1 + out.largest()) * 5;
                 const int to = add(out);
-                done(sparing_layer_norm(plan_, from, to, weight.data(), bias.data(), static_cast<float>(epsilon)));
+                done(sparing_layer_norm(plan_, from, to, weight.data(), bias.data(), static_cast<float>(epsilon), centered));
                 return;
             }
             case 7:
@@ -338,6 +340,7 @@ class Network {
         const int operands[] = {from, key, value};
         const int64_t least = std::min(tensors_[from].channels, tensors_[key].channels);
         const int64_t heads = random_.integer(1, std::min<int64_t>({4, least, tensors_[value].channels}));
+        const int64_t shared = heads % 2 == 0 && random_.chance(0.5) ? 2 : random_.one_of<int64_t>({1, heads});
         const int64_t channels = random_.integer(1, least / heads);
         const int64_t size = random_.integer(1, tensors_[value].channels / heads);
         const int64_t mask_heads = random_.one_of<int64_t>({1, heads}), mask_queries = random_.one_of<int64_t>({1, queries});
@@ -347,11 +350,24 @@ class Network {
         int64_t first[3], stride[3];
         for (int i = 0; i < 3; i++) {
             const int64_t room = tensors_[operands[i]].channels - (i == 2 ? size : channels);
-            stride[i] = random_.integer(1, std::max<int64_t>(1, room / std::max<int64_t>(1, heads - 1)));
-            first[i] = random_.integer(0, room - (heads - 1) * stride[i]);
+            const int64_t others = i == 0 ? heads - 1 : heads / shared - 1;
+            stride[i] = random_.integer(1, std::max<int64_t>(1, room / std::max<int64_t>(1, others)));
+            first[i] = random_.integer(0, room - others * stride[i]);
         }
         const bool causal = random_.chance(0.5), tokens_first = random_.chance(0.5);
         const float scale = random_.one_of<float>({1.0f, 0.3f, -0.5f});
+        const bool rotary = queries == keys && channels % 2 == 0 && random_.chance(0.7);
+        std::vector<float> cosine, sine;
+        for (const float angle : random_.numbers(rotary ? keys * channels : 0)) {
+            cosine.push_back(std::cos(angle));
+            sine.push_back(std::sin(angle));
+        }
+        // Channel c of a head that begins at a channel.
+        const auto turned = [&](int tensor, int64_t begin, int64_t c, int64_t row, int64_t token) {
+            const auto at = [&](int64_t channel) { return double(tensors_[tensor].at(0, begin + channel, 0, row)); };
+            const int64_t half = channels / 2, i = token * channels + c;
+            return rotary ? at(c) * cosine[i] + (c < half ? -at(c + half) : at(c - half)) * sine[i] : at(c);
+        };
         const auto row = [&](int64_t sample, int64_t token, int64_t tokens) {
             return tokens_first ? token * samples + sample : sample * tokens + token;
         };
@@ -364,8 +380,8 @@ class Network {
                     for (size_t j = 0; j < weights.size(); j++) {
                         double score = 0;
                         for (int64_t c = 0; c < channels; c++)
-                            score += tensors_[from].at(0, first[0] + head * stride[0] + c, 0, row(sample, i, queries)) *
-                                     tensors_[key].at(0, first[1] + head * stride[1] + c, 0, row(sample, j, keys));
+                            score += turned(from, first[0] + head * stride[0], c, row(sample, i, queries), i) *
+                                     turned(key, first[1] + head / shared * stride[1], c, row(sample, j, keys), j);
                         weights[j] = score * scale;
                         if (mask >= 0)
                             weights[j] += tensors_[mask].at(
@@ -378,10 +394,10 @@ class Network {
                         for (size_t j = 0; j < weights.size(); j++)
                             out.at(0, head * size + c, 0, row(sample, i, queries)) +=
                                 weights[j] / sum *
-                                tensors_[value].at(0, first[2] + head * stride[2] + c, 0, row(sample, j, keys));
+                                tensors_[value].at(0, first[2] + head / shared * stride[2] + c, 0, row(sample, j, keys));
                 }
         const Expected &q = tensors_[from], &k = tensors_[key], &v = tensors_[value];
-        const double factor = std::abs(scale) * static_cast<double>(channels);
+        const double factor = std::abs(scale) * static_cast<double>(channels) * (rotary ? 2.1 : 1.0);  // (sin + cos)^2 <= 2
         double wrong = factor * (q.largest() * k.error + q.error * (k.largest() + k.error)) +
                        2e-6 * factor * q.largest() * k.largest();
         if (mask >= 0) wrong += tensors_[mask].error + 1e-6 * tensors_[mask].largest();
@@ -390,7 +406,8 @@ class Network {
         out.error = (1 + relative) * v.error + relative * v.largest();
         const int to = add(out);
         done(sparing_attention(plan_, from, key, value, mask, to, first, stride, heads, channels, queries, keys, scale,
-                               causal, tokens_first, mask_heads, mask_queries));
+                               causal, tokens_first, mask_heads, mask_queries, shared, rotary ? cosine.data() : nullptr,
+                               rotary ? sine.data() : nullptr));
     }
 
     void binary(int from, int other, int activation) {
@@ -531,7 +548,7 @@ void refuse() {
         refused(sparing_affine(plan, in, number, n, n, 0), "affine without output");
         refused(sparing_binary(plan, in, number, same, ADD, 0), "an addition without second input");
         refused(sparing_copy(plan, number, 0, same, 0, 1), "a copy without input");
-        refused(sparing_layer_norm(plan, in, number, n, n, 1e-5f), "a layer norm without output");
+        refused(sparing_layer_norm(plan, in, number, n, n, 1e-5f, 1), "a layer norm without output");
     }
     check(sparing_input(plan, in, 0) == 0, sparing_error());
     refused(sparing_input(plan, in, 0), "two inputs for one tensor");
@@ -589,10 +606,11 @@ void refuse_attention() {
     const int rows = sparing_tensor(plan, 1, 3, 1, 4), out = sparing_tensor(plan, 1, 4, 1, 4);
     const int images = sparing_tensor(plan, 1, 3, 2, 2), fewer = sparing_tensor(plan, 1, 3, 1, 2);
     for (const int tensor : {rows, images, fewer}) check(sparing_input(plan, tensor, 1) == 0, sparing_error());
-    int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1}, mask_heads = 1, mask_queries = 1;
+    int64_t first[3] = {0, 0, 0}, stride[3] = {1, 1, 1}, mask_heads = 1, mask_queries = 1, shared = 1;
+    const float angles[6] = {}, *cosine = nullptr, *sine = nullptr;
     const auto attend = [&](int query, int key, int mask, int64_t heads, int64_t channels, int64_t queries, int64_t keys) {
         return sparing_attention(plan, query, key, key, mask, out, first, stride, heads, channels, queries, keys, 1.0f, 0, 0,
-                                 mask_heads, mask_queries);
+                                 mask_heads, mask_queries, shared, cosine, sine);
     };
     const auto refused = [&](int64_t result, const char* what) { check(result < 0, std::string("accepted: ") + what); };
     for (const int64_t n : {int64_t{0}, int64_t{-1}, int64_t{3}, int64_t{5}, int64_t{1} << 24, INT64_MAX, INT64_MIN}) {
@@ -600,9 +618,9 @@ void refuse_attention() {
         refused(attend(rows, rows, -1, 2, n, 2, 2), "the channels of a head");
         refused(attend(rows, rows, -1, 2, 1, n, 2), "the queries of attention");
         refused(attend(rows, rows, -1, 2, 1, 2, n), "the keys of attention");
-        for (int64_t* size : {&mask_heads, &mask_queries}) {
+        for (int64_t* size : {&mask_heads, &mask_queries, &shared}) {
             *size = n;
-            refused(attend(rows, rows, -1, 2, 1, 2, 2), "the rows of a mask");
+            refused(attend(rows, rows, -1, 2, 1, 2, 2), "the rows of a mask, or the heads that share keys");
             *size = 1;
         }
         for (int i = 0; i < 3; i++) {
@@ -624,6 +642,12 @@ void refuse_attention() {
         refused(attend(rows, other, -1, 2, 1, 2, 2), "the shape of a key");
         refused(attend(rows, rows, other, 2, 1, 2, 2), "the shape of a mask");
     }
+    cosine = angles;
+    refused(attend(rows, rows, -1, 1, 2, 2, 2), "a rotary embedding without sine");
+    sine = angles;
+    refused(attend(rows, rows, -1, 1, 3, 2, 2), "a rotary embedding of an odd number of channels");
+    refused(attend(rows, fewer, -1, 1, 2, 2, 1), "a rotary embedding of other keys");
+    cosine = sine = nullptr;
     check(attend(rows, rows, -1, 2, 1, 2, 2) == 0, sparing_error());
     sparing_free(plan);
 }

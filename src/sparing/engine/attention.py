@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparing.engine.checks import require, require_integer
+import torch
+from torch import Tensor
+
+from sparing.engine.checks import require, require_integer, require_tensor
 from sparing.engine.operations import Operation, check_shape
 from sparing.engine.shapes import Count, Matrix, Shape
 
@@ -32,6 +35,9 @@ class Attention(Operation):
         causal: whether query i attends only to keys 0 to i.
         tokens_first: whether rows are token · samples + sample in place of sample · tokens + token; not in the mask.
         mask_heads, mask_queries: heads and queries of a sample in the mask: all, or 1 for all of them.
+        cosine, sine: float32 [keys, channels] or None, factors of a rotary embedding: query and key x of a token are
+            replaced by x * cosine + [-second half of x, first half of x] * sine.
+        shared: successive heads of the query that share a head of key and value.
     """
 
     key: int
@@ -52,16 +58,20 @@ class Attention(Operation):
     tokens_first: bool = False
     mask_heads: int = 1
     mask_queries: int = 1
+    shared: int = 1
+    cosine: Tensor | None = None
+    sine: Tensor | None = None
 
     FUNCTION = "sparing_attention"
     NUMBERS = ("input", "key", "value", "mask")
 
     def check(self, shapes: Sequence[Shape]) -> None:
         target = shapes[self.output]
-        for name in ("heads", "channels", "queries", "keys"):
+        for name in ("heads", "channels", "queries", "keys", "shared"):
             require_integer(name, getattr(self, name))
         fits = isinstance(target, Matrix) and target.rows.factor % self.queries == 0 == target.channels % self.heads
         require(fits, f"{self.heads} heads and {self.queries} rows per sample do not fit the output, {target}")
+        require(self.heads % self.shared == 0, f"{self.heads} heads cannot share keys in groups of {self.shared}")
         assert isinstance(target, Matrix)
         key_rows = Count(target.rows.factor // self.queries * self.keys, target.rows.per_sample)
         of_value = target.channels // self.heads
@@ -71,7 +81,8 @@ class Attention(Operation):
             check_shape(f"the {name}", shape, Matrix(rows_of[name], shape.channels))
             require_integer("the first channel", first, 0)
             require_integer("the channels from head to head", stride)
-            last = first + (self.heads - 1) * stride + (of_value if name == "value" else self.channels)
+            heads = self.heads if name == "query" else self.heads // self.shared
+            last = first + (heads - 1) * stride + (of_value if name == "value" else self.channels)
             require(last <= shape.channels, f"the heads of the {name} end at channel {last} of {shape}")
         for name, all_of_them in (("mask_heads", self.heads), ("mask_queries", self.queries)):
             number = getattr(self, name)
@@ -81,6 +92,12 @@ class Attention(Operation):
             rows = target.rows.factor // self.queries * self.mask_heads * self.mask_queries
             check_shape("the mask", shapes[self.mask], Matrix(Count(rows, target.rows.per_sample), self.keys))
         require(type(self.scale) is float and math.isfinite(self.scale), f"scale must be a number, got {self.scale!r}")
+        require((self.cosine is None) == (self.sine is None), "a rotary embedding needs cosine and sine")
+        for name, table in (("cosine", self.cosine), ("sine", self.sine)):
+            if table is not None:
+                require_tensor(name, table, torch.float32, self.keys, self.channels)
+                fits = self.channels % 2 == 0 and self.queries == self.keys
+                require(fits, "a rotary embedding needs an even number of channels, and as many queries as keys")
         for name in ("causal", "tokens_first"):
             require(type(getattr(self, name)) is bool, f"{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -90,7 +107,8 @@ class Attention(Operation):
         return (
             *numbers, -1 if self.mask is None else self.mask, self.output, sizes(*firsts), sizes(*strides), self.heads,
             self.channels, self.queries, self.keys, self.scale, int(self.causal),
-            int(self.tokens_first), self.mask_heads, self.mask_queries,
+            int(self.tokens_first), self.mask_heads, self.mask_queries, self.shared,
+            *(None if table is None else table.data_ptr() for table in (self.cosine, self.sine)),
         )  # fmt: skip
 
     def _operands(self) -> list[tuple[str, int, int, int]]:

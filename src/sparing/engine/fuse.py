@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparing.engine.operations import Affine, Binary, Convolution, Depthwise, Operation
+from sparing.engine.operations import Affine, Binary, Convolution, Depthwise, LayerNorm, Operation
 from sparing.engine.shapes import Shape
 
 
@@ -50,14 +50,19 @@ def _find_pair(
 
 
 def _with_affine(before: Operation, after: Affine) -> Operation | None:
-    if getattr(before, "activation", None) != "identity":
+    is_norm = isinstance(before, LayerNorm) and after.activation == "identity"
+    if not is_norm and getattr(before, "activation", None) != "identity":
         return None
-    changes: dict[str, Any] = {"output": after.output, "activation": after.activation}
+    changes: dict[str, Any] = {"output": after.output}
+    if not is_norm:
+        changes["activation"] = after.activation
     scale, bias = after.scale, after.bias
     if scale is None and bias is None:
         return replace(before, **changes)
     if isinstance(before, Affine):
         changes["scale"] = before.scale if scale is None else scale if before.scale is None else before.scale * scale
+    elif isinstance(before, LayerNorm):
+        changes["weight"] = before.weight if scale is None else before.weight * scale
     elif isinstance(before, Depthwise):
         changes["weight"] = before.weight if scale is None else before.weight * scale[:, None, None]
     elif isinstance(before, Convolution) and (before.residual is None or scale is None):

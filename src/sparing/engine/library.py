@@ -75,10 +75,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "sparing_affine": (_int, [_plan, _int, _int, _numbers, _numbers, _int]),
     "sparing_binary": (_int, [_plan, _int, _int, _int, _int, _int]),
     "sparing_copy": (_int, [_plan, _int, _long, _int, _long, _long]),
-    "sparing_layer_norm": (_int, [_plan, _int, _int, _numbers, _numbers, _float]),
+    "sparing_layer_norm": (_int, [_plan, _int, _int, _numbers, _numbers, _float, _int]),
     "sparing_attention": (
         _int, [_plan, _int, _int, _int, _int, _int, _sizes, _sizes, _long, _long, _long, _long, _float, _int, _int,
-         _long, _long],
+         _long, _long, _long, _numbers, _numbers],
     ),
     "sparing_finish": (_int, [_plan]),
     "sparing_bytes": (_long, [_plan]),

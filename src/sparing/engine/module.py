@@ -1,8 +1,10 @@
 """The compiled network as a module, and `compile`."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,6 +149,10 @@ class Engine(nn.Module):
         """
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             raise InputError("a compiled network cannot be traced or compiled; call it outside of the function that is")
+        run = _untraced_run() if "torch._dynamo" in sys.modules else Engine._run
+        return run(self, args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program = self.program
         tensors = self._bind(args, kwargs)
         batch = _find_batch(program.inputs, tensors)
@@ -228,6 +234,16 @@ class Engine(nn.Module):
         for name, expected in arguments.items():
             found.update(_match(name, expected, given[name]))
         return [found[index] for index in range(len(self.program.inputs))]
+
+
+@cache
+def _untraced_run() -> Callable[..., Any]:
+    """Return `Engine._run` for processes with torch.compile, which would trace each function that it calls.
+
+    The error in `forward` keeps torch.compile from tracing that function alone.
+    """
+    run: Callable[..., Any] = torch.compiler.disable(Engine._run)
+    return run
 
 
 def check_threads(threads: int | None) -> int:

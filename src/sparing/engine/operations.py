@@ -250,11 +250,15 @@ class Copy(Operation):
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm(Operation):
-    """Normalize each position over its channels. weight and bias: [channels]."""
+    """Normalize each position over its channels. weight and bias: [channels].
+
+    Unless it is centered, the mean is taken as 0, as in RMSNorm.
+    """
 
     weight: Tensor
     bias: Tensor
     epsilon: float
+    centered: bool = True
 
     FUNCTION = "sparing_layer_norm"
 
@@ -265,9 +269,11 @@ class LayerNorm(Operation):
         require_tensor("bias", self.bias, torch.float32, source.channels)
         fits = type(self.epsilon) is float and math.isfinite(self.epsilon) and self.epsilon >= 0
         require(fits, f"epsilon must be a number of at least 0, got {self.epsilon!r}")
+        require(type(self.centered) is bool, f"centered must be true or false, got {self.centered!r:.100}")
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.input, self.output, self.weight.data_ptr(), self.bias.data_ptr(), self.epsilon
+        weight, bias = self.weight.data_ptr(), self.bias.data_ptr()
+        return self.input, self.output, weight, bias, self.epsilon, int(self.centered)
 
 
 def _structure(window: Window) -> compiled.Window:

@@ -7,33 +7,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from sparing.engine.formulas import join_attention
+from sparing.engine.nodes import add_call, add_mask, exchanges, packet_of
+
 aten = torch.ops.aten
 
 IDENTITIES = (
     aten.alias, aten.clone, aten.contiguous, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.dropout,
-    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.expand,
+    aten.feature_dropout, aten.alpha_dropout, aten.to, aten._to_copy, aten.type_as, aten.expand, aten.slice,
 )  # fmt: skip
 """Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
 
 CHECKS = ("_assert", "sym_constrain_range")
 """Operators that check sizes. The engine checks its inputs itself."""
 
-# Formulas of activations: "x", a number, or an operator and its arguments.
+# Formulas: "x", "number", another constant, or an operator and its arguments.
 SILU = (aten.mul, "x", (aten.sigmoid, "x"))
 _CUBIC = (aten.mul, 0.044715, (aten.pow, "x", 3.0))
 _TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
 GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
-
-
-def packet_of(node: fx.Node) -> Any:
-    """Return the operator of a node without its overload, such as aten.add, or None if it calls no operator."""
-    return getattr(node.target, "overloadpacket", None)
+_MEAN = (aten.mean, (aten.pow, "x", 2.0), [-1], True)
+RMS_NORM = (aten.mul, "x", (aten.rsqrt, (aten.add, _MEAN, "number")))
 
 
 def simplify(graph: fx.Graph) -> None:
     """Remove operators without effect, and write others in one form."""
     _replace_operators(graph)
     _match_formulas(graph)
+    join_attention(graph)
     _add_masks(graph)
     _put_batch_first(graph)
 
@@ -94,17 +95,19 @@ def _put_batch_first(graph: fx.Graph) -> None:
         = linear(x.permute(0, 2, 1, 3).view(N, T, E))                                   x: heads, (N, H, T, D)
     """
     for node in list(graph.nodes):
-        if node.target is aten.linear.default and _exchanges(node.args[0]):
+        if node.target is aten.linear.default and exchanges(node.args[0]):
             x = node.args[0].args[0]
             with graph.inserting_before(node):
-                moved = _call(graph, aten.linear.default, (x, *node.args[1:]))
-                node.replace_all_uses_with(_call(graph, aten.transpose.int, (moved, 0, 1)))
-        elif _exchanges(node):
+                moved = add_call(graph, aten.linear.default, x, *node.args[1:])
+                node.replace_all_uses_with(add_call(graph, aten.transpose.int, moved, 0, 1))
+        elif exchanges(node):
             chain = [node]
             while len(chain) < 5 and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
                 chain.append(chain[-1].args[0])
-            targets = [aten.view.default, aten.linear.default, aten.view.default, aten.permute.default]
-            if [other.target for other in chain[1:]] != targets or chain[4].args[1] != [2, 0, 1, 3]:
+            views = (aten.view, aten.reshape)
+            packets = [views, (aten.linear,), views, (aten.permute,)]
+            alike = [packet_of(other) in some for other, some in zip(chain[1:], packets, strict=False)]
+            if alike != [True] * 4 or chain[4].args[1] != [2, 0, 1, 3]:
                 continue
             split, linear, joined, heads = chain[1:]
             tokens, samples, _ = split.args[1]
@@ -113,22 +116,9 @@ def _put_batch_first(graph: fx.Graph) -> None:
             if str(tokens) != str(size) or joined.meta["val"].shape[-1] != number * channels or not kept:
                 continue
             with graph.inserting_before(node):
-                turned = _call(graph, aten.permute.default, (heads.args[0], [0, 2, 1, 3]))
-                rows = _call(graph, aten.reshape.default, (turned, [samples, tokens, number * channels]))
-                node.replace_all_uses_with(_call(graph, aten.linear.default, (rows, *linear.args[1:])))
-
-
-def _exchanges(node: Any) -> bool:
-    """Return whether a node exchanges the first two of three dimensions."""
-    is_transpose = isinstance(node, fx.Node) and node.target is aten.transpose.int
-    return is_transpose and node.meta["val"].dim() == 3 and {dim % 3 for dim in node.args[1:]} == {0, 1}
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """Add a call, with the shape of its value."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda other: other.meta["val"]))
-    return node
+                turned = add_call(graph, aten.permute.default, heads.args[0], [0, 2, 1, 3])
+                rows = add_call(graph, aten.reshape.default, turned, [samples, tokens, number * channels])
+                node.replace_all_uses_with(add_call(graph, aten.linear.default, rows, *linear.args[1:]))
 
 
 def _add_masks(graph: fx.Graph) -> None:
@@ -140,37 +130,41 @@ def _add_masks(graph: fx.Graph) -> None:
             continue
         if mask not in added:
             with graph.inserting_before(node):
-                numbers = graph.call_function(aten.where.Scalar, (mask, 0.0, -math.inf))  # of the default dtype
-                added[mask] = graph.call_function(aten._to_copy.default, (numbers,), {"dtype": torch.float32})
-            numbers.meta["val"] = added[mask].meta["val"] = mask.meta["val"].float()
+                added[mask] = add_mask(graph, mask, 0.0, -math.inf)
         node.replace_input_with(mask, added[mask])
 
 
 def _match_formulas(graph: fx.Graph) -> None:
-    """Replace formulas that other libraries write for SiLU and GELU by the operator of PyTorch."""
+    """Replace formulas that other libraries write for SiLU, GELU and RMSNorm by the operator of PyTorch."""
     for node in list(graph.nodes):
-        for pattern, name in ((SILU, "silu"), (GELU_TANH, "gelu")):
-            found: list[fx.Node] = []
-            if not _matches(pattern, node, found) or len(set(found)) > 1:
+        for pattern in (SILU, GELU_TANH, RMS_NORM):
+            found: list[Any] = []
+            if not _matches(pattern, node, found):
                 continue
-            if found[0].meta["val"].is_floating_point():
-                with graph.inserting_before(node):
-                    if name == "silu":
-                        replacement = graph.call_function(aten.silu.default, (found[0],))
-                    else:
-                        replacement = graph.call_function(aten.gelu.default, (found[0],), {"approximate": "tanh"})
-                replacement.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(replacement)
-                graph.erase_node(node)
-                break
+            x, *others = dict.fromkeys(one for one in found if isinstance(one, fx.Node))
+            if others or not x.meta["val"].is_floating_point():
+                continue
+            with graph.inserting_before(node):
+                if pattern is RMS_NORM:
+                    (epsilon,) = (one for one in found if not isinstance(one, fx.Node))
+                    replacement = add_call(graph, aten.rms_norm.default, x, [x.meta["val"].shape[-1]], None, epsilon)
+                elif pattern is SILU:
+                    replacement = add_call(graph, aten.silu.default, x)
+                else:
+                    replacement = add_call(graph, aten.gelu.default, x, approximate="tanh")
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+            break
 
 
-def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
-    if pattern == "x":
+def _matches(pattern: Any, argument: Any, found: list[Any]) -> bool:
+    if pattern in ("x", "number"):
         found.append(argument)
-        return isinstance(argument, fx.Node)
+        return isinstance(argument, fx.Node if pattern == "x" else (int, float))
     if isinstance(pattern, float):
         return isinstance(argument, (int, float)) and math.isclose(pattern, argument, rel_tol=1e-6)
+    if not isinstance(pattern, tuple):
+        return bool(argument == pattern)
     packet, *operands = pattern
     if not isinstance(argument, fx.Node) or packet_of(argument) is not packet:
         return False
@@ -178,7 +172,7 @@ def _matches(pattern: Any, argument: Any, found: list[fx.Node]) -> bool:
         return False
     orders = [operands, operands[::-1]] if packet in (aten.mul, aten.add) else [operands]
     for order in orders:
-        trial: list[fx.Node] = []
+        trial: list[Any] = []
         if all(_matches(one, other, trial) for one, other in zip(order, argument.args, strict=True)):
             found += trial
             return True

@@ -26,13 +26,21 @@ struct AttentionShape {
     bool causal;  // query i sees the keys 0 to i
     bool tokens_first;  // row of token t of sample n: t * samples + n in place of n * tokens + t; not of the mask
     int64_t mask_heads, mask_queries;  // of a sample in the mask: all, or 1 for all of them
+    int64_t shared;  // successive heads of the query that share one of key and value
 };
 
 class Attention : public Operation {
   public:
     // mask: a matrix [samples * mask_heads * mask_queries, keys] that is added to the scores, or -1.
-    Attention(const Heads& query, const Heads& key, const Heads& value, int mask, int out, const AttentionShape& shape)
+    // cosine and sine: [tokens, channels] of a rotary embedding of query and key, or empty.
+    Attention(
+        const Heads& query, const Heads& key, const Heads& value, int mask, int out, const std::vector<float>& cosine,
+        const std::vector<float>& sine, const AttentionShape& shape
+    )
         : query_(query), key_(key), value_(value), mask_(mask), out_(out), shape_(shape) {
+        angles_ = (shape.keys + WIDTH - 1) / WIDTH * WIDTH;
+        cosine_ = transposed(cosine);
+        sine_ = transposed(sine);
         reads = {query.tensor, key.tensor, value.tensor};
         if (mask >= 0) reads.push_back(mask);
         writes = {out};
@@ -58,7 +66,7 @@ class Attention : public Operation {
         const int64_t sample = item / shape_.heads, head = item % shape_.heads;
         float *keys = scratch, *values = scratch + value_at_, *queries = scratch + query_at_;
         float* scores = scratch + scores_at_;
-        const auto first = [&](const Heads& heads) { return heads.first + head * heads.stride; };
+        const auto first = [&](const Heads& heads) { return heads.first + head / shape_.shared * heads.stride; };
         const int64_t step = shape_.tokens_first ? samples_ : 1;
         const auto row = [&](int64_t token, int64_t tokens) {
             return shape_.tokens_first ? token * samples_ + sample : sample * tokens + token;
@@ -66,11 +74,13 @@ class Attention : public Operation {
         const Rows all{row(0, shape_.keys), step, shape_.keys};
         read(tensors[key_.tensor], first(key_), shape_.channels, all, keys, pitch_);
         read(tensors[value_.tensor], first(value_), size_, all, values, pitch_);
+        rotate(keys, pitch_, 0, shape_.keys);
         for (int64_t begin = 0; begin < shape_.queries; begin += WIDTH) {
             const int64_t count = std::min<int64_t>(WIDTH, shape_.queries - begin);
             const Rows rows{row(begin, shape_.queries), step, count};
             const int64_t seen = shape_.causal ? std::min(shape_.keys, begin + count) : shape_.keys;
-            read(tensors[query_.tensor], first(query_), shape_.channels, rows, queries, WIDTH);
+            read(tensors[query_.tensor], query_.first + head * query_.stride, shape_.channels, rows, queries, WIDTH);
+            rotate(queries, WIDTH, begin, WIDTH);
             if (mask_ >= 0) {
                 const int64_t of_head = sample * shape_.mask_heads + head % shape_.mask_heads;
                 const int64_t step = shape_.mask_queries > 1, first = of_head * shape_.mask_queries + begin * step;
@@ -109,6 +119,28 @@ class Attention : public Operation {
             for (int i = 0; i < ROWS; i++) {
                 const Vector number = broadcast(a[i * row + k * step]);
                 for (int v = 0; v < VECTORS; v++) sums[i][v] += number * x[v];
+            }
+        }
+    }
+
+    // From [tokens, channels] to channels at the distance `angles_`.
+    std::vector<float> transposed(const std::vector<float>& table) const {
+        std::vector<float> result(table.empty() ? 0 : shape_.channels * angles_);
+        for (size_t i = 0; i < table.size(); i++)
+            result[i % shape_.channels * angles_ + i / shape_.channels] = table[i];
+        return result;
+    }
+
+    // Rotate the channels of `count` tokens from `token` on, if there is a rotary embedding.
+    void rotate(float* x, int64_t pitch, int64_t token, int64_t count) const {
+        const int64_t half = shape_.channels / 2;
+        for (int64_t channel = 0; channel < half && !cosine_.empty(); channel++) {
+            const float *cosine = &cosine_[channel * angles_ + token], *sine = &sine_[channel * angles_ + token];
+            float *first = x + channel * pitch, *second = first + half * pitch;
+            for (int64_t i = 0; i < count; i += LANES) {
+                const Vector a = load(first + i), b = load(second + i);
+                store(first + i, a * load(cosine + i) - b * load(sine + i));
+                store(second + i, b * load(cosine + half * angles_ + i) + a * load(sine + half * angles_ + i));
             }
         }
     }
@@ -190,6 +222,8 @@ class Attention : public Operation {
     Heads query_, key_, value_;
     int mask_, out_;
     AttentionShape shape_;
+    int64_t angles_ = 0;
+    std::vector<float> cosine_, sine_;
     int64_t samples_ = 0, size_ = 0;  // samples, and channels of a head in value and out
     int64_t pitch_ = 0, value_at_ = 0, query_at_ = 0, scores_at_ = 0;  // of the scratch memory
 };

@@ -63,21 +63,23 @@ SPARING_API int sparing_affine(
 SPARING_API int sparing_binary(SparingPlan*, int a, int b, int out, int kind, int activation);
 // Copy channels [in_first, in_first + channels) of in to out, from its channel out_first on: concatenation and slices.
 SPARING_API int sparing_copy(SparingPlan*, int in, int64_t in_first, int out, int64_t out_first, int64_t channels);
-// Normalize each position over its channels. weight and bias: [channels].
+// Normalize each position over its channels. weight and bias: [channels]. Unless centered, the mean is taken as 0.
 SPARING_API int sparing_layer_norm(
-    SparingPlan*, int in, int out, const float* weight, const float* bias, float epsilon
+    SparingPlan*, int in, int out, const float* weight, const float* bias, float epsilon, int centered
 );
 
 // out = softmax(scale * query . key + mask) . value for each head. Head h of the query has the channels from first[0] +
 // h * stride[0] on, the key those from first[1] + h * stride[1] on, the value from first[2] + h * stride[2] on. All are
 // matrices [samples * tokens, columns]; out: [samples * queries, heads * channels of a value]. channels: of a head in
 // query and key. mask: a matrix [samples * mask_heads * mask_queries, keys] or -1; mask_heads is 1 or heads,
-// mask_queries is 1 or queries. causal: query i sees the keys 0 to i. tokens_first: all but the mask have the rows [tokens * samples] in place of
-// [samples * tokens].
+// mask_queries is 1 or queries. causal: query i sees the keys 0 to i. tokens_first: all but the mask have the rows
+// [tokens * samples] in place of [samples * tokens]. shared: successive heads of the query that share one of key and value.
+// cosine and sine: [keys, channels] or null. With them, query and key x of a token are x * cosine + [-second half of x,
+// first half of x] * sine.
 SPARING_API int sparing_attention(
     SparingPlan*, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
     int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
-    int tokens_first, int64_t mask_heads, int64_t mask_queries
+    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared, const float* cosine, const float* sine
 );
 
 // Choose layouts and memory. No operation can be added after it.

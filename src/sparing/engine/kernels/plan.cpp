@@ -245,12 +245,14 @@ int sparing_copy(SparingPlan* plan, int in, int64_t in_first, int out, int64_t o
 }
 
 int sparing_layer_norm(
-    SparingPlan* plan, int in, int out, const float* weight, const float* bias, float epsilon
+    SparingPlan* plan, int in, int out, const float* weight, const float* bias, float epsilon, int centered
 ) {
     return attempt([&] {
         const Layout &from = plan->layout(in), &to = plan->layout(out);
         check_shape("the output", to, from);
-        plan->add(std::make_unique<LayerNorm>(in, out, copy(weight, from.channels), copy(bias, from.channels), epsilon));
+        plan->add(std::make_unique<LayerNorm>(
+            in, out, copy(weight, from.channels), copy(bias, from.channels), epsilon, centered != 0
+        ));
         return 0;
     });
 }
@@ -258,11 +260,13 @@ int sparing_layer_norm(
 int sparing_attention(
     SparingPlan* plan, int query, int key, int value, int mask, int out, const int64_t* first, const int64_t* stride,
     int64_t heads, int64_t channels, int64_t queries, int64_t keys, float scale, int causal,
-    int tokens_first, int64_t mask_heads, int64_t mask_queries
+    int tokens_first, int64_t mask_heads, int64_t mask_queries, int64_t shared, const float* cosine, const float* sine
 ) {
     return attempt([&] {
         const Layout& to = plan->layout(out);
         check_integer("heads", heads, 1, to.channels);
+        check_integer("the heads that share keys", shared, 1, heads);
+        require(heads % shared == 0, "the heads must share keys in groups of equal size");
         check_integer("the channels of a head", channels);
         check_integer("the number of queries", queries, 1, to.width);
         const int64_t samples = to.width / queries;
@@ -280,7 +284,8 @@ int sparing_attention(
             check_shape("query, key or value", from, {1, from.channels, 1, rows[i]});
             check_integer("the first channel", first[i], 0);
             check_integer("the channels from head to head", stride[i]);
-            const int64_t last = first[i] + (heads - 1) * stride[i] + (i == 2 ? to.channels / heads : channels);
+            const int64_t others = i == 0 ? heads - 1 : heads / shared - 1;
+            const int64_t last = first[i] + others * stride[i] + (i == 2 ? to.channels / heads : channels);
             require(
                 last <= from.channels, "the heads end at channel " + std::to_string(last) + " of " + shape(from)
             );
@@ -293,9 +298,16 @@ int sparing_attention(
         );
         if (mask >= 0)
             check_shape("the mask", plan->layout(mask), {1, keys, 1, samples * mask_heads * mask_queries});
+        require((cosine == nullptr) == (sine == nullptr), "a rotary embedding needs cosine and sine");
+        require(
+            !cosine || (channels % 2 == 0 && queries == keys),
+            "a rotary embedding needs an even number of channels, and as many queries as keys"
+        );
         plan->add(std::make_unique<Attention>(
-            parts[0], parts[1], parts[2], mask, out,
-            AttentionShape{heads, channels, queries, keys, scale, causal != 0, tokens_first != 0, mask_heads, mask_queries}
+            parts[0], parts[1], parts[2], mask, out, copy(cosine, keys * channels), copy(sine, keys * channels),
+            AttentionShape{
+                heads, channels, queries, keys, scale, causal != 0, tokens_first != 0, mask_heads, mask_queries, shared
+            }
         ));
         return 0;
     });

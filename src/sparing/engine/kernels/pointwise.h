@@ -240,11 +240,12 @@ class Mean : public Operation {
     Items items_;
 };
 
-// Normalize each position over its channels: (in - mean) / sqrt(variance + epsilon) * weight + bias.
+// Normalize each position over its channels: (in - mean) / sqrt(variance + epsilon) * weight + bias. Unless it is
+// centered, the mean is taken as 0, as in RMSNorm.
 class LayerNorm : public Operation {
   public:
-    LayerNorm(int in, int out, std::vector<float> weight, std::vector<float> bias, float epsilon)
-        : in_(in), out_(out), weight_(std::move(weight)), bias_(std::move(bias)), epsilon_(epsilon) {
+    LayerNorm(int in, int out, std::vector<float> weight, std::vector<float> bias, float epsilon, bool centered)
+        : in_(in), out_(out), weight_(std::move(weight)), bias_(std::move(bias)), epsilon_(epsilon), centered_(centered) {
         reads = {in};
         writes = {out};
     }
@@ -286,7 +287,7 @@ class LayerNorm : public Operation {
         const int64_t channels = layout.channels, row = layout.row();
         const float one = 1.0f / channels;
         Vector mean[COUNT], sums[COUNT] = {}, squares[COUNT] = {};
-        for (int64_t begin = 0; begin < channels; begin += CHUNK) {
+        for (int64_t begin = 0; centered_ && begin < channels; begin += CHUNK) {
             Vector part[COUNT] = {};
             for (int64_t channel = begin; channel < std::min(begin + CHUNK, channels); channel++)
                 for (int i = 0; i < COUNT; i++) part[i] += load(in + channel * row + i * LANES);
@@ -311,7 +312,7 @@ class LayerNorm : public Operation {
         }
         Vector scale[COUNT], shift[COUNT];
         for (int i = 0; i < COUNT; i++) {
-            const Vector rest = sums[i] * one;
+            const Vector rest = centered_ ? sums[i] * one : Vector{};
             const Vector variance = larger(Vector{}, squares[i] * one - rest * rest);
             for (int lane = 0; lane < LANES; lane++) scale[i][lane] = 1.0f / std::sqrt(variance[lane] + epsilon_);
             shift[i] = rest * scale[i];
@@ -328,6 +329,7 @@ class LayerNorm : public Operation {
     int in_, out_;
     std::vector<float> weight_, bias_;
     float epsilon_;
+    bool centered_;
     int64_t parts_ = 0, items_ = 0;
 };
 

@@ -12,17 +12,19 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sparing.engine.attention import Attention
+from sparing.engine.formulas import HIDDEN
 from sparing.engine.lowering.lowering import ONE, Cut, Lowering, Place, arguments_of, sizes
+from sparing.engine.lowering.rotary import find_rotation, tables
+from sparing.engine.nodes import packet_of
 from sparing.engine.shapes import Count, Matrix
-from sparing.engine.simplify import packet_of
 
 aten = torch.ops.aten
 
 SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
-VIEWS = (*SHAPES, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
+VIEWS = (*SHAPES, aten.expand, aten.permute, aten.transpose, aten.select, aten.slice, aten.narrow)
 
 BATCH = 2**20 + 7
 """Batch size for which views are followed: a large prime, so that it is not a factor of another size."""
@@ -35,13 +37,18 @@ def attention(low: Lowering, node: fx.Node) -> Place:
     """Lower attention that ends with a node: the operator, or the view that joins its heads."""
     operator, views = _chain(node, lambda n: packet_of(n) is aten.scaled_dot_product_attention)
     given = arguments_of(operator)
-    if given["dropout_p"] or given["enable_gqa"]:
-        raise Cut("attention with dropout, or with heads that share keys")
+    if given["dropout_p"]:
+        raise Cut("attention with dropout")
     query, key, value = (_Heads(low, given[name]) for name in ("query", "key", "value"))
-    alike = query.samples == key.samples == value.samples and query.heads == key.heads == value.heads
+    repeated = query.heads // key.heads if given["enable_gqa"] else 1
+    heads = query.heads // query.shared, *(part.heads * repeated for part in (key, value))
+    alike = query.samples == key.samples == value.samples and set(heads) == {query.heads} and key.shared == value.shared
     orders = query.orders & key.orders & value.orders
     if not alike or not orders or query.channels != key.channels or key.tokens != value.tokens:
         raise Cut("attention to other samples, heads or tokens")
+    if value.angles or len(query.angles) != len(key.angles) or not all(map(torch.equal, query.angles, key.angles)):
+        raise Cut("rotary embeddings that differ between query and key, or of the value")
+    cosine, sine = key.angles or (None, None)
     mask, is_causal = _mask(low, given["attn_mask"], query, key.tokens, given["query"].meta["val"].dim() == 4)
     channels = query.heads * value.channels
     tokens_first = False not in orders
@@ -59,7 +66,8 @@ def attention(low: Lowering, node: fx.Node) -> Place:
             channels=query.channels, queries=query.tokens, keys=key.tokens, query_first=query.first,
             query_stride=query.stride, key_first=key.first, key_stride=key.stride, value_first=value.first,
             value_stride=value.stride, scale=float(scale), causal=given["is_causal"] or is_causal,
-            tokens_first=tokens_first, **mask,
+            tokens_first=tokens_first, shared=key.shared * repeated, cosine=cosine,
+            sine=sine, **mask,
         )
     )  # fmt: skip
     return Place(output, node.meta["val"].dim() - 1)
@@ -85,7 +93,9 @@ class Axes:
             del self.dims[1]
         for node in views:
             given, rank = arguments_of(node), len(self.dims)
-            if packet_of(node) in SHAPES:
+            if packet_of(node) is aten.expand:
+                self._expand([size.at(BATCH) for size in sizes(node)])
+            elif packet_of(node) in SHAPES:
                 self._reshape([size.at(BATCH) for size in sizes(node)])
             elif "dims" in given:
                 self.dims = [self.dims[dim] for dim in given["dims"]]
@@ -115,6 +125,14 @@ class Axes:
                 size //= outer
             self.dims.append(dim)
 
+    def _expand(self, shape: Sequence[int]) -> None:
+        """Follow the repetition of dimensions of size 1: the stride becomes 0."""
+        missing: list[list[Factor]] = [[] for _ in range(len(shape) - len(self.dims))]
+        self.dims = missing + self.dims
+        for dim, size in zip(self.dims, shape, strict=True):
+            if size > 1 and not dim:
+                dim.append((size, 0))
+
     def _select(self, node: fx.Node, given: dict[str, Any], dim: int) -> None:
         """Follow the choice of an index, or of successive ones."""
         start = given["index"] if "index" in given else given["start"] or 0
@@ -138,28 +156,40 @@ class _Heads:
         rows: number of its rows.
         samples: number of samples.
         heads: number of heads.
+        shared: how often each head is repeated.
         tokens: number of tokens of a sample.
         channels: of a head.
         first: the first channel of head 0.
         stride: channels from a head to the next.
+        angles: cosine and sine [tokens, channels] of rotary embeddings, if there are any.
         orders: whether the rows may have the tokens first. Both with one sample or token.
     """
 
     def __init__(self, low: Lowering, node: fx.Node):
-        base, views = _chain(node, low.lowered.__contains__)
+        base, views = _chain(node, lambda n: n in low.lowered or find_rotation(low, n) is not None)
+        self.angles: list[Tensor] = []
+        if (rotation := find_rotation(low, base)) is not None:
+            x, *factors = rotation
+            dim, self.angles = tables(x, *factors)
+            whole = _contiguous(sizes(x))
+            expected = Axes([(1, 1) if dim is None else whole[dim], whole[-1]])
+            if [_merge(part) for part in Axes(whole).follow(views, base).dims[-2:]] != expected.dims:
+                raise Cut("a view of a rotary embedding that changes the tokens or channels")
+            base, before = _chain(x, low.lowered.__contains__)
+            views = before + views
         place, rank = low.read(base), node.meta["val"].dim()
         matrix = low.shape(place)
         if not isinstance(matrix, Matrix) or place.axis != base.meta["val"].dim() - 1 or rank not in (3, 4):
             raise Cut("attention on images, or in other than four dimensions")
         if any(size.per_sample for size in sizes(node)[1:]):
             raise Cut("attention between samples")
-        shape = [size.at(BATCH) for size in sizes(base)]
-        axes = Axes((size, prod(shape[dim + 1 :])) for dim, size in enumerate(shape)).follow(views, base)
+        axes = Axes(_contiguous(sizes(base))).follow(views, base)
         dims = [_merge(dim) for dim in axes.dims]
         if rank == 3:
             dims.insert(1, [])
         self.tensor, self.rows, self.samples = place.tensor, matrix.rows, sizes(node)[0]
         _, self.heads, self.tokens, self.channels = (prod(size for size, _ in dim) for dim in dims)
+        self.shared = dims[1].pop()[0] if dims[1] and dims[1][-1][1] == 0 else 1
         self.first = axes.offset
         self.stride = dims[1][0][1] if dims[1] else self.channels
         self.orders = set()
@@ -169,7 +199,10 @@ class _Heads:
             if all(not dim or dim == [(dim[0][0], stride)] for dim, stride in zip(dims, strides, strict=True)):
                 self.orders.add(tokens_first)
         rows = Count(self.samples.factor * self.tokens, self.samples.per_sample)
-        if rows != matrix.rows or self.first + (self.heads - 1) * self.stride + self.channels > matrix.channels:
+        if (
+            rows != matrix.rows
+            or self.first + (self.heads // self.shared - 1) * self.stride + self.channels > matrix.channels
+        ):
             raise Cut("attention to a part of the tokens")
 
 
@@ -179,7 +212,7 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) 
         return {"mask": None}, False
     if mask in low.constants:
         value = low.constants[mask]
-        hidden = value == -torch.inf
+        hidden = value <= HIDDEN
         triangle = torch.ones(query.tokens, keys, dtype=torch.bool).triu(1)
         if hidden.shape[-2:] == triangle.shape and bool((hidden == triangle).all()) and not value[~hidden].any():
             return {"mask": None}, True
@@ -192,6 +225,12 @@ def _mask(low: Lowering, mask: Any, query: _Heads, keys: int, with_heads: bool) 
             tensor = low.read(mask, axis=len(shape) - 1, shape=Matrix(rows, keys)).tensor
             return {"mask": tensor, "mask_heads": heads.factor, "mask_queries": queries.factor}, False
     raise Cut("a mask that is not [samples, heads or 1, queries or 1, keys]")
+
+
+def _contiguous(shape: Sequence[Count]) -> list[Factor]:
+    """Return size and stride of each dimension of a contiguous tensor."""
+    numbers = [size.at(BATCH) for size in shape]
+    return [(size, prod(numbers[dim + 1 :])) for dim, size in enumerate(numbers)]
 
 
 def _strides(samples: int, tokens: int, channels: int, tokens_first: bool) -> Factor:

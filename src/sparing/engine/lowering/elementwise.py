@@ -126,7 +126,7 @@ def batch_norm(low: Lowering, node: fx.Node) -> Place:
     return low.apply(Affine, low.read(given["input"], axis=1), scale=scale, bias=bias)
 
 
-def layer_norm(low: Lowering, node: fx.Node) -> Place:
+def layer_norm(low: Lowering, node: fx.Node, centered: bool = True) -> Place:
     given = arguments_of(node)
     x = given["input"]
     if len(given["normalized_shape"]) != 1:
@@ -134,5 +134,6 @@ def layer_norm(low: Lowering, node: fx.Node) -> Place:
     place = low.read(x, axis=x.meta["val"].dim() - 1)
     channels = low.shape(place).channels
     weight = _numbers(channels, 1.0) if given["weight"] is None else low.constant(given["weight"])
-    bias = _numbers(channels, 0.0) if given["bias"] is None else low.constant(given["bias"])
-    return low.apply(LayerNorm, place, weight=weight, bias=bias, epsilon=float(given["eps"]))
+    bias = _numbers(channels, 0.0) if given.get("bias") is None else low.constant(given["bias"])
+    epsilon = torch.finfo(torch.float32).eps if given["eps"] is None else float(given["eps"])
+    return low.apply(LayerNorm, place, weight=weight, bias=bias, epsilon=epsilon, centered=centered)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparing.engine.nodes import packet_of
 from sparing.engine.operations import Mean, Operation
 from sparing.engine.shapes import Count, Images, Matrix, Shape, product
-from sparing.engine.simplify import packet_of
 from sparing.errors import InputError
 
 ONE = Count(1)

@@ -36,6 +36,7 @@ RULES: dict[Any, Rule] = {
     aten.neg: Rule(elementwise.negate),
     aten.batch_norm: Rule(elementwise.batch_norm, axis=1),
     aten.layer_norm: Rule(elementwise.layer_norm, axis=-1),
+    aten.rms_norm: Rule(partial(elementwise.layer_norm, centered=False), axis=-1),
     aten.scaled_dot_product_attention: Rule(attention, axis=-1),
     **dict.fromkeys((*SHAPES, aten.expand), Rule(views.view)),
     **dict.fromkeys((aten.permute, aten.transpose), Rule(views.permute)),
