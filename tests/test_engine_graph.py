@@ -724,6 +724,8 @@ def test_rotary_embeddings_in_torch():
         rotary(lambda q, k: (q, k.flip(2))),
         rotary(lambda *parts: [x[:, :, :2] for x in parts], value=lambda v, _: v[:, :, :2]),
         rotary(lambda *parts: [x.mT.reshape(-1, 2, 3, 2) for x in parts]),
+        rotary(angles=lambda _: [table[0, 0, 0, 0] for table in ANGLES]),  # numbers
+        rotary(layout=lambda x: heads(x)[:, :, :1], value=lambda v, _: v.expand(-1, -1, 3, -1)),  # repeat a token
     ]
     engine = compiled(Parallel([run(case, LARGE()) for case in cases]), (TOKENS,) * len(cases))
     assert kinds(engine)[1][SDPA] == len(cases)
@@ -792,6 +794,18 @@ def test_scores_that_a_mask_fills(fill):
     torch.testing.assert_close(outputs, expected)
 
 
+def test_keys_that_are_all_hidden_have_equal_weights():
+    def function(f, x, hidden):
+        scores = (lambda q, k: 100 * q @ k.mT), (lambda s: s.masked_fill(hidden[:, None, None], -1e9))
+        return written(*scores)(f, x)
+
+    model = sparse(run(function, nn.Linear(4, 12)))
+    x, hidden = torch.randn(2, 7, 4), torch.ones(2, 7, dtype=torch.bool)
+    engine = sparing.engine.compile(model, (x, hidden))
+    assert kinds(engine)[0] == ["1Attention 1Convolution 3Copy"]
+    torch.testing.assert_close(engine(x, hidden), model(x, hidden))
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_padding_of_multi_head_attention(weights):
     class Padded(nn.Module):
@@ -817,6 +831,20 @@ def test_attention_to_a_part_of_one_sample():
     with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed"):
         engine = sparing.engine.compile(model, (1, 3, 4))
     assert kinds(engine)[1]["scaled_dot_product_attention"] == 1
+    x = torch.randn(1, 3, 4)
+    torch.testing.assert_close(engine(x), model(x))
+
+
+def test_samples_as_tokens_of_multi_head_attention():
+    model, x = sparse(run(lambda f, x: f(x, x, x)[0], nn.MultiheadAttention(4, 2))), torch.randn(5, 4)
+    torch.testing.assert_close(sparing.engine.compile(model, (2, 4))(x), model(x))
+
+
+def test_one_head_of_one_sample():
+    layer = nn.MultiheadAttention(4, 1, batch_first=True)
+    model = sparse(run(lambda f, x: f(*[x.reshape(1, 3, 4)] * 3)[0], layer))
+    with pytest.warns(sparing.SparsityWarning, match="the batch size is fixed"):
+        engine = sparing.engine.compile(model, (1, 3, 4))
     x = torch.randn(1, 3, 4)
     torch.testing.assert_close(engine(x), model(x))
 
@@ -1110,6 +1138,7 @@ def test_torch_compile_does_not_trace_the_engine():
         lambda f, x: f(x) * x.shape[0] + x.shape[0],
         lambda f, x: (f(x) * 1e300).clamp(-1, 1),
         lambda f, x: (x.long() * torch.sigmoid(x.long())) + f(x),
+        lambda f, x: f(x) * rms_norm(x.sum(1))[:, None],  # over the samples
     ],
 )
 def test_numbers_that_the_engine_does_not_have(function):

@@ -96,7 +96,9 @@ def _scores(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any, float | None, fl
     packet, others = packet_of(node), node.args[1:]
     candidates: list[tuple[Any, Any, float | None]] = [(node, None, None)]
     if packet is aten.masked_fill and type(others[1]) in (int, float) and others[1] <= HIDDEN:
-        candidates = [(node.args[0], others[0], float(others[1]))]
+        # Scores vanish next to the smallest number, so that a query whose keys are all hidden sees all of them alike.
+        fill = others[1] if math.isinf(others[1]) else torch.finfo(torch.float32).min
+        candidates = [(node.args[0], others[0], fill)]
     elif packet is aten.add and isinstance(others[0], fx.Node) and not node.kwargs:
         candidates = [(node.args[0], others[0], None), (others[0], node.args[0], None)]
     for scores, mask, fill in candidates:
@@ -135,6 +137,7 @@ def _fit(operands: list[Any], weights: fx.Node) -> bool:
         and query[:-2] == key[:-2] == value[:-2]
         and key[-2] == value[-2]
         and expected == list(map(str, weights.meta["val"].shape))
+        and all(type(size) is int for size in weights.meta["val"].shape[1:])  # not between samples
         and all(operand.meta["val"].dtype == torch.float32 for operand in operands)
         and all(len(shape) > 1 for shape in shapes)
     )
@@ -157,8 +160,8 @@ def _find_joined_heads(node: fx.Node) -> tuple[Any, int] | None:
 
 
 def _divide(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
-    """Divide samples into samples and heads, unless there is one for all."""
+    """Divide samples into samples and heads, unless it is a mask for all heads."""
     size, *others = node.meta["val"].shape
-    if node.meta["val"].dim() < 3 or size == 1:
+    if node.meta["val"].dim() < 3 or size == 1 < heads:
         return node
     return add_call(graph, aten.reshape.default, node, [-1, heads, *others])

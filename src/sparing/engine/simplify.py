@@ -144,6 +144,8 @@ def _match_formulas(graph: fx.Graph) -> None:
             x, *others = dict.fromkeys(one for one in found if isinstance(one, fx.Node))
             if others or not x.meta["val"].is_floating_point():
                 continue
+            if pattern is RMS_NORM and type(x.meta["val"].shape[-1]) is not int:  # over the samples
+                continue
             with graph.inserting_before(node):
                 if pattern is RMS_NORM:
                     (epsilon,) = (one for one in found if not isinstance(one, fx.Node))

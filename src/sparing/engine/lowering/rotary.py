@@ -25,13 +25,15 @@ def find_rotation(low: Lowering, node: Any) -> tuple[fx.Node, Tensor, Tensor] | 
 def tables(x: fx.Node, *factors: Tensor) -> tuple[int | None, list[Tensor]]:
     """Return the dimension of the tokens, or None if all are alike, and each factor as [tokens, channels]."""
     rank, channels = x.meta["val"].dim(), x.meta["val"].shape[-1]
-    if any(factor.dim() > rank or factor.shape[-1] != channels for factor in factors):
+    if any(not 0 < factor.dim() <= rank or factor.shape[-1] != channels for factor in factors):
         raise Cut("rotary embedding whose angles have another shape")
     factors = tuple(factor.reshape((1,) * (rank - factor.dim()) + factor.shape) for factor in factors)
     long = sorted({dim for factor in factors for dim, size in enumerate(factor.shape[:-1]) if size > 1})
     if len(long) > 1:
         raise Cut("rotary embedding whose angles do not depend on the token alone")
     tokens = sizes(x)[long[0]].factor if long else 1
+    if any(factor.numel() not in (channels, tokens * channels) for factor in factors):
+        raise Cut("rotary embedding that repeats a token")
     rows = [factor.reshape(-1, channels).expand(tokens, channels).contiguous() for factor in factors]
     return (long[0] if long else None), rows
 
