@@ -825,6 +825,18 @@ def test_padding_of_multi_head_attention(weights):
     torch.testing.assert_close(engine(*example), model(*example))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_padding_of_a_transformer_encoder(nested):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = sparse(nn.TransformerEncoder(layer, 1, enable_nested_tensor=nested))
+    example = {"src": torch.randn(2, 3, 4), "src_key_padding_mask": torch.tensor([[False] * 3, [False, False, True]])}
+    if nested:  # PyTorch then sets the outputs of padding to zero, but not in what it exports
+        with pytest.raises(sparing.InputError, match="requires enable_nested_tensor=False"):
+            sparing.engine.compile(model, example)
+        return
+    torch.testing.assert_close(sparing.engine.compile(model, example)(**example), model(**example))
+
+
 def test_attention_to_a_part_of_one_sample():
     """With one sample, strides do not tell that other rows follow."""
     model = sparse(run(lambda f, x: attend(f(x.reshape(1, 3, 4)), y := f(x)[:, :2], y), nn.Linear(4, 4)))

@@ -110,7 +110,8 @@ def _compare(network: nn.Module, engine: "Engine", inputs: Inputs, batch: int) -
     if not error <= tolerance(network):
         raise InputError(
             f"{where}: maximum relative error {error:.2g}, allowed {tolerance(network):g}; the model must give the "
-            "same outputs in each call"
+            "same outputs in each call, and nn.TransformerEncoder with a mask of padding requires "
+            "enable_nested_tensor=False"
         )
 
 
