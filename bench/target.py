@@ -4,9 +4,9 @@
     python bench/target.py --compare
 
 Trains the recipes of recipes/targets/, four networks and data sets: dense, with target sparsities of 80, 90, 95 and
-98 %, and with targets of 20, 10 and 5 % of the dense MACs; one seed. With --compare, trains
-three targets at which STR loses 20 points or more, `HIGH_SPARSITY_TARGETS`, with the methods `COMPARED_METHODS`, three
-seeds; Feather and STR-Feather clip gradients at norm 3.
+98 %, and with targets of 20, 10 and 5 % of the dense MACs; one seed. With --compare, trains three targets at which STR
+loses 20 points or more, `HIGH_SPARSITY_TARGETS`, with the methods `COMPARED_METHODS`, three seeds; Feather and
+STR-Feather clip gradients at norm 3.
 
 A finished run has a file in results/target/<pair>/ and is not repeated; an interrupted run continues from its last
 epoch. `python bench/results.py table` builds the tables of docs/methods/str.md and docs/choosing.md. bench/frontier.py

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from sparing.engine.library import _find_cache_folder
+
 # Started by every Python process that inherits PYTHONPATH, also by those that test exported files.
 REFUSE_NETWORK = """
 import os, socket, sys
@@ -34,6 +36,5 @@ def environment(folder):
     # Some packages send statistics, but not in CI, and not if a file in the home directory says so.
     kept = {name: value for name, value in os.environ.items() if name != "CI"}
     path = os.pathsep.join([str(folder / "start"), str(Path(__file__).parent)])
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept.setdefault("SPARING_CACHE", os.path.join(caches, "sparing"))  # compiled already
+    kept["SPARING_CACHE"] = str(_find_cache_folder())  # where the engine may be compiled already
     return kept | {"PYTHONPATH": path, "NETWORK_LOG": str(folder / "network.log"), "HOME": str(folder)}
