@@ -1017,6 +1017,17 @@ def test_the_plan_of_the_example_is_ready_and_four_are_kept():
     assert (names[0], names[-1]) == ("input", "output")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("window", ["pool", "depthwise"])
+def test_a_large_image_between_a_convolution_and_a_window_is_never_in_memory(window, threads):
+    second = nn.MaxPool2d(3, 2, 1) if window == "pool" else nn.Conv2d(40, 40, 3, 2, 1, groups=40)
+    engine = compiled(nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), second, nn.ReLU()), (1, 3, 131, 130), threads=threads)
+    (plans,) = engine._plans
+    names = [name for name, _ in plans.profile()]
+    assert any(name.startswith("convolution, ") for name in names), names
+    assert plans._find(1).bytes < 4 * 40 * 131 * 130
+
+
 def test_large_batches_run_in_parts(monkeypatch):
     monkeypatch.setattr(sparing.engine.plan, "CACHE", 1)
     engine = compiled(C(), (5, 4, 6, 6), threads=2)

@@ -14,7 +14,9 @@ namespace sparing {
 struct Tensor {
     Layout layout;
     float* data = nullptr;  // aligned to 64 bytes; set when the plan is finished
-    float* tile(int64_t index) const { return data + layout.tile_offset(index); }
+    int64_t begin = 0;      // index of the first float at `data`: a part of a tensor begins later (bands.h)
+    float* at(int64_t index) const { return data + (index - begin); }
+    float* tile(int64_t index) const { return at(layout.tile_offset(index)); }
 };
 
 class Operation {

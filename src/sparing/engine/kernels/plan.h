@@ -6,6 +6,7 @@
 #include <set>
 
 #include "attention.h"
+#include "bands.h"
 #include "convolution.h"
 #include "memory.h"
 #include "pointwise.h"
@@ -79,6 +80,7 @@ class Plan {
         require(!inputs_.empty() && !outputs_.empty(), "a plan needs an input and an output");
         open_ = false;  // even if it fails: operations are prepared once
         choose_layouts();
+        join_bands();
         int64_t scratch = 0;
         for (auto& operation : operations_) {
             operation->prepare(tensors_, team_.size());
@@ -177,6 +179,26 @@ class Plan {
             }
             for (const int number : numbers) set_pitch(tensors_[number].layout, best);
         }
+    }
+
+    // Join each convolution with the operation on a window that alone reads its output, where this saves time.
+    void join_bands() {
+        for (size_t index = 0; index < operations_.size(); index++) {
+            auto* convolution = dynamic_cast<Convolution*>(operations_[index].get());
+            if (!convolution) continue;
+            std::vector<size_t> readers;
+            for (size_t other = index + 1; other < operations_.size(); other++) {
+                const std::vector<int>& read = operations_[other]->reads;
+                if (std::find(read.begin(), read.end(), convolution->writes[0]) != read.end()) readers.push_back(other);
+            }
+            if (readers.size() != 1) continue;
+            std::unique_ptr<Operation>& reader = operations_[readers[0]];
+            auto* window = dynamic_cast<WindowOperation*>(reader.get());
+            if (!window) continue;
+            window->least_bands = Bands::count(*convolution, *window, tensors_, team_.size());
+            if (window->least_bands > 1) reader = std::make_unique<Bands>(std::move(operations_[index]), std::move(reader));
+        }
+        operations_.erase(std::remove(operations_.begin(), operations_.end(), nullptr), operations_.end());
     }
 
     static void set_pitch(Layout& layout, int64_t pitch) {

@@ -54,7 +54,7 @@ class WindowOperation : public Operation {
 
         // Work on as many tiles as fill half of a level 1 cache, but on several rows, since bands share input rows.
         const int64_t positions = std::max<int64_t>(4096, 8 * to_.pitch);
-        bands_ = (to_.tiles() * to_.row() + positions - 1) / positions;
+        bands_ = std::max(least_bands, (to_.tiles() * to_.row() + positions - 1) / positions);
         band_ = (to_.tiles() + bands_ - 1) / bands_;
         bands_ = (to_.tiles() + band_ - 1) / band_;
         const int64_t rows = std::min(to_.height, band_ * to_.row() / to_.pitch + 2);
@@ -90,32 +90,53 @@ class WindowOperation : public Operation {
 
     void run(int64_t item, const std::vector<Tensor>& tensors, float* scratch) override {
         items_.for_each_tile(item, [&](int64_t index, int64_t first, int64_t end) {
-            const int64_t image = index / bands_, tile = index % bands_ * band_;
-            Band band;
-            band.tile = tile;
-            band.end = std::min(tile + band_, to_.tiles());
-            band.y = tile * to_.row() / to_.pitch;
-            band.rows = std::min((band.end * to_.row() - 1) / to_.pitch + 1, to_.height) - band.y;
-            for (int64_t channel = first; channel < end; channel++) {
-                const float* from = tensors[in_].tile(image * from_.tiles()) + channel * from_.row();
-                float* to = tensors[out_].tile(image * to_.tiles()) + channel * to_.row();
-                gather(from, band, scratch);
-                if (direct()) {
-                    compute(channel, band, scratch, to);
-                } else {
-                    float* result = scratch + window_.stride_y * window_.stride_x * plane_;
-                    compute(channel, band, scratch, result);
-                    scatter(result, band, to);
-                }
-            }
+            run_band(index / bands_, band(index % bands_), first, end, tensors, scratch);
         });
     }
 
-  protected:
-    // Tiles [tile, end) of an image, which lie in rows [y, y + rows) of the output.
+    // Tiles [tile, end) of an image, which lie in rows [y, y + rows) of the output and need rows [top, bottom) of the input.
     struct Band {
-        int64_t tile, end, y, rows;
+        int64_t tile, end, y, rows, top, bottom;
     };
+
+    int64_t bands() const { return bands_; }
+
+    Band band(int64_t index) const {
+        const SparingWindow& w = window_;
+        Band band;
+        band.tile = index * band_;
+        band.end = std::min(band.tile + band_, to_.tiles());
+        band.y = band.tile * to_.row() / to_.pitch;
+        band.rows = std::min((band.end * to_.row() - 1) / to_.pitch + 1, to_.height) - band.y;
+        const int64_t top = band.y * w.stride_y - w.padding_y;
+        band.top = std::clamp<int64_t>(top, 0, from_.height);
+        band.bottom = std::clamp<int64_t>(
+            top + (band.rows - 1) * w.stride_y + (w.kernel_y - 1) * w.dilation_y + 1, band.top, from_.height
+        );
+        return band;
+    }
+
+    // Compute channels [first, end) of a band.
+    void run_band(
+        int64_t image, const Band& band, int64_t first, int64_t end, const std::vector<Tensor>& tensors, float* scratch
+    ) const {
+        for (int64_t channel = first; channel < end; channel++) {
+            const int64_t from = image * from_.tiles() * from_.tile_size() + channel * from_.row();
+            float* to = tensors[out_].tile(image * to_.tiles()) + channel * to_.row();
+            gather(tensors[in_], from, band, scratch);
+            if (direct()) {
+                compute(channel, band, scratch, to);
+            } else {
+                float* result = scratch + window_.stride_y * window_.stride_x * plane_;
+                compute(channel, band, scratch, result);
+                scatter(result, band, to);
+            }
+        }
+    }
+
+    int64_t least_bands = 1;  // of an image
+
+  protected:
     // Successive vectors to compute.
     struct Run {
         const float* from;       // in the first plane; offsets_ lead to what a kernel element reads
@@ -200,18 +221,18 @@ class WindowOperation : public Operation {
         return needed ? result : std::vector<int32_t>();
     }
 
-    // Copy the input of a band to the planes. Each copy writes whole vectors, and the next one corrects what it wrote
-    // too far.
-    void gather(const float* from, const Band& band, float* planes) const {
+    // Copy the input of a band to the planes, from a channel whose first tile begins at index `from`. Each copy writes
+    // whole vectors, and the next one corrects what it wrote too far.
+    void gather(const Tensor& in, int64_t from, const Band& band, float* planes) const {
         const SparingWindow& w = window_;
         const int64_t first = band.y + first_row_, rows = band.rows + more_rows_;
-        if (w.stride_y == 1 && w.stride_x == 1 && pitch_ == from_.pitch) return gather_all(from, first, rows, planes);
+        if (w.stride_y == 1 && w.stride_x == 1 && pitch_ == from_.pitch) return gather_all(in, from, first, rows, planes);
         for (int64_t phase_y = 0; phase_y < w.stride_y; phase_y++) {
             float* plane = planes + phase_y * w.stride_x * plane_ + front_;
             for (int64_t i = 0; i < rows; i++, plane += pitch_) {
                 const int64_t y = (first + i) * w.stride_y + phase_y;
-                if (y >= 0 && y < from_.height)
-                    gather_row(from, y, plane);
+                if (y >= band.top && y < band.bottom)
+                    gather_row(in, from, y, plane);
                 else
                     for (int64_t phase = 0; phase < w.stride_x; phase++)
                         std::fill_n(plane + phase * plane_, pitch_, outside_);
@@ -224,7 +245,7 @@ class WindowOperation : public Operation {
     }
 
     // Copy all rows at once.
-    void gather_all(const float* from, int64_t first, int64_t rows, float* planes) const {
+    void gather_all(const Tensor& in, int64_t from, int64_t first, int64_t rows, float* planes) const {
         const int64_t above = std::clamp<int64_t>(-first, 0, rows);
         const int64_t below = std::clamp<int64_t>(first + rows - from_.height, 0, rows - above);
         const int64_t inside = rows - above - below;
@@ -236,7 +257,7 @@ class WindowOperation : public Operation {
             const int64_t begin = (first + above) * pitch_;
             const int64_t count = std::min(inside * pitch_, from_.positions() - begin);  // the last row has no gap
             for_each_piece(from_, begin, count, [&](int64_t offset, int64_t done, int64_t floats) {
-                for (int64_t i = 0; i < floats; i += LANES) store(plane + done + i, load(from + offset + i));
+                for (int64_t i = 0; i < floats; i += LANES) store(plane + done + i, load(in.at(from + offset + i)));
             });
             std::fill(plane + count, plane + inside * pitch_, 0.0f);
             plane += inside * pitch_;
@@ -246,10 +267,10 @@ class WindowOperation : public Operation {
     }
 
     // Distribute an input row to the planes of its columns.
-    void gather_row(const float* from, int64_t y, float* plane) const {
+    void gather_row(const Tensor& in, int64_t from, int64_t y, float* plane) const {
         const int64_t stride = window_.stride_x;
         for_each_piece(from_, y * from_.pitch, from_.width, [&](int64_t offset, int64_t x, int64_t count) {
-            const float* piece = from + offset;
+            const float* piece = in.at(from + offset);
             if (stride == 1) {
                 for (int64_t i = 0; i < count; i += LANES) store(plane + x + i, load(piece + i));
             } else if (stride == 2) {
