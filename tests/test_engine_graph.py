@@ -454,6 +454,12 @@ def written(scale=lambda q, k: q @ k.transpose(-2, -1), mask=lambda scores: scor
     return function
 
 
+def shared(f, x):
+    """Four heads of queries, and one of keys and values."""
+    q, k, v = f(x).split((8, 2, 2), -1)
+    return join((heads(q, 4) @ k[:, None].mT).softmax(-1) @ v[:, None])
+
+
 def einsums(f, x):
     q, k, v = (part.unflatten(-1, (2, -1)) for part in f(x).chunk(3, -1))
     weights = torch.einsum("nshc,nthc->nhts", k * 0.3, q * 2).softmax(-1)
@@ -513,6 +519,7 @@ def gelu(x):
             (lambda f, x: F.layer_norm(f(x), (4,)), L, TOKENS, NORM),
             (lambda f, x: F.layer_norm(f(x) + 9, (4,), c := CONSTANT.to(x), c) * c - 2, L, TOKENS, NORM),
             (lambda f, x: CONSTANT * rms_norm(f(x) + 9), L, TOKENS, NORM),
+            (lambda f, x: (y := f(x) + 9) * torch.rsqrt(torch.mean(y * y, -1, True) + 1e-6), L, TOKENS, NORM),
             (lambda f, x: F.rms_norm(f(x), (4,), CONSTANT.to(x)), L, TOKENS, NORM),
             (lambda f, x: F.silu(f(x)) * f(x), L, TOKENS, "1Binary 2Convolution"),
         ],
@@ -554,6 +561,10 @@ def gelu(x):
             (written(lambda q, k: (q * 2) @ (k / 3).mT, lambda s: s.masked_fill(FUTURE, -1e9)), LARGE, TOKENS, SPLIT),
             (written(lambda q, k: q @ (k.mT * -2), lambda s: HIDE[None, None] + s), LARGE, TOKENS, SPLIT),
             (written(mask=lambda s: s.masked_fill(TRIANGLE[None, None] == 0, -math.inf)), LARGE, TOKENS, SPLIT),
+            (written(lambda q, k: q @ k.mT / torch.tensor(3.0).sqrt()), LARGE, TOKENS, SPLIT),
+            (written(mask=lambda s: torch.where(TRIANGLE, s, torch.tensor(-1e9))), LARGE, TOKENS, SPLIT),
+            (written(mask=lambda s: torch.where(FUTURE, torch.full([], -math.inf), s)), LARGE, TOKENS, SPLIT),
+            (shared, LARGE, TOKENS, SPLIT),
             (einsums, LARGE, TOKENS, SPLIT),
             (batched, LARGE, TOKENS, SPLIT),
             (lambda f, x: f(x), lambda: weighted(True), TOKENS, WHOLE),
@@ -562,6 +573,8 @@ def gelu(x):
         [
             (grouped(lambda x: x, enable_gqa=True), GROUPS, TOKENS, SPLIT),
             (grouped(repeated), GROUPS, TOKENS, SPLIT),
+            (grouped(lambda x: x.repeat_interleave(2, 1)), GROUPS, TOKENS, SPLIT),
+            (grouped(lambda x: x.repeat_interleave(2, dim=-3), is_causal=True), GROUPS, TOKENS, SPLIT),
             (grouped(lambda x: repeated(x[:, 1:]), enable_gqa=True), GROUPS, TOKENS, SPLIT),
             (rotary(), LARGE, TOKENS, SPLIT),
             (rotary(angles=lambda _: [table[0, 0] for table in ANGLES]), LARGE, TOKENS, SPLIT),
@@ -604,6 +617,10 @@ def test_operators_in_the_engine(cases):
                 (lambda f, x: x[:0].sum() + f(x), C, PIXELS, "slice sum add"),  # a tensor without elements
                 (lambda f, x: f(x.double().to(f.weight)), L, ROWS, "_to_copy _to_copy"),
                 (lambda f, x: f(x).double(), L, ROWS, "_to_copy"),
+                (lambda f, x: f(x).repeat_interleave(2, 0), L, ROWS, "repeat_interleave"),
+                (lambda f, x: torch.where(x > 0, f(x), torch.tensor(2.0)), L, ROWS, "gt logical_not masked_fill"),
+                (lambda f, x: torch.where(x[:, None] > 0, f(x), torch.tensor(2.0)), L, ROWS, "gt where"),
+                (lambda f, x: torch.tensor(2.0) / f(x).exp(), L, ROWS, "exp div"),
                 (lambda f, x: f(torch.tanh(x.roll(1, 1))), L, (1, 5, 5, 4), "roll"),
                 (lambda f, x: f(F.gelu(F.instance_norm(x))), lambda: nn.Conv1d(4, 4, 3), (1, 4, 9), "instance_norm"),
             ],
@@ -643,6 +660,7 @@ def test_operators_in_the_engine(cases):
             [
                 (written(dim=-2), LARGE, TOKENS, WRITTEN),
                 (written(mask=lambda s: s.masked_fill(FUTURE, -100)), LARGE, TOKENS, WRITTEN + "masked_fill"),
+                (written(mask=lambda s: s.where(TRIANGLE, torch.tensor(-5))), LARGE, TOKENS, WRITTEN + "where"),
                 (written(mask=lambda s: (s + ADDED) * 2), LARGE, TOKENS, WRITTEN + "add mul"),
                 (written(mask=lambda s: s + ADDED + s), LARGE, TOKENS, WRITTEN + "add add"),
                 (written(mask=lambda s: s.transpose(2, 3)), LARGE, TOKENS, WRITTEN),
@@ -1021,7 +1039,9 @@ def test_the_plan_of_the_example_is_ready_and_four_are_kept():
 @pytest.mark.parametrize("window", ["pool", "depthwise"])
 def test_a_large_image_between_a_convolution_and_a_window_is_never_in_memory(window, threads):
     second = nn.MaxPool2d(3, 2, 1) if window == "pool" else nn.Conv2d(40, 40, 3, 2, 1, groups=40)
-    engine = compiled(nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), second, nn.ReLU()), (1, 3, 131, 130), threads=threads)
+    engine = compiled(
+        nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), second, nn.ReLU()), (1, 3, 131, 130), threads=threads
+    )
     (plans,) = engine._plans
     names = [name for name, _ in plans.profile()]
     assert any(name.startswith("convolution, ") for name in names), names

@@ -34,7 +34,7 @@ def join_attention(graph: fx.Graph) -> None:
                 if (mask, fill) not in masks:
                     masks[mask, fill] = add_mask(graph, mask, fill, 0.0)
                 mask = masks[mask, fill]
-            operands = [query, key, value] if mask is None else [query, key, value, mask]
+            operands = [query, *_share(graph, query, key, value), *([] if mask is None else [mask])]
             if not _fit(operands, weights) or not math.isfinite(scale):
                 continue
             attention, rest = aten.scaled_dot_product_attention.default, {"scale": scale}
@@ -125,6 +125,14 @@ def _unscale(graph: fx.Graph, node: Any) -> tuple[Any, float]:
         x, scale = _unscale(graph, node.args[0])
         return (node if scale == 1 else add_call(graph, node.target, x, *node.args[1:])), scale
     return node, 1.0
+
+
+def _share(graph: fx.Graph, query: fx.Node, *others: fx.Node) -> list[fx.Node]:
+    """Repeat a key and a value of one head, which broadcasting gives to all heads of the query."""
+    shapes = [operand.meta["val"].shape for operand in (query, *others)]
+    if any(len(shape) != 4 for shape in shapes) or any(shape[1] != 1 for shape in shapes[1:]):
+        return list(others)
+    return [add_call(graph, aten.expand.default, operand, [-1, shapes[0][1], -1, -1]) for operand in others]
 
 
 def _fit(operands: list[Any], weights: fx.Node) -> bool:

@@ -84,8 +84,9 @@ class _Builder:
         self.names: dict[fx.Node, str] = {}
         self.placeholders: list[fx.Node] = []
         self._read_signature(exported)
-        simplify(self.graph)
         self._fold_constants()
+        simplify(self.graph, self.constants)
+        self._fold_constants()  # those that were added
         self.graph.eliminate_dead_code()
         self.counts = {node: size for node in self.graph.nodes if (size := count(node.meta.get("val"))) is not None}
 
@@ -129,7 +130,7 @@ class _Builder:
     def _fold_constants(self) -> None:
         """Compute the operators that depend on weights alone."""
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            if node in self.constants or not isinstance(node.target, torch._ops.OpOverload):
                 continue
             value, random = node.meta.get("val"), torch.Tag.nondeterministic_seeded in node.target.tags
             if random or not isinstance(value, Tensor) or any(n not in self.constants for n in node.all_input_nodes):

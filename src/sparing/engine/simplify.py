@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -26,13 +27,21 @@ SILU = (aten.mul, "x", (aten.sigmoid, "x"))
 _CUBIC = (aten.mul, 0.044715, (aten.pow, "x", 3.0))
 _TANH = (aten.tanh, (aten.mul, math.sqrt(2 / math.pi), (aten.add, "x", _CUBIC)))
 GELU_TANH = (aten.mul, (aten.mul, 0.5, "x"), (aten.add, 1.0, _TANH))
-_MEAN = (aten.mean, (aten.pow, "x", 2.0), [-1], True)
-RMS_NORM = (aten.mul, "x", (aten.rsqrt, (aten.add, _MEAN, "number")))
+RMS_NORMS = tuple(
+    (aten.mul, "x", (aten.rsqrt, (aten.add, (aten.mean, square, [-1], True), "number")))
+    for square in ((aten.pow, "x", 2.0), (aten.mul, "x", "x"))
+)
 
 
-def simplify(graph: fx.Graph) -> None:
-    """Remove operators without effect, and write others in one form."""
+def simplify(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
+    """Remove operators without effect, and write others in one form.
+
+    Args:
+        graph: the graph, which is modified.
+        constants: value of each node that does not depend on the inputs.
+    """
     _replace_operators(graph)
+    _replace_scalars(graph, constants)
     _match_formulas(graph)
     join_attention(graph)
     _add_masks(graph)
@@ -51,6 +60,57 @@ def _replace_operators(graph: fx.Graph) -> None:
         elif target is operator.getitem and (replacement := _item(graph, node)) is not None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+        elif target is aten.repeat_interleave.self_int and len(node.args) == 3:
+            _repeat(graph, node)
+
+
+def _repeat(graph: fx.Graph, node: Any) -> None:
+    """Write repeat_interleave as views, which attention to shared keys understands."""
+    x, repeats, dim = node.args
+    value = x.meta["val"]
+    dim %= value.dim()
+    if type(value.shape[dim]) is not int or type(repeats) is not int:
+        return
+    with graph.inserting_before(node):
+        wide = add_call(graph, aten.unsqueeze.default, x, dim + 1)
+        wide = add_call(graph, aten.expand.default, wide, [-1] * (dim + 1) + [repeats] + [-1] * (value.dim() - dim - 1))
+        node.replace_all_uses_with(add_call(graph, aten.flatten.using_ints, wide, dim, dim + 1))
+    graph.erase_node(node)
+
+
+def _replace_scalars(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
+    """Replace constant tensors of one element by numbers, and torch.where with such a number by masked_fill."""
+
+    def number(argument: Any, other: Any) -> float | None:
+        """Return the number, if the operator gives the same with it for `other`."""
+        tensor = constants.get(argument)
+        if tensor is None or tensor.numel() != 1 or other in constants or not isinstance(other, fx.Node):
+            return None
+        value = other.meta["val"]
+        alike = tensor.is_floating_point() and value.dtype == torch.float32 and tensor.dim() <= value.dim()
+        return float(tensor) if alike and tensor.dtype in (torch.float32, torch.float64) else None
+
+    for node in list(graph.nodes):
+        packet = packet_of(node)
+        if packet in (aten.mul, aten.add, aten.div) and len(node.args) == 2 and not node.kwargs:
+            x, other = node.args
+            if (value := number(other, x)) is not None:
+                node.args = (x, value)
+            elif packet is not aten.div and (value := number(x, other)) is not None:
+                node.args = (other, value)
+        elif node.target is aten.where.self:
+            mask, x, other = node.args
+            with graph.inserting_before(node):
+                if (value := number(other, x)) is not None:
+                    mask = add_call(graph, aten.logical_not.default, mask)
+                elif (value := number(x, other)) is not None:
+                    x = other
+                else:
+                    continue
+                of_x, result = x.meta["val"], node.meta["val"]
+                if of_x.dtype == result.dtype and list(map(str, of_x.shape)) == list(map(str, result.shape)):
+                    node.replace_all_uses_with(add_call(graph, aten.masked_fill.Scalar, x, mask, value))
+                    graph.erase_node(node)
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -137,17 +197,17 @@ def _add_masks(graph: fx.Graph) -> None:
 def _match_formulas(graph: fx.Graph) -> None:
     """Replace formulas that other libraries write for SiLU, GELU and RMSNorm by the operator of PyTorch."""
     for node in list(graph.nodes):
-        for pattern in (SILU, GELU_TANH, RMS_NORM):
+        for pattern in (SILU, GELU_TANH, *RMS_NORMS):
             found: list[Any] = []
             if not _matches(pattern, node, found):
                 continue
             x, *others = dict.fromkeys(one for one in found if isinstance(one, fx.Node))
             if others or not x.meta["val"].is_floating_point():
                 continue
-            if pattern is RMS_NORM and type(x.meta["val"].shape[-1]) is not int:  # over the samples
+            if pattern in RMS_NORMS and type(x.meta["val"].shape[-1]) is not int:  # over the samples
                 continue
             with graph.inserting_before(node):
-                if pattern is RMS_NORM:
+                if pattern in RMS_NORMS:
                     (epsilon,) = (one for one in found if not isinstance(one, fx.Node))
                     replacement = add_call(graph, aten.rms_norm.default, x, [x.meta["val"].shape[-1]], None, epsilon)
                 elif pattern is SILU:
