@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparing.effective_weight import EffectiveWeight
+from sparing.effective_weight import EffectiveWeight, refuse_write
 from sparing.errors import InputError
 from sparing.layers import EMBEDDINGS, Layer, Place, check_module
 from sparing.run_state import RunState
@@ -114,6 +114,9 @@ class ParametrizationList(parametrize.ParametrizationList):
             ) from error
         super().append(module)
         return self
+
+    def right_inverse(self, value: Tensor) -> None:
+        refuse_write(value, "assigning a tensor")
 
 
 def _reset_dense_weights(module: nn.Module) -> None:
