@@ -63,13 +63,13 @@ class Sparsifier(StepHooks):
 
     @property
     def forgotten(self) -> str | None:
-        """A sentence if the method has not acted, because no optimizer is attached; None otherwise."""
-        if self.optimizers or self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
+        """A sentence if the method has not acted, because no attached optimizer took a step; None otherwise."""
+        if self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
             return None
-        return (
-            f"{self.method.name}: the method did nothing, because no optimizer step was counted; call "
-            "sparsifier.attach(optimizer) before training"
-        )
+        remedy = "call sparsifier.attach(optimizer) before training"
+        if self.optimizers:
+            remedy = "attach the optimizer that trains the model, and not another one"
+        return f"{self.method.name}: the method did nothing, because no optimizer step was counted; {remedy}"
 
     def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
         """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
@@ -167,7 +167,7 @@ class Sparsifier(StepHooks):
         but regrows no weights, which nothing would train. It does nothing in a run that took all of its steps.
         """
         self._complete_step()
-        if self.forgotten is not None:
+        if self.forgotten is not None and not self.optimizers:
             warnings.warn(self.forgotten, SparsityWarning, stacklevel=2)
             return
         self.drop_lost_layers()
