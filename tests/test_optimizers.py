@@ -581,6 +581,13 @@ def test_a_model_that_is_wrapped_already_is_refused(one_process):
     model = nn.Linear(4, 2)
     with pytest.raises(InputError, match="is wrapped in DistributedDataParallel, .* wrap it after sparsify_"):
         sparing.sparsify_(nn.parallel.DistributedDataParallel(model), sparing.STR())
+    parallel = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 2, bias=False)))
+    for inner in (parallel.module, parallel.module[0]):
+        with pytest.raises(InputError, match="is wrapped in DistributedDataParallel"):
+            sparing.sparsify_(inner, sparing.STR())
+    inner = parallel.module
+    del parallel
+    sparing.sparsify_(inner, sparing.STR())
     sparing.sparsify_(model, sparing.STR())
     model = nn.Linear(4, 2)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
