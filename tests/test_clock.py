@@ -536,6 +536,17 @@ def test_a_run_without_attach_or_with_fewer_steps_misses_its_target_and_says_so(
     assert sparing.report(loop.model).missed == ()
 
 
+@pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY)], ids=lambda method: method.name)
+def test_a_run_of_more_steps_than_planned_warns_once(method):
+    loop = Loop(method, 6).train(range(6))
+    with pytest.warns(SparsityWarning, match=rf"{method.name}: step 7 of a run of 6 steps: the schedule has ended"):
+        loop.step(6)
+    loop.step(7)  # a second warning would be an error
+    loop.sparsifier.clock.goal = 10
+    (sentence,) = sparing.report(loop.model).missed
+    assert "8 optimizer steps were taken, more than the 6 of the run" in sentence
+
+
 def test_a_target_outgrown_by_the_last_step_warns_at_that_step():
     loop = Loop(STR(sparsity=SPARSITY), 6).train(range(5))
     loop.sparsifier.clock.goal = 10  # fewer than the run will reach

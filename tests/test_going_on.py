@@ -740,3 +740,14 @@ def test_training_without_attach_is_warned_of_where_no_target_tells(method):
     model(torch.randn(4, 8)).sum().backward()
     with pytest.warns(SparsityWarning, match=f"{method.name}: the method did nothing, because no optimizer step"):
         sparing.densify_(model)
+
+
+def test_an_optimizer_that_is_built_anew_and_not_attached_is_warned_of():
+    model = nn.Linear(8, 8)
+    sparsifier = sparing.sparsify_(model, sparing.RigL(sparsity=0.5), steps=10)
+    sparsifier.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    with pytest.warns(SparsityWarning, match="no optimizer step was counted; attach the optimizer that trains the mod"):
+        sparing.densify_(model)

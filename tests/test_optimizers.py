@@ -581,6 +581,13 @@ def test_a_model_that_is_wrapped_already_is_refused(one_process):
     model = nn.Linear(4, 2)
     with pytest.raises(InputError, match="is wrapped in DistributedDataParallel, .* wrap it after sparsify_"):
         sparing.sparsify_(nn.parallel.DistributedDataParallel(model), sparing.STR())
+    parallel = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 2, bias=False)))
+    for inner in (parallel.module, parallel.module[0]):
+        with pytest.raises(InputError, match="is wrapped in DistributedDataParallel"):
+            sparing.sparsify_(inner, sparing.STR())
+    inner = parallel.module
+    del parallel
+    sparing.sparsify_(inner, sparing.STR())
     sparing.sparsify_(model, sparing.STR())
     model = nn.Linear(4, 2)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
@@ -682,3 +689,22 @@ def test_loops_of_lightning_count_optimizer_steps(automatic, tmp_path):
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
     assert module.sparsifier.step == 10
     assert sparing.report(module.model).missed == ()
+
+
+def test_the_state_of_a_dense_run_goes_on_in_an_optimizer_that_was_built_before_sparsify():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+
+    train(3)
+    sparsifier = sparing.sparsify_(model, STR(sparsity=0.5), steps=6)
+    optimizer.add_param_group({"params": [layer.parametrization.s for layer in sparsifier.layers.values()]})
+    sparsifier.attach(optimizer)
+    train(6)
+    assert [int(optimizer.state[layer.weight]["step"]) for layer in sparsifier.layers.values()] == [9, 9]
+    assert sparsifier.sparsity() == 0.5

@@ -254,6 +254,19 @@ def test_a_copy_that_is_trained_keeps_its_masks():
     assert same(masks(other), before)
 
 
+def test_an_average_stays_one_if_a_gradient_flows_through_it():
+    """As for adversarial examples and saliency maps: backward() gives its parameters gradients, too."""
+    loop = Loop(METHODS["gmp"])
+    average = AveragedModel(loop.model)
+    for number in range(STEPS):
+        loop.step()
+        average.update_parameters(loop.model)
+        if number == 4:
+            average(torch.ones(2, 10, requires_grad=True)).square().sum().backward()
+    sparing.report(average.module)
+    assert same(masks(average.module), masks(loop.model))
+
+
 def test_an_average_is_copied_with_its_model():
     loop = Loop(METHODS["gmp"])
     average = AveragedModel(loop.model)

@@ -579,6 +579,7 @@ WRITES = {
     "the transpose": lambda weight: weight.T.zero_(),
     "parts of .data": lambda weight: weight.data.split(1)[0].fill_(1.0),
     "requires_grad": lambda weight: setattr(weight, "requires_grad", True),
+    "freezing": lambda weight: weight.requires_grad_(False),
     "nn.init through a view": lambda weight: nn.init.orthogonal_(weight),
     "+= of .data": lambda weight: exec("weight.data += 1"),
     "a gradient": lambda weight: setattr(weight, "grad", torch.zeros(3, 8)),
@@ -603,6 +604,26 @@ def test_writing_into_an_effective_weight_is_refused(write, method):
     sparing.densify_(model)
     with torch.no_grad():
         WRITES[write](model[2].weight)
+
+
+def test_the_assignment_of_a_tensor_to_a_sparsified_weight_is_refused():
+    model, _ = small()
+    sparing.sparsify_(model, HALF, steps=10)
+    with pytest.raises(InputError, match="assigning a tensor would write into the effective weight"):
+        model[2].weight = 2 * model[2].weight
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_an_effective_weight_is_refused_and_one_on_the_dense_weight_runs(register):
+    model, x = small()
+    sparing.sparsify_(model, HALF, steps=10)
+    with pytest.raises(InputError, match="a hook on the effective weight .* register it on the dense weight"):
+        getattr(model[2].weight, register)(print)
+    shapes = []
+    getattr(sparing.sparse_layers(model)["2"].weight, register)(lambda gradient: shapes.append(gradient.shape))
+    model(x).sum().backward()
+    assert len(shapes) == 1
+    model[2].weight.detach().requires_grad_().register_hook(print)  # a leaf of its own
 
 
 def test_what_is_made_of_an_effective_weight_is_plain():

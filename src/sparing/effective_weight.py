@@ -5,7 +5,7 @@ It is computed anew at every use, so whatever is written into it is lost: by `nn
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class EffectiveWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        _refuse(self, "assigning .data")
+        refuse_write(self, "assigning .data")
 
     @property
     def requires_grad(self) -> bool:
@@ -54,7 +54,22 @@ class EffectiveWeight(Tensor):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        _refuse(self, "assigning .requires_grad")
+        refuse_write(self, "assigning .requires_grad")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        if self.grad_fn is not None and not requires_grad:
+            refuse_write(self, "requires_grad_(False)")
+        return super().requires_grad_(requires_grad)
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:  # type: ignore[override]
+        if self.grad_fn is not None:
+            raise InputError(
+                "a hook on the effective weight of a sparsified layer would be lost, because that is computed anew at "
+                "every use: register it on the dense weight, sparing.sparse_layers(model)[name].weight"
+            )
+        return super().register_hook(hook)  # type: ignore[no-untyped-call]
+
+    register_post_accumulate_grad_hook = register_hook
 
     T = property(lambda self: guarded(Tensor.T.__get__(self)))  # type: ignore[attr-defined]
     mT = property(lambda self: guarded(Tensor.mT.__get__(self)))  # type: ignore[attr-defined]  # noqa: N815
@@ -80,7 +95,7 @@ class EffectiveWeight(Tensor):
         if name == "_is_param":  # nn.Parameter() has detached a tensor, and says that this is now a parameter
             self.__class__ = nn.Parameter  # type: ignore[assignment]
         elif name == "grad" and value is not None:
-            _refuse(self, "assigning .grad")
+            refuse_write(self, "assigning .grad")
         else:
             super().__setattr__(name, value)
 
@@ -92,7 +107,8 @@ def guarded(effective: Tensor) -> Tensor:
     return effective
 
 
-def _refuse(tensor: Tensor, what: str) -> None:
+def refuse_write(tensor: Tensor, what: str) -> NoReturn:
+    """Raise the error for a write into an effective weight."""
     raise InputError(
         f"{what} would write into the effective weight of a sparsified layer, of shape {tuple(tensor.shape)}, which is "
         "computed anew at every use: initialize weights before sparsify_(), call densify_() first, or change the dense "
@@ -103,7 +119,7 @@ def _refuse(tensor: Tensor, what: str) -> None:
 
 def _refusing(name: str) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _refuse(self, f"{name}()")
+        refuse_write(self, f"{name}()")
 
     return method
 

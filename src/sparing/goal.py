@@ -228,6 +228,11 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
             f"{clock.step:,} of {clock.steps:,} optimizer steps were taken; give sparsify_() the optimizer steps of "
             "the run as steps= (not its batches), and call sparsifier.finish() if a gradient scaler skipped some"
         )
+    if clock.steps is not None and clock.step > clock.steps:
+        return (
+            f"{clock.step:,} optimizer steps were taken, more than the {clock.steps:,} of the run; give sparsify_() "
+            "all of them as steps=, or call sparsifier.retarget() to go on"
+        )
     if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
         return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
     return (

@@ -27,7 +27,7 @@ def param_groups(
         weight_decay: λ of the weights and biases, ≥ 0.
         threshold_weight_decay: λ of s; None takes `weight_decay`.
         norm_weight_decay: λ of normalization layers; None takes `weight_decay`.
-        threshold_lr: learning rate of s; None takes `Sparse.rate`: 2 / steps for STR-Feather, and that of the optimizer
+        threshold_lr: learning rate of s; None takes `Sparse.rate`: 1 / steps for STR-Feather, and that of the optimizer
             for other methods. A scheduler such as `LambdaLR` multiplies it as it does the others.
 
     Returns:

@@ -5,6 +5,7 @@ in several places; deep copies of a module are to stay apart; and recurrent laye
 weights that they have now.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparing.effective_weight import EffectiveWeight
+from sparing.effective_weight import EffectiveWeight, refuse_write
 from sparing.errors import InputError
 from sparing.layers import EMBEDDINGS, Layer, Place, check_module
 from sparing.run_state import RunState
@@ -114,6 +115,9 @@ class ParametrizationList(parametrize.ParametrizationList):
             ) from error
         super().append(module)
         return self
+
+    def right_inverse(self, value: Tensor) -> None:
+        refuse_write(value, "assigning a tensor")
 
 
 def _reset_dense_weights(module: nn.Module) -> None:
@@ -275,6 +279,15 @@ def _spans(model: nn.Module) -> Iterator[tuple[int, int, str]]:
             yield start, start + (last + 1) * parameter.element_size(), name
 
 
+def _is_held(model: nn.Module) -> bool:
+    """Return whether a DistributedDataParallel outside of the model holds it: `sparsify_(parallel.module)`."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    gc.collect()  # wrappers that are not in use any more
+    wrappers = (each for each in gc.get_objects() if issubclass(type(each), nn.parallel.DistributedDataParallel))
+    return any(part is model for wrapper in wrappers for part in wrapper.modules())
+
+
 def check_not_wrapped(model: nn.Module) -> None:
     """Check that the model is neither in DistributedDataParallel nor sharded: parametrized weights lose the hooks.
 
@@ -282,10 +295,10 @@ def check_not_wrapped(model: nn.Module) -> None:
         InputError: it is, or it is no module.
     """
     check_module(model)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()) or _is_held(model):
         raise InputError(
             "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
-            "are sparsified later: wrap it after sparsify_()"
+            "are sparsified later: wrap it after sparsify_(), and delete an earlier wrapper before"
         )
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise InputError(

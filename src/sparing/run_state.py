@@ -28,8 +28,8 @@ class RunState(nn.Module):
 
     A deep copy is a snapshot as long as its weights stay as they were copied or loaded. Once they have changed without
     a gradient, the copy is an average: whenever it is used, saved or copied, it takes the state from the model that it
-    was copied from. Once a gradient has flowed through it, it is trained and keeps a state of its own. An exported copy
-    keeps the state that it has.
+    was copied from. If a gradient flows through a copy that is no average, it is trained and keeps a state of its own.
+    An exported copy keeps the state that it has.
     """
 
     def __init__(self) -> None:
@@ -111,6 +111,7 @@ class RunState(nn.Module):
 
     def follow(self, source: "_Source") -> None:
         """Take the state of the model that this average was copied from."""
+        source.followed = True
         self.take_state(source.state())
 
     def __call__(self, weight: Tensor) -> Any:
@@ -131,7 +132,8 @@ class RunState(nn.Module):
                 "FSDP2. Use DistributedDataParallel, or STR without a target"
             )
         effective = super().__call__(weight)
-        if self._source is not None and effective.requires_grad and not torch.compiler.is_compiling():
+        snapshot = not torch.compiler.is_compiling() and self._source is not None and not self._source.followed
+        if snapshot and effective.requires_grad:
             effective.register_hook(lambda gradient: self.keep_state())
         return effective if effective is weight or parametrize._cache_enabled else guarded(effective)
 
@@ -302,6 +304,9 @@ class _Source:
     Args:
         module: what the copy was made of. It is not kept alive, its state is.
         weight: its dense weight.
+
+    Attributes:
+        followed: whether the copy is known to be an average, since its weights were copied or loaded.
     """
 
     def __init__(self, module: RunState, weight: Tensor) -> None:
@@ -317,6 +322,7 @@ class _Source:
 
     @torch.no_grad()
     def take_sample(self, weight: Tensor) -> None:
+        self.followed = False
         few = torch.randint(weight.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
         self._index = (few if weight.numel() > SAMPLE else torch.arange(weight.numel(), device="cpu")).to(weight.device)
         self._values = weight.detach().take(self._index)

@@ -63,13 +63,13 @@ class Sparsifier(StepHooks):
 
     @property
     def forgotten(self) -> str | None:
-        """A sentence if the method has not acted, because no optimizer is attached; None otherwise."""
-        if self.optimizers or self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
+        """A sentence if the method has not acted, because no attached optimizer took a step; None otherwise."""
+        if self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
             return None
-        return (
-            f"{self.method.name}: the method did nothing, because no optimizer step was counted; call "
-            "sparsifier.attach(optimizer) before training"
-        )
+        remedy = "call sparsifier.attach(optimizer) before training"
+        if self.optimizers:
+            remedy = "attach the optimizer that trains the model, and not another one"
+        return f"{self.method.name}: the method did nothing, because no optimizer step was counted; {remedy}"
 
     def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
         """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
@@ -167,7 +167,7 @@ class Sparsifier(StepHooks):
         but regrows no weights, which nothing would train. It does nothing in a run that took all of its steps.
         """
         self._complete_step()
-        if self.forgotten is not None:
+        if self.forgotten is not None and not self.optimizers:
             warnings.warn(self.forgotten, SparsityWarning, stacklevel=2)
             return
         self.drop_lost_layers()
@@ -217,8 +217,7 @@ class Sparsifier(StepHooks):
 
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
-        others = [layer for layer in sparse_layers(self.model).values() if not self._makes(layer)]
-        kept = {id(p) for layer in others for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
+        kept = {id(p) for layer in self._others() for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
         for parameter in parameters_of(self.optimizers):
             if id(parameter) not in kept:
                 parameter.grad = None
@@ -258,6 +257,21 @@ class Sparsifier(StepHooks):
         """Return whether this run makes the effective weight of a layer; another may after `densify_` of a part."""
         part = layer.find_parametrization()
         return part is not None and part.clock is self.clock
+
+    def _others(self) -> list[Layer]:
+        """Return the layers of other sparsifiers."""
+        return [layer for layer in sparse_layers(self.model).values() if not self._makes(layer)]
+
+    def _warn_end(self) -> None:
+        """Warn that a step is beyond the run, unless another run in the model goes on."""
+        if self.method.acts and not self._others():
+            warnings.warn(
+                f"{self.method.name}: step {self.step:,} of a run of {self.steps:,} steps: the schedule has ended, and "
+                "learned thresholds drift from their target. Give sparsify_() all optimizer steps of the run as "
+                "steps=, or call sparsifier.retarget() to go on",
+                SparsityWarning,
+                stacklevel=3,
+            )
 
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
@@ -339,6 +353,8 @@ class Sparsifier(StepHooks):
             self.warn_collapsed()
         if clock.step == clock.steps:
             warn_missed_target(self.model, clock)
+        if clock.steps is not None and clock.step == clock.steps + 1:
+            self._warn_end()
         if self.method.regularizes and not self._penalized and not self._penalty_warned:
             self._penalty_warned = True
             warnings.warn(
