@@ -266,9 +266,9 @@ class Sparsifier(StepHooks):
         """Warn that a step is beyond the run, unless another run in the model goes on."""
         if self.method.acts and not self._others():
             warnings.warn(
-                f"{self.method.name}: step {self.step:,} of a run of {self.steps:,} steps: the schedule has ended, and "
-                "learned thresholds drift from their target. Give sparsify_() all optimizer steps of the run as "
-                "steps=, or call sparsifier.retarget() to go on",
+                f"{self.method.name}: step {self.step:,} of a run of {self.steps:,} steps: the schedule has ended, so "
+                "masks do not change any more, and learned thresholds can leave their target. Give sparsify_() all "
+                "optimizer steps of the run as steps=, or call sparsifier.retarget() to go on",
                 SparsityWarning,
                 stacklevel=3,
             )
