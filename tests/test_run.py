@@ -311,13 +311,23 @@ def test_a_hostile_yaml_is_refused_in_one_sentence(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("{a: &x [1], b: *x}", "aliases .* are not supported"), ("[" * 21 + "]" * 21, "more than 20 nested levels")],
+    [
+        ("{a: &x [1], b: *x}", "aliases .* are not supported"),
+        ("[" * 21 + "]" * 21, "more than 20 nested levels"),
+        ("{a: {b: 1, c: 2, b: 3}}", "the key 'b' is repeated"),
+    ],
 )
-def test_aliases_and_deep_nesting_are_refused_in_every_value(value, message):
+def test_aliases_deep_nesting_and_repeated_keys_are_refused_in_every_value(value, message):
     with pytest.raises(ValueError, match=message):
         parse_yaml(value)
-    with pytest.raises(InputError, match="not valid YAML"):
+    with pytest.raises(InputError, match=f"not valid YAML: .*{message}"):
         own(f"method={value}")
+
+
+def test_a_key_that_yaml_reads_as_a_boolean_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: resnet8}\non: 3\n")
+    with pytest.raises(InputError, match="keys must be text, got True; YAML reads on, off, yes and no as booleans"):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_large_recipe_is_refused(tmp_path):
