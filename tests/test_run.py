@@ -10,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import small_run
 import sparing
 from sparing import METHODS, Budget, CheckpointError, InputError
-from sparing.data import DATASETS
+from sparing.data import DATASETS, Images
 from sparing.run import run as run_module
 from sparing.run.build import build_model
 from sparing.run.checkpoint import load_checkpoint
@@ -358,3 +359,24 @@ def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
         (tmp_path / name).symlink_to("/dev/zero")
         with pytest.raises(InputError, match=rf"{name}: .*not a regular file"):
             _ = getattr(Run.open(tmp_path), name.split(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 10]), r"labels of the test split must be from 0 to num_classes - 1 = 9, got 10"),
+        (torch.tensor([0, -100]), "got -100"),
+        (torch.tensor([0.0, 1.0]), r"int64 of shape \(N,\), got torch.float32 of shape \(2,\)"),
+        (torch.tensor([[0], [1]]), r"got torch.int64 of shape \(2, 1\)"),
+    ],
+)
+def test_labels_that_are_not_those_of_a_class_are_refused(labels, message):
+    data = small_run.noise()
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(data, test=Images(data.test.pixels[:2], labels))
+
+
+def test_data_without_test_examples_are_refused_before_training():
+    data = small_run.noise()
+    with pytest.raises(InputError, match="data 'small_run:noise' has no test examples"):
+        resolve(small_run.recipe(), dataclasses.replace(data, test=data.test[:0]))
