@@ -190,6 +190,8 @@ def test_round_trip_of_a_sparse_network(name):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
+        (torch.nn.Linear(2, 2), "state_dict must be a mapping such as model.state_dict(), got Linear"),
+        ({1: torch.ones(2)}, "keys of the state dict must be str, got 1"),
         ({"extra": {"a": 1}}, "entry 'extra' of the state dict must be a tensor, got dict"),
         ({"c": torch.ones(2, dtype=torch.complex128)}, "'c' has dtype torch.complex128"),
         ({"s": torch.eye(3).to_sparse()}, "'s' has dtype torch.float32 and layout torch.sparse_coo"),

@@ -10,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import small_run
 import sparing
 from sparing import METHODS, Budget, CheckpointError, InputError
-from sparing.data import DATASETS
+from sparing.data import DATASETS, Images
 from sparing.run import run as run_module
 from sparing.run.build import build_model
 from sparing.run.checkpoint import load_checkpoint
@@ -311,13 +312,23 @@ def test_a_hostile_yaml_is_refused_in_one_sentence(text, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("{a: &x [1], b: *x}", "aliases .* are not supported"), ("[" * 21 + "]" * 21, "more than 20 nested levels")],
+    [
+        ("{a: &x [1], b: *x}", "aliases .* are not supported"),
+        ("[" * 21 + "]" * 21, "more than 20 nested levels"),
+        ("{a: {b: 1, c: 2, b: 3}}", "the key 'b' is repeated"),
+    ],
 )
-def test_aliases_and_deep_nesting_are_refused_in_every_value(value, message):
+def test_aliases_deep_nesting_and_repeated_keys_are_refused_in_every_value(value, message):
     with pytest.raises(ValueError, match=message):
         parse_yaml(value)
-    with pytest.raises(InputError, match="not valid YAML"):
+    with pytest.raises(InputError, match=f"not valid YAML: .*{message}"):
         own(f"method={value}")
+
+
+def test_a_key_that_yaml_reads_as_a_boolean_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: resnet8}\non: 3\n")
+    with pytest.raises(InputError, match="keys must be text, got True; YAML reads on, off, yes and no as booleans"):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_large_recipe_is_refused(tmp_path):
@@ -348,3 +359,24 @@ def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
         (tmp_path / name).symlink_to("/dev/zero")
         with pytest.raises(InputError, match=rf"{name}: .*not a regular file"):
             _ = getattr(Run.open(tmp_path), name.split(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 10]), r"labels of the test split must be from 0 to num_classes - 1 = 9, got 10"),
+        (torch.tensor([0, -100]), "got -100"),
+        (torch.tensor([0.0, 1.0]), r"int64 of shape \(N,\), got torch.float32 of shape \(2,\)"),
+        (torch.tensor([[0], [1]]), r"got torch.int64 of shape \(2, 1\)"),
+    ],
+)
+def test_labels_that_are_not_those_of_a_class_are_refused(labels, message):
+    data = small_run.noise()
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(data, test=Images(data.test.pixels[:2], labels))
+
+
+def test_data_without_test_examples_are_refused_before_training():
+    data = small_run.noise()
+    with pytest.raises(InputError, match="data 'small_run:noise' has no test examples"):
+        resolve(small_run.recipe(), dataclasses.replace(data, test=data.test[:0]))

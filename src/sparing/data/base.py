@@ -150,6 +150,20 @@ class Splits(SplitDataset, Generic[Part]):
     validation: Part
     test: Part
 
+    def check_labels(self, num_classes: int) -> None:
+        """Raise InputError unless all labels are int64 in [0, num_classes)."""
+        for split in SPLITS:
+            labels = getattr(self, split).labels
+            if labels.dtype != torch.int64 or labels.ndim != 1:
+                what = f"{labels.dtype} of shape {tuple(labels.shape)}"
+                raise InputError(f"data: labels of the {split} split must be int64 of shape (N,), got {what}")
+            wrong = labels[(labels < 0) | (labels >= num_classes)]
+            if len(wrong):
+                raise InputError(
+                    f"data: labels of the {split} split must be from 0 to num_classes - 1 = {num_classes - 1}, got "
+                    f"{int(wrong[0])}"
+                )
+
     def size(self, split: Split) -> int:
         return len(getattr(self, split))
 

@@ -54,6 +54,7 @@ class ImageData(Splits[Images]):
             raise InputError(f"data: shift must be an integer from 0 to 64 (pixels), got {self.shift!r}")
         if not isinstance(self.flip, bool):
             raise InputError(f"data: flip must be true or false, got {self.flip!r}")
+        self.check_labels(self.num_classes)
 
     @property
     def input_size(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -48,6 +48,9 @@ class SequenceData(Splits[Sequences]):
 
     num_classes: int
 
+    def __post_init__(self) -> None:
+        self.check_labels(self.num_classes)
+
     @property
     def input_size(self) -> tuple[int, ...]:  # type: ignore[override]
         """(1, T, F), where T is the length of the longest training example."""

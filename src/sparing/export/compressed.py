@@ -71,8 +71,9 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
             biases and normalization statistics, are always stored without loss.
 
     Raises:
-        InputError: an entry is not a dense tensor with a dtype in `DTYPES`, or is on the meta device; `values` is not
-            supported; a weight overflows `values`; the file cannot be written.
+        InputError: `state_dict` is not a mapping from names; an entry is not a dense tensor with a dtype in `DTYPES`,
+            or is on the meta device; `values` is not supported; a weight overflows `values`; the file cannot be
+            written.
 
     Examples:
         >>> weight = torch.where(torch.rand(1000, 1000) < 0.01, 1.5, 0.0)
@@ -85,6 +86,8 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path, values: torch.dtype
     """
     if values not in (None, torch.bfloat16, torch.float16):
         raise InputError(f"values must be None, torch.bfloat16 or torch.float16, got {values}")
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"state_dict must be a mapping such as model.state_dict(), got {type(state_dict).__name__}")
     arrays: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -260,8 +263,11 @@ def check_tensor(name: str, tensor: Any) -> None:
     """Check that an entry of a state dict can be saved.
 
     Raises:
-        InputError: it is not a tensor, not dense, of a dtype that is not in `DTYPES`, or without values.
+        InputError: its name is not a str; it is not a tensor, not dense, of a dtype that is not in `DTYPES`, or
+            without values.
     """
+    if not isinstance(name, str):
+        raise InputError(f"keys of the state dict must be str, got {name!r}")
     if not isinstance(tensor, Tensor):
         raise InputError(f"entry {name!r} of the state dict must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or _name(tensor.dtype) not in DTYPES:

@@ -6,6 +6,7 @@ aliases (`*name`), which can unfold a short file into gigabytes, deep nesting an
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +23,7 @@ MAX_DEPTH = 20
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader without aliases and deep nesting that reads 1e-4 as a number; YAML 1.1 reads it as a string."""
+    """Loader without aliases, deep nesting and repeated keys. It reads 1e-4 as a number; YAML 1.1 reads a string."""
 
     depth = 0
 
@@ -35,6 +36,13 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         self.depth -= 1
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {repeated[0]!r} is repeated")
+        return super().construct_mapping(node, deep=deep)
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)  # type: ignore[no-untyped-call]
@@ -86,8 +94,13 @@ def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
         values = parse_yaml(text)
     except ValueError as error:
         raise InputError(f"{kind} {path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise InputError(
+                f"{kind} {path}: keys must be text, got {key!r}; YAML reads on, off, yes and no as booleans"
+            )
     return values
 
 
@@ -117,7 +130,7 @@ def override(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         try:
             section[last] = parse_yaml(value)
         except ValueError as error:
-            raise InputError(f"--set {change!r}: the value is not valid YAML") from error
+            raise InputError(f"--set {change!r}: the value is not valid YAML: {error}") from error
     return content
 
 

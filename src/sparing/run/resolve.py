@@ -53,6 +53,8 @@ def resolve(recipe: Recipe, data: SplitDataset | None = None, ranks: int = 1) ->
     alone = len(data.training(batch_size, recipe.seed))
     if not 0 < steps <= MAX_STEPS or epochs * alone > MAX_STEPS:
         raise InputError(f"the run has {steps:,} optimizer steps; it must have 1 to {MAX_STEPS:,}")
+    if not data.size("test"):
+        raise InputError(f"data {recipe.data.name!r} has no test examples; a run is evaluated on them at its end")
     weights = None if recipe.weights is None else Path(recipe.weights).expanduser().absolute()
     resolved = ResolvedSection(
         steps=steps,

@@ -28,7 +28,8 @@ class Bands : public Operation {
 
     const char* name() const override { return name_.c_str(); }
 
-    // The least number of bands of an image that stay in the cache, or 1 if the operations take less time apart.
+    // The least number of bands of an image that stay in the cache, or 1 if the operations take less time apart. With
+    // about as many tiles per band as bands, the search ends: smaller bands would compute more rows twice.
     static int64_t count(Convolution& first, WindowOperation& second, const std::vector<Tensor>& tensors, int threads) {
         constexpr double cache = 80 << 10, traffic = 1;  // floats; cycles to write and read one of them outside
         if (first.reads.size() > 1) return 1;  // a residual may lie in the memory of the output
@@ -37,8 +38,7 @@ class Bands : public Operation {
         const double size = static_cast<double>(between.size());
         if (size < 6 * cache) return 1;  // much of it stays in the cache anyway
         for (int64_t bands = threads;; bands += threads) {
-            second.least_bands = bands;
-            second.WindowOperation::prepare(tensors, threads);
+            second.divide(tensors, bands);
             int64_t most = 0, tiles = 0;
             for (int64_t index = 0; index < second.bands(); index++) {
                 const Range range = needed(second.band(index), between);

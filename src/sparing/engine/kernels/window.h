@@ -30,8 +30,7 @@ namespace sparing {
 class WindowOperation : public Operation {
   public:
     void prepare(const std::vector<Tensor>& tensors, int) override {
-        from_ = tensors[in_].layout;
-        to_ = tensors[out_].layout;
+        divide(tensors, least_bands);
         // A stride to a second row or column that does not exist needs no planes.
         if (to_.height == 1) window_.stride_y = 1;
         if (to_.width == 1) window_.stride_x = 1;
@@ -52,11 +51,6 @@ class WindowOperation : public Operation {
         front_ = LANES + round_up(std::max<int64_t>(0, -x.smallest));
         back_ = 3 * LANES + std::max<int64_t>(0, x.largest);
 
-        // Work on as many tiles as fill half of a level 1 cache, but on several rows, since bands share input rows.
-        const int64_t positions = std::max<int64_t>(4096, 8 * to_.pitch);
-        bands_ = std::max(least_bands, (to_.tiles() * to_.row() + positions - 1) / positions);
-        band_ = (to_.tiles() + bands_ - 1) / bands_;
-        bands_ = (to_.tiles() + band_ - 1) / band_;
         const int64_t rows = std::min(to_.height, band_ * to_.row() / to_.pitch + 2);
         plane_ = round_up(front_ + (rows + more_rows_) * pitch_ + back_);
         result_ = direct() ? 0 : round_up(rows * pitch_);
@@ -78,6 +72,17 @@ class WindowOperation : public Operation {
         columns_.clear();
         for (int64_t i = 0; i < std::max(to_.total_vectors(), result_ / LANES); i++)
             columns_.push_back(static_cast<int32_t>(i * LANES % pitch_));
+    }
+
+    // Divide the output into bands, at least `least` of an image if it has as many tiles.
+    void divide(const std::vector<Tensor>& tensors, int64_t least) {
+        from_ = tensors[in_].layout;
+        to_ = tensors[out_].layout;
+        // Work on as many tiles as fill half of a level 1 cache, but on several rows, since bands share input rows.
+        const int64_t positions = std::max<int64_t>(4096, 8 * to_.pitch);
+        bands_ = std::max(least, (to_.tiles() * to_.row() + positions - 1) / positions);
+        band_ = (to_.tiles() + bands_ - 1) / bands_;
+        bands_ = (to_.tiles() + band_ - 1) / band_;
     }
 
     int64_t items() const override { return items_.count(); }
