@@ -338,3 +338,10 @@ def test_a_budget_that_empties_layers_warns(layers):
         sparing.SparsityWarning, match=r"no weight in 2 of 2 layers \('0': sparsity 0.999 of 100 weights or groups\)"
     ):
         assert resolve(layers, 0.999, "uniform").kept == {"0": 0, "2": 0}
+
+
+def test_a_budget_that_keeps_a_weight_in_each_layer_warns_if_those_are_too_many():
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+    message = r"'erk' at sparsity 0.9999 keeps 2 of 576 weights, which is a sparsity of 0.9965"
+    with pytest.warns(sparing.SparsityWarning, match=message):
+        sparing.sparsify_(model, sparing.RigL(sparsity=0.9999), steps=10)

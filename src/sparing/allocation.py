@@ -59,6 +59,9 @@ class Allocation:
         Raises:
             InputError: the budget misses a layer or names one that is not sparsified; the file or name is unknown;
                 the pattern is not defined for a layer, or fixes the sparsity that the budget is to choose.
+
+        Warns:
+            SparsityWarning: a layer keeps no weight, or all together keep more than twice as many as asked for.
         """
         units = {name: pattern.units(layer) for name, layer in layers.items()}
         if isinstance(pattern, NM):
@@ -87,7 +90,16 @@ class Allocation:
                 SparsityWarning,
                 stacklevel=2,
             )
-        return cls(layers, units, kept)
+        found = cls(layers, units, kept)
+        total = dense_cost(units, found.unit_costs)
+        if budget in RULES and sparsity is not None and found.goal > 2 * count_kept(total, sparsity):
+            warnings.warn(
+                f"the budget {budget!r} at sparsity {sparsity:g} keeps {found.goal:,} of {total:,} weights, which is a "
+                f"sparsity of {found.pruned:.4f}: each layer keeps at least one weight or group",
+                SparsityWarning,
+                stacklevel=2,
+            )
+        return found
 
     @property
     def goal(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -187,7 +188,9 @@ def latency_line(run: Run) -> str:
         brief = latency.measure_briefly(run.model("dense"), run.resolved.input_size)
     except (InputError, UnavailableError) as error:
         return f"Latency: not measured: {error}"
-    return f"Latency (batch 1, one thread): {brief}; compare all backends with: sparing bench {run.path}"
+    return (
+        f"Latency (batch 1, one thread): {brief}; compare all backends with: sparing bench {shlex.quote(str(run.path))}"
+    )
 
 
 def evaluation_line(result: Evaluation, sparsity: float, part: str) -> str:

@@ -108,7 +108,7 @@ def check_finite(ranks: Ranks, loss: float, model: nn.Module, optimizer: torch.o
     finite = bool(torch.stack([each.isfinite().all().to(ranks.device) for each in tensors]).all())
     if ranks.max(not finite or not math.isfinite(loss))[0]:
         what = "a weight became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
-        raise InputError(f"{what} in {where} or set clip_grad_norm. The last checkpoint is kept")
+        raise InputError(f"{what} in {where} or set clip_grad_norm. The last checkpoint, if any, is kept")
 
 
 def check_ranks(ranks: Ranks, model: nn.Module, progress: Progress) -> None:

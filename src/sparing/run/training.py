@@ -69,8 +69,8 @@ def train_run(
                 return _train(recipe, data, out, ranks, resume, stop_after, console, stop)
         except OSError as error:
             raise InputError(
-                f"{error.filename or out}: {error.strerror or error}; the last checkpoint is kept, continue with "
-                "--resume auto"
+                f"{error.filename or out}: {error.strerror or error}; the last checkpoint, if any, is kept, continue "
+                "with --resume auto"
             ) from error
 
 
