@@ -117,7 +117,9 @@ class ParametrizationList(parametrize.ParametrizationList):
         return self
 
     def right_inverse(self, value: Tensor) -> None:
-        refuse_write(value, "assigning a tensor")
+        if not any(hasattr(part, "right_inverse") for part in self):
+            refuse_write(value, "assigning a tensor")
+        super().right_inverse(value)
 
 
 def _reset_dense_weights(module: nn.Module) -> None:

@@ -84,6 +84,7 @@ def test_counts_and_conversion_in_training_mode_take_the_hard_mask():
     assert model.weight.count_nonzero() == 15
 
 
+@pytest.mark.filterwarnings("ignore:.*the schedule has ended:sparing.SparsityWarning")
 @pytest.mark.parametrize("finish", [False, True])
 def test_the_temperature_rises_exponentially_from_1_to_its_final_value_and_stays(finish):
     model, sparsifier, layer = sparsified(final_temperature=81.0, steps=4)
@@ -100,6 +101,7 @@ def test_the_temperature_rises_exponentially_from_1_to_its_final_value_and_stays
     assert torch.equal(model.weight, model.eval().weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*the schedule has ended:sparing.SparsityWarning")
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_after_the_run_the_hard_mask_is_used_in_training_and_stays(kind):
     model, sparsifier, layer = sparsified(steps=5, weight=0.01)
