@@ -539,19 +539,19 @@ def test_a_dense_checkpoint_loads_into_a_model_of_two_runs_and_normalized_layers
 @pytest.mark.parametrize(
     "method",
     [
-        STR(sparsity=0.9, every=1),
-        GMP(sparsity=0.9, every=1),
-        GMP(sparsity=0.9, budget="global", every=1),
-        GMP(budget=Budget({"0": 0.9, "2": 0.9, "4": 0.5}), every=1),
-        RigL(sparsity=0.9, budget="uniform", every=5),
+        STR(sparsity=0.8, every=1),
+        GMP(sparsity=0.8, every=1),
+        GMP(sparsity=0.8, budget="global", every=1),
+        GMP(budget=Budget({"0": 0.8, "2": 0.8, "4": 0.5}), every=1),
+        RigL(sparsity=0.8, budget="uniform", every=5),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("replacement", [nn.Linear(24, 8), nn.Identity()], ids=repr)
-def test_a_layer_that_is_replaced_or_removed_is_named_and_the_others_reach_the_target(method, replacement):
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Identity])
+def test_a_layer_that_is_replaced_or_removed_is_named_and_the_others_reach_the_target(method, kind):
     model = mlp()
     sparsifier = sparing.sparsify_(model, method, steps=STEPS)
-    model[4] = copy.deepcopy(replacement)
+    model[4] = kind(24, 8)
     with pytest.warns(
         SparsityWarning,
         match=r"no longer in the model.*: 4. The target is now that of the other 2 layers.*select=\['4'\]",
@@ -562,7 +562,7 @@ def test_a_layer_that_is_replaced_or_removed_is_named_and_the_others_reach_the_t
         train(model, STEPS, optimizer=optimizer)
     assert list(sparsifier.layers) == ["0", "2"]
     kept = sum(layer.nonzero() for layer in sparsifier.layers.values())
-    assert kept <= sparsifier.clock.goal == count_kept(16 * 48, 0.9) + count_kept(48 * 24, 0.9)
+    assert kept <= sparsifier.clock.goal == count_kept(16 * 48, 0.8) + count_kept(48 * 24, 0.8)
     assert sparsifier.clock.goal - kept <= 1
     assert sparing.report(model).missed == ()
 
