@@ -208,6 +208,33 @@ def collapsed(layers: Mapping[str, Layer]) -> list[str]:
     return [name for name, some in zip(layers, active.tolist(), strict=True) if not some]
 
 
+def warn_collapsed(step: int, layers: Mapping[str, Layer]) -> None:
+    """Warn about layers that have lost every weight by a step."""
+    shown = []
+    for name, layer in list(layers.items())[:3]:
+        largest, threshold = float(layer.weight.detach().abs().max()), layer.threshold
+        over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
+        shown.append(f"{name!r} (largest |weight| {largest:.3g}{over})")
+    warnings.warn(
+        f"step {step}: every weight of {', '.join(shown)}"
+        f"{f' and {len(layers) - 3} more layers' if len(layers) > 3 else ''} is zero, so only biases pass. Lower the "
+        "target sparsity (STR: the weight decay of the thresholds, or init), or leave layers out with select=",
+        SparsityWarning,
+        stacklevel=3,
+    )
+
+
+def warn_ended(method: Method, clock: Clock) -> None:
+    """Warn that a step is beyond the run."""
+    warnings.warn(
+        f"{method.name}: step {clock.step:,} of a run of {clock.steps:,} steps: the schedule has ended, so masks do "
+        "not change any more, and learned thresholds can leave their target. Give sparsify_() all optimizer steps of "
+        "the run as steps=, or call sparsifier.retarget() to go on",
+        SparsityWarning,
+        stacklevel=3,
+    )
+
+
 def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
     assert clock.goal is not None
     dense, now = _costs(layers)

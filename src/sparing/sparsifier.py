@@ -10,7 +10,16 @@ from torch.optim import Optimizer
 
 from sparing.attachment import check_held, check_optimizers, check_penalty, doubts
 from sparing.errors import InputError, SparsityWarning
-from sparing.goal import collapsed, goal_reached, make_clock, set_costs, start_ramp, warn_missed_target
+from sparing.goal import (
+    collapsed,
+    goal_reached,
+    make_clock,
+    set_costs,
+    start_ramp,
+    warn_collapsed,
+    warn_ended,
+    warn_missed_target,
+)
 from sparing.hooks import StepHooks
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
@@ -232,13 +241,7 @@ class Sparsifier(StepHooks):
         new = [name for name in self.collapsed() if name not in self._warned]
         self._warned.update(new)
         if new:
-            warnings.warn(
-                f"step {self.step}: every weight of {', '.join(map(self._describe, new[:3]))}"
-                f"{f' and {len(new) - 3} more layers' if len(new) > 3 else ''} is zero, so only biases pass. Lower the "
-                "target sparsity (STR: the weight decay of the thresholds, or init), or leave layers out with select=",
-                SparsityWarning,
-                stacklevel=2,
-            )
+            warn_collapsed(self.step, {name: self.layers[name] for name in new})
 
     def _warn_doubts(self) -> None:
         """Warn of what keeps the method from reaching its aim, once in the same words."""
@@ -246,12 +249,6 @@ class Sparsifier(StepHooks):
             if text not in self._doubts:
                 warnings.warn(text, SparsityWarning, stacklevel=3)
             self._doubts.add(text)
-
-    def _describe(self, name: str) -> str:
-        layer = self.layers[name]
-        largest, threshold = float(layer.weight.detach().abs().max()), layer.threshold
-        over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
-        return f"{name!r} (largest |weight| {largest:.3g}{over})"
 
     def _makes(self, layer: Layer) -> bool:
         """Return whether this run makes the effective weight of a layer; another may after `densify_` of a part."""
@@ -261,17 +258,6 @@ class Sparsifier(StepHooks):
     def _others(self) -> list[Layer]:
         """Return the layers of other sparsifiers."""
         return [layer for layer in sparse_layers(self.model).values() if not self._makes(layer)]
-
-    def _warn_end(self) -> None:
-        """Warn that a step is beyond the run, unless another run in the model goes on."""
-        if self.method.acts and not self._others():
-            warnings.warn(
-                f"{self.method.name}: step {self.step:,} of a run of {self.steps:,} steps: the schedule has ended, so "
-                "masks do not change any more, and learned thresholds can leave their target. Give sparsify_() all "
-                "optimizer steps of the run as steps=, or call sparsifier.retarget() to go on",
-                SparsityWarning,
-                stacklevel=3,
-            )
 
     def _active(self) -> bool:
         if self.clock.stale:  # layers were densified: the target is that of the others
@@ -353,8 +339,8 @@ class Sparsifier(StepHooks):
             self.warn_collapsed()
         if clock.step == clock.steps:
             warn_missed_target(self.model, clock)
-        if clock.steps is not None and clock.step == clock.steps + 1:
-            self._warn_end()
+        if clock.steps is not None and clock.step == clock.steps + 1 and self.method.acts and not self._others():
+            warn_ended(self.method, clock)
         if self.method.regularizes and not self._penalized and not self._penalty_warned:
             self._penalty_warned = True
             warnings.warn(
