@@ -19,21 +19,21 @@ HIDDEN = -1e9
 def join_attention(graph: fx.Graph) -> None:
     """Replace softmax(scale * query @ key^T + mask) @ value, if nothing else uses the scores and the weights.
 
-    A boolean mask may fill scores with a number of at most `HIDDEN`. Where that is negative infinity and a query has no
-    other keys, the result is zero in place of NaN.
+    A boolean mask may replace scores by a number of at most `HIDDEN`. Where that is negative infinity and a query has
+    no other keys, the result is zero in place of NaN.
     """
     graph.eliminate_dead_code()
-    masks: dict[tuple[Any, float], fx.Node] = {}  # layers share masks
+    masks: dict[tuple[Any, tuple[float, float]], fx.Node] = {}  # layers share masks
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             outer = _product(graph, node)
             if outer is None or not _is_softmax(outer[0]) or (inner := _scores(graph, outer[0].args[0])) is None:
                 continue
-            (weights, value, order), (query, key, mask, fill, scale) = outer, inner
-            if fill is not None:
-                if (mask, fill) not in masks:
-                    masks[mask, fill] = add_mask(graph, mask, fill, 0.0)
-                mask = masks[mask, fill]
+            (weights, value, order), (query, key, mask, numbers, scale) = outer, inner
+            if numbers is not None:
+                if (mask, numbers) not in masks:
+                    masks[mask, numbers] = add_mask(graph, mask, *numbers)
+                mask = masks[mask, numbers]
             operands = [query, *_share(graph, query, key, value), *([] if mask is None else [mask])]
             if not _fit(operands, weights) or not math.isfinite(scale):
                 continue
@@ -89,19 +89,21 @@ def _is_softmax(node: Any) -> bool:
     return dim in (-1, node.meta["val"].dim() - 1) and others in ([], [None], [False], [torch.float32])
 
 
-def _scores(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any, float | None, float] | None:
-    """Return query, key, mask, the number that the mask fills in or None, and the scale, of the scores of attention."""
+def _scores(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any, tuple[float, float] | None, float] | None:
+    """Return query, key, mask, what to add where a boolean mask is True and False, and the scale, of scores."""
     if len(node.users) > 1:
         return None
-    packet, others = packet_of(node), node.args[1:]
-    candidates: list[tuple[Any, Any, float | None]] = [(node, None, None)]
-    if packet is aten.masked_fill and type(others[1]) in (int, float) and others[1] <= HIDDEN:
-        # Scores vanish next to the smallest number, so that a query whose keys are all hidden sees all of them alike.
-        fill = others[1] if math.isinf(others[1]) else torch.finfo(torch.float32).min
-        candidates = [(node.args[0], others[0], fill)]
-    elif packet is aten.add and isinstance(others[0], fx.Node) and not node.kwargs:
-        candidates = [(node.args[0], others[0], None), (others[0], node.args[0], None)]
-    for scores, mask, fill in candidates:
+    packet = packet_of(node)
+    candidates: list[tuple[Any, Any, tuple[float, float] | None]] = [(node, None, None)]
+    if packet is aten.masked_fill and (fill := _hidden(node.args[2])) is not None:
+        candidates = [(node.args[0], node.args[1], (fill, 0.0))]
+    elif node.target is aten.where.ScalarOther and (fill := _hidden(node.args[2])) is not None:
+        candidates = [(node.args[1], node.args[0], (0.0, fill))]
+    elif node.target is aten.where.ScalarSelf and (fill := _hidden(node.args[1])) is not None:
+        candidates = [(node.args[2], node.args[0], (fill, 0.0))]
+    elif packet is aten.add and isinstance(node.args[1], fx.Node) and not node.kwargs:
+        candidates = [(node.args[0], node.args[1], None), (node.args[1], node.args[0], None)]
+    for scores, mask, numbers in candidates:
         product, scale = _unscale(graph, scores)
         if packet is aten.baddbmm and node.kwargs.get("beta", 1) == 1:
             (mask, *found), scale = node.args, node.kwargs.get("alpha", 1)
@@ -111,8 +113,18 @@ def _scores(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any, float | None, fl
             if found is None or found[2] != sorted(found[2]):
                 continue
         (query, one), (key, other) = _unscale(graph, found[0]), _unscale(graph, found[1])
-        return query, add_call(graph, aten.transpose.int, key, -2, -1), mask, fill, scale * one * other
+        return query, add_call(graph, aten.transpose.int, key, -2, -1), mask, numbers, scale * one * other
     return None
+
+
+def _hidden(number: Any) -> float | None:
+    """Return what to add to a score in place of a number that hides it, or None if the number does not.
+
+    Scores vanish next to the smallest number, so that a query whose keys are all hidden sees all of them alike.
+    """
+    if type(number) not in (int, float) or number > HIDDEN:
+        return None
+    return number if math.isinf(number) else torch.finfo(torch.float32).min
 
 
 def _unscale(graph: fx.Graph, node: Any) -> tuple[Any, float]:

@@ -79,7 +79,7 @@ def _repeat(graph: fx.Graph, node: Any) -> None:
 
 
 def _replace_scalars(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
-    """Replace constant tensors of one element by numbers, and torch.where with such a number by masked_fill."""
+    """Replace constant tensors of one element by numbers."""
 
     def number(argument: Any, other: Any) -> float | None:
         """Return the number, if the operator gives the same with it for `other`."""
@@ -100,17 +100,10 @@ def _replace_scalars(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> No
                 node.args = (other, value)
         elif node.target is aten.where.self:
             mask, x, other = node.args
-            with graph.inserting_before(node):
-                if (value := number(other, x)) is not None:
-                    mask = add_call(graph, aten.logical_not.default, mask)
-                elif (value := number(x, other)) is not None:
-                    x = other
-                else:
-                    continue
-                of_x, result = x.meta["val"], node.meta["val"]
-                if of_x.dtype == result.dtype and list(map(str, of_x.shape)) == list(map(str, result.shape)):
-                    node.replace_all_uses_with(add_call(graph, aten.masked_fill.Scalar, x, mask, value))
-                    graph.erase_node(node)
+            if (value := number(other, x)) is not None:
+                node.target, node.args = aten.where.ScalarOther, (mask, x, value)
+            elif (value := number(x, other)) is not None:
+                node.target, node.args = aten.where.ScalarSelf, (mask, value, other)
 
 
 def _is_identity(node: fx.Node) -> bool:
