@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize docs bench wheel clean
+.PHONY: demo test lint sanitize docs bench wheel check-wheel check-demo check-gpu check-sets clean
 
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
@@ -43,6 +43,25 @@ bench: .venv/dev
 wheel: .venv/dev
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m build --outdir dist wheels/engine
+
+# Other checks of .ci/run.
+check-wheel:
+	.ci/check_wheel
+
+check-demo: .venv/dev
+	$(MAKE) demo
+	$(BIN)/python bench/check_demo.py runs/demo
+
+# The measurements for a GPU, tried out on the CPU.
+check-gpu: .venv/dev
+	$(BIN)/python bench/gpu.py --smoke --processes 1
+
+# The engine with other instruction sets than that of this processor.
+check-sets: .venv/dev
+	own=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())'); \
+	for set in avx2 default; do \
+		[ $$set = $$own ] || ATEN_CPU_CAPABILITY=$$set $(BIN)/pytest -q tests/test_engine_kernels.py || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

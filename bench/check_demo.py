@@ -20,7 +20,7 @@ def main():
     }
     for check, passed in checks.items():
         print("ok  " if passed else "FAIL", check)
-    print(f"     training took {seconds:.0f} s; 120 to 500 s are usual on two idle cores")
+    print(f"     training took {seconds:.0f} s; 60 to 200 s are usual")
     sys.exit(0 if all(checks.values()) else 1)
 
 
