@@ -59,20 +59,13 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["folders", "shards"])
-def test_a_run_on_two_ranks_resumes_on_one_rank(images, tmp_path, layout, request):
-    if layout == "folders":
-        name, data = "mobilenet_v1-str-79.07", f"data.root={images}"
-    else:
-        shards = request.getfixturevalue("shards")
-        name, data = (
-            "mobilenet_v1-str-75.28",
-            (
-                f"data={{name: webdataset, train: '{shards}/train-*.tar', train_examples: 200, "
-                f"test: '{shards}/val-*.tar', test_examples: 100, num_classes: {CLASSES}}}"
-            ),
-        )
-    out, recipe = tmp_path / "run", load_recipe(ROOT / "recipes" / "imagenet" / f"{name}.yaml", [data, *SHORT])
+def test_a_run_on_two_ranks_resumes_on_one_rank(shards, tmp_path):
+    data = (
+        f"data={{name: webdataset, train: '{shards}/train-*.tar', train_examples: 200, "
+        f"test: '{shards}/val-*.tar', test_examples: 100, num_classes: {CLASSES}}}"
+    )
+    out = tmp_path / "run"
+    recipe = load_recipe(ROOT / "recipes" / "imagenet" / "mobilenet_v1-str-75.28.yaml", [data, *SHORT])
     assert on_ranks(2, tmp_path, lambda rank: train_run(recipe, out, stop_after=1)) == [("", 0)] * 2
     assert [line["epoch"] for line in read_history(out)] == [1]
     metrics = train_run(recipe, out, resume=True)
