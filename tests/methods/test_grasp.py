@@ -189,6 +189,20 @@ def test_prune_is_called_once_before_training_and_with_its_own_sparsifier():
         method.prune(sparing.sparsify_(other, GMP(sparsity=0.5), steps=1000), lambda: None)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_layer_that_the_loss_does_not_use_is_named(exact):
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    method, loss = GraSP(sparsity=0.5), lambda: model[0](torch.ones(1, 4)).square().sum()
+    sparsifier, optimizer = attached(model, method)
+    prune = (lambda: method.prune(sparsifier, loss)) if exact else optimizer.step
+    loss().backward()
+    if not exact:
+        optimizer.step()
+        loss().backward()
+    with pytest.warns(sparing.SparsityWarning, match="no gradient reached 1 of 2 layers in this step: 1, whose"):
+        prune()
+
+
 @pytest.mark.parametrize("probe", [0, float("inf"), "0.1"])
 def test_a_probe_out_of_range_is_refused(probe):
     with pytest.raises(sparing.InputError, match=r"GraSP: probe must be a number in \(0, inf\), got"):

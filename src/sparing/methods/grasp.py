@@ -93,6 +93,7 @@ class GraSP(Ranking):
             raise InputError(f"GraSP: call prune() once, before training; {sparsifier.step} optimizer steps were taken")
         weights = {layer.name: layer.weight for layer, _ in sparsifier.each(ProbedMask)}
         gradients = torch.autograd.grad(closure(), list(weights.values()), create_graph=True, materialize_grads=True)
+        check_gradients(self, dict(zip(weights, gradients, strict=True)))
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
         products = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
         if dist.is_available() and dist.is_initialized():
@@ -105,7 +106,7 @@ class GraSP(Ranking):
         if sparsifier.step > 1 or _pruned(sparsifier):
             return
         if sparsifier.step > 0:
-            check_gradients(self, sparsifier.layers)
+            check_gradients(self, {name: layer.weight.grad for name, layer in sparsifier.layers.items()})
         products = {}
         for layer, part in sparsifier.each(ProbedMask):
             gradient = layer.weight.grad
