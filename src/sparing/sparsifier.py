@@ -314,10 +314,12 @@ class Sparsifier(StepHooks):
                 f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
-        active = self._active()
-        if idle and active:
+        self._active()
+        if not all(map(self._makes, self.layers.values())):  # a parametrization was removed
+            self.drop_lost_layers()
+        if idle and self.layers:
             check_held(self.layers, self.optimizers)
-        return active
+        return bool(self.layers)
 
     def _begin_step(self) -> None:
         if self.method.edits_gradients:
