@@ -122,7 +122,8 @@ class Sparsifier(StepHooks):
 
         Methods that regrow weights set the optimizer state of these weights to zero: every floating-point number that
         it holds for them, in tensors of the shape of the weight, of another shape, or quantized ones of torchao. State
-        of fewer numbers than the weight has, such as the factors of Adafactor or the moments of GaLore, stays as it is.
+        of fewer numbers than the weight has, such as the factors of Adafactor or the moments of GaLore, and
+        preconditioners stay as they are.
 
         Args:
             optimizers: all that train the model. Wrappers such as those of accelerate, Lightning, opacus and
