@@ -329,5 +329,5 @@ def check_not_wrapped(model: nn.Module) -> None:
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise InputError(
             "the model is sharded already, by fully_shard() or tensor parallelism, and weights sparsified later would "
-            "not be gathered: call sparsify_() before fully_shard()"
+            "not be gathered: call sparsify_() before fully_shard(). Tensor parallelism is not supported"
         )
