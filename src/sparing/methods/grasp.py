@@ -30,16 +30,21 @@ from sparing.sparsifier import Sparsifier
 
 
 class ProbedMask(Masked):
-    """S = (W + D) ⊙ M. The displacement D has elements between the first optimizer step and the second only."""
+    """S = (W + D) ⊙ M. The displacement D is one zero, but between the first optimizer step and the second."""
 
     displacement: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
-        self.register_state("displacement", torch.empty(0, device=mask.device))
+        self.register_state("displacement", torch.zeros(1, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return super().forward(weight + self.displacement.to(weight) if self.displacement.numel() > 0 else weight)
+        return super().forward(weight + self.displacement.to(weight) if self.displaced else weight)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether this is between the two steps."""
+        return self.displacement.shape == self.mask.shape
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}displacement", self.displacement)
@@ -116,7 +121,7 @@ class GraSP(Ranking):
                 continue
             # p² Hg: the positive factor changes no choice.
             products[layer.name] = self.probe * wide(gradient) - wide(part.displacement.to(gradient.device))
-            part.displacement = torch.empty(0, device=gradient.device)
+            part.displacement = torch.zeros(1, device=gradient.device)
         if products:
             _keep_best(sparsifier, products)
         sparsifier.skip_step()
