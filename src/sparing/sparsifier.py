@@ -316,7 +316,9 @@ class Sparsifier(StepHooks):
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
         self._active()
-        if not all(map(self._makes, self.layers.values())):  # a parametrization was removed
+        places = [layer.places[0] for layer in self.layers.values()]
+        # A quick check at each step for parametrizations that were removed.
+        if not all(place.tensor_name in place.module._modules.get("parametrizations", ()) for place in places):  # type: ignore[operator]
             self.drop_lost_layers()
         if idle and self.layers:
             check_held(self.layers, self.optimizers)
