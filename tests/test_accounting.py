@@ -495,6 +495,51 @@ def test_one_odd_layer_does_not_cost_the_whole_report(use, operation):
     assert any(row.dense_macs is None for row in found.layers)
 
 
+def modulated(model, x):
+    """Convolve each example with a kernel of its own, as StyleGAN 2 does."""
+    kernels = (model.p0 * model.linear(x)[:, None, :, None, None]).flatten(0, 1)
+    return F.conv2d(torch.ones(1, len(x) * 8, 5, 5), kernels, groups=len(x))
+
+
+def mixed(model, x):
+    """Convolve each example with a sum of kernels, as CondConv does."""
+    kernels = torch.einsum("nk,koihw->noihw", model.linear(x)[:, :3], model.p0).flatten(0, 1)
+    return F.conv2d(torch.ones(1, len(x) * 8, 5, 5), kernels, groups=len(x))
+
+
+@pytest.mark.parametrize(
+    ("use", "shape", "operation"),
+    [
+        (modulated, (4, 8, 3, 3), "convolution"),
+        (mixed, (3, 4, 8, 3, 3), "convolution"),
+        (lambda m, x: torch.einsum("bi,bio->bo", x, m.p0[m.linear(x).argmax(1)]), (8, 6, 5), "bmm"),
+        (lambda m, x: torch.bmm(x[:, None], m.p0.index_select(0, m.linear(x).argmax(1))), (8, 6, 5), "bmm"),
+        (lambda m, x: torch.einsum("qd,qkd->qk", m.linear(x), m.p0[torch.ones(4, 4).long()]), (7, 8), "bmm"),
+    ],
+    ids=["modulated kernels", "mixed kernels", "chosen experts", "selected experts", "relative positions"],
+)
+def test_weights_that_depend_on_the_inputs_or_are_chosen_by_an_index_are_not_counted_as_free(use, shape, operation):
+    model = Odd(use, shape)
+    with pytest.warns(sparing.SparsityWarning, match=f"MACs of 'p0' are not known, because '{operation}' uses"):
+        found = sparing.report(model, torch.randn(4, 6))
+    assert {row.name: row.dense_macs for row in found.layers} == {"p0": None, "linear": 4 * 48}
+    with pytest.raises(InputError, match="MACs of 'p0' are not known"):
+        sparing.sparsify_(model, STR(macs=0.5, input_size=torch.randn(4, 6)), select=["p0"], steps=10)
+
+
+def test_embeddings_and_activations_that_are_multiplied_are_no_weights():
+    def use(model, i):
+        rows = model.table(i)
+        attention = rows @ model.linear(rows)[..., :6].mT, rows @ rows.mT  # as in word2vec
+        features = model.kernel(model.linear(rows)[:, None])
+        return attention, F.conv2d(features, features)  # as a Siamese tracker does
+
+    model = Odd(use)
+    table, kernel = nn.Embedding(9, 6), nn.Conv2d(1, 4, 2)
+    model.table, model.kernel = table, kernel
+    assert None not in [row.dense_macs for row in sparing.report(model, torch.ones(2, 6, dtype=torch.long)).layers]
+
+
 @dataclasses.dataclass
 class Batch:
     x: torch.Tensor

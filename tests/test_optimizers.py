@@ -283,6 +283,18 @@ def test_state_of_fewer_numbers_than_the_weight_stays_as_it_is():
     assert factors == 2
 
 
+@pytest.mark.parametrize("key", ["precond_0", "inv_precond_1", "pre_conditioners"])
+def test_the_preconditioner_of_a_square_weight_stays_as_it_is(key):
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = torch.optim.SGD([weight])
+    preconditioner = torch.eye(4) + 1
+    kept = preconditioner.clone()
+    optimizer.state[weight] = {key: [preconditioner] if key.endswith("s") else preconditioner, "momentum": kept.clone()}
+    reset_state([optimizer], weight, torch.eye(4).bool())
+    assert torch.equal(preconditioner, kept)
+    assert optimizer.state[weight]["momentum"].diag().eq(0).all()
+
+
 @quiet
 @pytest.mark.parametrize("name", REGROWING)
 @pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])

@@ -682,6 +682,18 @@ def test_a_weight_held_in_two_places_is_sparse_in_both_or_refused():
         sparing.sparsify_(model, HALF)
 
 
+@pytest.mark.parametrize(
+    "hold",
+    [lambda weight: [weight], lambda weight: {"a": weight}, lambda weight: (1, weight.t()), torch.t],
+    ids=["list", "dict", "view in a tuple", "view"],
+)
+def test_a_weight_that_a_plain_attribute_holds_too_is_warned_of(hold):
+    model, _ = small()
+    model[1].held = hold(model[0].weight)
+    with pytest.warns(SparsityWarning, match="the weight of layer '0' is also held by '1.held', where it stays dense"):
+        sparing.sparsify_(model, HALF)
+
+
 @pytest.mark.parametrize("view", [lambda table: table.t(), lambda table: table[4:]])
 def test_parameters_that_share_memory_are_refused_where_one_is_to_be_sparse(view):
     model = nn.Sequential(nn.Embedding(16, 16), nn.Linear(16, 16))

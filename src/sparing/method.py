@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from sparing.allocation import Allocation
 from sparing.budget import Budget, check_target
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.layers import Layer
 from sparing.parametrizations import Mask, Sparse
 from sparing.patterns import NM, Pattern, Unstructured
@@ -308,17 +309,30 @@ class Ranking(Method):
         return allocation.goal, {n: cost // allocation.units[n].weights for n, cost in allocation.costs.items()}
 
 
-def check_gradients(method: Method, layers: Layers) -> None:
-    """Check that a method which ranks weights by their gradients has some.
+def check_gradients(method: Method, gradients: Mapping[str, Tensor | None]) -> None:
+    """Check that a method which ranks weights by their gradients has some, and warn of layers that have none.
+
+    Args:
+        method: that ranks weights.
+        gradients: of the weights, by layer.
 
     Raises:
-        InputError: all gradients of the layers are zero or missing.
+        InputError: all gradients are zero or missing.
     """
-    gradients = (layer.weight.grad for layer in layers.values())
-    if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+    without = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
+    if len(without) == len(gradients):
         raise InputError(
             f"{method.name} ranks weights by their gradients, and those of all sparsified layers are zero or missing "
             "in this step: call backward() before optimizer.step()"
+        )
+    if without:
+        some = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+        warnings.warn(
+            f"{method.name} ranks weights by their gradients, and no gradient reached {len(without)} of "
+            f"{len(gradients)} layers in this step: {some}, whose weights rank last. Leave out with select= what the "
+            "loss does not use",
+            SparsityWarning,
+            stacklevel=3,
         )
 
 

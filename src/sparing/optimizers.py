@@ -147,7 +147,8 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
 
     A regrown weight starts without momentum: what is stored belongs to the weight that was pruned there. State of the
     shape of the weight is taken for one number per weight. State of fewer numbers, such as the factors of Adafactor,
-    stays as it is. A quantized tensor is rounded again, and a code without a zero becomes the smallest.
+    and the preconditioners of Shampoo stay as they are. A quantized tensor is rounded again, and a code without a zero
+    becomes the smallest.
 
     Args:
         optimizers: those that may hold the parameter.
@@ -161,7 +162,8 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             try:
-                part = _per_weight(value, parameter)
+                # That of a square matrix has the shape of the weight, but no number of a single weight.
+                part = None if "precond" in str(key).replace("_", "") else _per_weight(value, parameter)
                 if part is not None:
                     _zero(part, where.to(part.device))
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:

@@ -109,6 +109,8 @@ class Origin:
             None if the elements are no weights.
         whole: the layer all of whose weights it holds, each once.
         changed: the operation that may have made a zero nonzero.
+        derived: the layers of weights that it was made from together with the inputs, or by an index.
+        chosen: it was made by an index, so that it is no activation, whatever it is multiplied by.
     """
 
     data: bool = False
@@ -116,6 +118,8 @@ class Origin:
     places: Callable[[], Tensor] | None = None
     whole: str | None = None
     changed: str | None = None
+    derived: frozenset[str] = frozenset()
+    chosen: bool = False
 
 
 DATA, CONSTANT = Origin(data=True), Origin()
@@ -134,6 +138,7 @@ _FREE = {
     aten.native_layer_norm, aten.native_group_norm, aten.native_batch_norm, aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
 }  # fmt: skip
+_CHOICES = {aten.index, aten.index_select, aten.gather, aten.embedding}
 _KNOWN = _PRODUCTS | _RECURRENT | _COPIES | _MOVES | _FREE
 
 
@@ -215,7 +220,7 @@ class ProductCounter(TorchDispatchMode):
         layers = frozenset().union(*(origin.layers for origin in weights.values()))
         if operation in _PRODUCTS and (data or operation is not aten.mul):
             self._count_product(operation, args, result, weights)
-            self.mark(result, DATA if data else Origin(layers=layers))
+            self.mark(result, self._of_data(func, origins) if data else Origin(layers=layers))
         elif operation is aten._grouped_mm:
             self._count_groups(*args, **kwargs)
             self.mark(result)
@@ -227,13 +232,18 @@ class ProductCounter(TorchDispatchMode):
             if not _is_free(func):
                 used = [origin.layers for origin in weights.values() if origin.places is not None]
                 self._unknown |= dict.fromkeys(frozenset().union(*used), operation.__name__)
-            self.mark(result)
+            self.mark(result, self._of_data(func, origins))
         elif layers:
             self._follow(func, args, kwargs, result, weights)
         return result
 
     def _count_product(self, operation: Any, args: Any, result: Tensor, weights: dict[Tensor, Origin]) -> None:
         factors = [part for part in args[1:] if isinstance(part, Tensor)] if operation in _ADDED else args[:2]
+        for index, part in enumerate(factors):
+            derived = self._origins.get(part, CONSTANT) if isinstance(part, Tensor) else CONSTANT
+            # A kernel that depends on the inputs, as in StyleGAN 2, is no activation, but a product of one often is.
+            if derived.chosen or (operation is aten.convolution and index == 1):
+                self._unknown |= dict.fromkeys(derived.derived, operation.__name__)
         made_of_weights = [part for part in factors if part in weights and part.numel()]
         if not made_of_weights:
             return
@@ -261,6 +271,21 @@ class ProductCounter(TorchDispatchMode):
         if origin.changed is not None:
             self._changed |= dict.fromkeys(origin.layers, origin.changed)
 
+    def _of_data(self, func: Any, origins: Iterable[Origin]) -> Origin:
+        """Return the origin of what an operation makes of activations and weights."""
+        operation, origins = func.overloadpacket, list(origins)
+        used = frozenset().union(*(each.layers for each in origins if each.places is not None))
+        if operation in _CHOICES and any(
+            len(self._shapes[name]) > 2 for name in used
+        ):  # of experts, not of an embedding
+            return Origin(data=True, derived=used, chosen=True)
+        if used and operation in (aten.mul, aten.mm, aten.bmm):
+            return Origin(data=True, derived=used)
+        if func.is_view or operation in _MOVES | _COPIES | {aten.mul, aten.sum}:
+            derived = frozenset().union(*(each.derived for each in origins))
+            return Origin(data=True, derived=derived, chosen=any(each.chosen for each in origins))
+        return DATA
+
     def _count_groups(self, rows: Tensor, experts: Tensor, offs: Tensor | None = None, **others: Any) -> None:
         """Count the products of a mixture of experts: how many rows an expert gets follows from their values."""
         origin = self._origins.get(experts, CONSTANT)
@@ -276,6 +301,8 @@ class ProductCounter(TorchDispatchMode):
         origin = Origin(
             layers=frozenset().union(*(each.layers for each in weights.values())),
             changed=next((each.changed for each in weights.values() if each.changed), None),
+            derived=frozenset().union(*(each.derived for each in weights.values())),
+            chosen=any(each.chosen for each in weights.values()),
         )
         known = {tensor: each for tensor, each in weights.items() if each.places is not None}
         first, source = next(iter(known.items()), (None, CONSTANT))
@@ -290,6 +317,8 @@ class ProductCounter(TorchDispatchMode):
             elif first.numel() == made.numel():
                 changed = origin.changed or (None if _keeps_zeros(func, args, kwargs, known) else operation.__name__)
                 self.mark(made, replace(origin, places=source.places, whole=source.whole, changed=changed))
+            elif operation in _CHOICES and made.dim() > 2:  # as a table of relative positions
+                self.mark(made, replace(origin, derived=origin.layers, chosen=True))
             else:
                 self.mark(made, origin)
 

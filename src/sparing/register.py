@@ -6,7 +6,8 @@ weights that they have now.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparing.effective_weight import EffectiveWeight, refuse_write
-from sparing.errors import InputError
+from sparing.errors import InputError, SparsityWarning
 from sparing.layers import EMBEDDINGS, Layer, Place, check_module
 from sparing.run_state import RunState
 
@@ -255,6 +256,9 @@ def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
 
     Raises:
         InputError: there is one.
+
+    Warns:
+        SparsityWarning: a module holds a weight in a plain attribute, list or dict too.
     """
     known = {place.key for layer in layers.values() for place in layer.places}
     names = {id(layer.weight): name for name, layer in layers.items()}
@@ -270,6 +274,26 @@ def check_held_once(model: nn.Module, layers: Mapping[str, Layer]) -> None:
                 f"the parameters {one!r} and {other!r} share memory, so that a step of one would fill the zeros of the "
                 "other: make them one Parameter, clone one of them, or leave the layer out with select="
             )
+    for key, held in _held_by_attributes(model):
+        if name := names.get(id(held)) or names.get(id(held._base)):
+            warnings.warn(
+                f"the weight of layer {name!r} is also held by {key!r}, where it stays dense: a forward that reads it "
+                "there does not see the zeros. Read it from its layer, or leave the layer out with select=",
+                SparsityWarning,
+                stacklevel=3,
+            )
+
+
+def _held_by_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over tensors that modules hold in plain attributes, lists and dicts, of which torch knows nothing."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_flat_weights"):  # of nn.Module and nn.RNNBase, which are replaced
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            for held in values if isinstance(values, (list, tuple, ValuesView)) else (values,):
+                if isinstance(held, Tensor):
+                    yield f"{name}.{attribute}".lstrip("."), held
 
 
 def _spans(model: nn.Module) -> Iterator[tuple[int, int, str]]:
@@ -305,5 +329,5 @@ def check_not_wrapped(model: nn.Module) -> None:
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise InputError(
             "the model is sharded already, by fully_shard() or tensor parallelism, and weights sparsified later would "
-            "not be gathered: call sparsify_() before fully_shard()"
+            "not be gathered: call sparsify_() before fully_shard(). Tensor parallelism is not supported"
         )

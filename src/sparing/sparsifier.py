@@ -122,7 +122,8 @@ class Sparsifier(StepHooks):
 
         Methods that regrow weights set the optimizer state of these weights to zero: every floating-point number that
         it holds for them, in tensors of the shape of the weight, of another shape, or quantized ones of torchao. State
-        of fewer numbers than the weight has, such as the factors of Adafactor or the moments of GaLore, stays as it is.
+        of fewer numbers than the weight has, such as the factors of Adafactor or the moments of GaLore, and
+        preconditioners stay as they are.
 
         Args:
             optimizers: all that train the model. Wrappers such as those of accelerate, Lightning, opacus and
@@ -314,10 +315,14 @@ class Sparsifier(StepHooks):
                 f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
-        active = self._active()
-        if idle and active:
+        self._active()
+        places = [layer.places[0] for layer in self.layers.values()]
+        # A quick check at each step for parametrizations that were removed.
+        if not all(place.tensor_name in place.module._modules.get("parametrizations", ()) for place in places):  # type: ignore[operator]
+            self.drop_lost_layers()
+        if idle and self.layers:
             check_held(self.layers, self.optimizers)
-        return active
+        return bool(self.layers)
 
     def _begin_step(self) -> None:
         if self.method.edits_gradients:

@@ -138,7 +138,7 @@ def test_the_two_steps_move_no_parameter_and_the_network_is_displaced_in_between
     step(model, optimizer, *data(1))
     assert all(map(torch.equal, model.parameters(), start))
     assert torch.equal(layer.effective_weight, layer.weight * layer.parametrization.mask)
-    assert layer.parametrization.displacement.numel() == 0
+    assert not layer.parametrization.displaced
     step(model, optimizer, *data(2))
     assert not any(map(torch.equal, model.parameters(), start))
 
@@ -153,6 +153,13 @@ def test_a_checkpoint_between_the_two_steps_continues_to_the_last_bit(split, tmp
     expected, found = straight.model.state_dict(), second.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_no_tensor_of_the_state_is_empty():
+    # accelerate's save_model takes all empty tensors for one shared tensor, and leaves out all but one.
+    model = smooth()
+    attached(model, GraSP(sparsity=0.75))
+    assert 0 not in {value.numel() for value in model.state_dict().values()}
 
 
 # In both orders: if the scores tied, one of them would be wrong.
@@ -187,6 +194,20 @@ def test_prune_is_called_once_before_training_and_with_its_own_sparsifier():
     other, _ = build("linear")
     with pytest.raises(sparing.InputError, match="the sparsifier is that of GMP"):
         method.prune(sparing.sparsify_(other, GMP(sparsity=0.5), steps=1000), lambda: None)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_layer_that_the_loss_does_not_use_is_named(exact):
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    method, loss = GraSP(sparsity=0.5), lambda: model[0](torch.ones(1, 4)).square().sum()
+    sparsifier, optimizer = attached(model, method)
+    prune = (lambda: method.prune(sparsifier, loss)) if exact else optimizer.step
+    loss().backward()
+    if not exact:
+        optimizer.step()
+        loss().backward()
+    with pytest.warns(sparing.SparsityWarning, match="no gradient reached 1 of 2 layers in this step: 1, whose"):
+        prune()
 
 
 @pytest.mark.parametrize("probe", [0, float("inf"), "0.1"])

@@ -88,12 +88,13 @@ def test_products_too_small_for_half_precision_are_ranked(weights):
 
 
 @pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
-def test_a_layer_without_gradient_is_pruned_first():
+def test_a_layer_without_gradient_is_pruned_first_and_named():
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     sparsifier = sparing.sparsify_(model, SNIP(sparsity=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer)
     model[0](torch.ones(1, 4)).sum().backward()
-    optimizer.step()
+    with pytest.warns(sparing.SparsityWarning, match="no gradient reached 1 of 2 layers in this step: 1, whose"):
+        optimizer.step()
     assert sparsifier.collapsed() == ["1"]
     assert sparsifier.layers["0"].sparsity() == 0.0

@@ -30,16 +30,21 @@ from sparing.sparsifier import Sparsifier
 
 
 class ProbedMask(Masked):
-    """S = (W + D) ⊙ M. The displacement D has elements between the first optimizer step and the second only."""
+    """S = (W + D) ⊙ M. The displacement D is one zero, but between the first optimizer step and the second."""
 
     displacement: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask)
-        self.register_state("displacement", torch.empty(0, device=mask.device))
+        self.register_state("displacement", torch.zeros(1, device=mask.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return super().forward(weight + self.displacement.to(weight) if self.displacement.numel() > 0 else weight)
+        return super().forward(weight + self.displacement.to(weight) if self.displaced else weight)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether this is between the two steps."""
+        return self.displacement.shape == self.mask.shape
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}displacement", self.displacement)
@@ -93,6 +98,7 @@ class GraSP(Ranking):
             raise InputError(f"GraSP: call prune() once, before training; {sparsifier.step} optimizer steps were taken")
         weights = {layer.name: layer.weight for layer, _ in sparsifier.each(ProbedMask)}
         gradients = torch.autograd.grad(closure(), list(weights.values()), create_graph=True, materialize_grads=True)
+        check_gradients(self, dict(zip(weights, gradients, strict=True)))
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
         products = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
         if dist.is_available() and dist.is_initialized():
@@ -105,7 +111,7 @@ class GraSP(Ranking):
         if sparsifier.step > 1 or _pruned(sparsifier):
             return
         if sparsifier.step > 0:
-            check_gradients(self, sparsifier.layers)
+            check_gradients(self, {name: layer.weight.grad for name, layer in sparsifier.layers.items()})
         products = {}
         for layer, part in sparsifier.each(ProbedMask):
             gradient = layer.weight.grad
@@ -115,7 +121,7 @@ class GraSP(Ranking):
                 continue
             # p² Hg: the positive factor changes no choice.
             products[layer.name] = self.probe * wide(gradient) - wide(part.displacement.to(gradient.device))
-            part.displacement = torch.empty(0, device=gradient.device)
+            part.displacement = torch.zeros(1, device=gradient.device)
         if products:
             _keep_best(sparsifier, products)
         sparsifier.skip_step()

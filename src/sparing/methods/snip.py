@@ -48,7 +48,7 @@ class SNIP(Ranking):
 
     def before_step(self, sparsifier: Sparsifier, optimizers: Optimizers) -> None:
         if sparsifier.step == 0:
-            check_gradients(self, sparsifier.layers)
+            check_gradients(self, {name: layer.weight.grad for name, layer in sparsifier.layers.items()})
             sparsifier.set_masks(sparsifier.plan.allocation.masks(_sensitivity))
             sparsifier.skip_step()
 
