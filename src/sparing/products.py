@@ -275,9 +275,8 @@ class ProductCounter(TorchDispatchMode):
         """Return the origin of what an operation makes of activations and weights."""
         operation, origins = func.overloadpacket, list(origins)
         used = frozenset().union(*(each.layers for each in origins if each.places is not None))
-        if operation in _CHOICES and any(
-            len(self._shapes[name]) > 2 for name in used
-        ):  # of experts, not of an embedding
+        # Of experts; an embedding has two dimensions.
+        if operation in _CHOICES and any(len(self._shapes[name]) > 2 for name in used):
             return Origin(data=True, derived=used, chosen=True)
         if used and operation in (aten.mul, aten.mm, aten.bmm):
             return Origin(data=True, derived=used)
