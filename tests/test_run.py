@@ -350,9 +350,13 @@ def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
     resolved = resolve(own()).to_yaml()
     (tmp_path / "recipe.yaml").write_text(resolved)
     assert (Run.open(tmp_path).metrics, Run.open(tmp_path).history) == (None, [])
-    for text in ("[1]", '{"accuracy": ', "3"):
+    for text, message in {
+        '{"accuracy": ': "unreadable",
+        "3": "the content: input should be a valid dictionary",
+        "{}": "method: field required",
+    }.items():
         (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(InputError, match=r"metrics.json: unreadable"):
+        with pytest.raises(InputError, match=f"metrics.json: {message}"):
             _ = Run.open(tmp_path).metrics
     for name in ("metrics.json", "history.jsonl"):
         (tmp_path / name).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
 from torch import nn
 
 from sparing import latency
@@ -24,6 +25,7 @@ from sparing.run.build import build_data, build_model, build_sparsifier, pick_de
 from sparing.run.checkpoint import load_checkpoint, load_newest
 from sparing.run.evaluate import Evaluation, evaluate
 from sparing.run.log import read_history
+from sparing.run.reading import check_content
 from sparing.run.recipe import Recipe, ResolvedSection, load_recipe
 from sparing.run.resolve import resolve
 from sparing.run.weights import load_fitting, read_weights
@@ -34,6 +36,27 @@ if TYPE_CHECKING:
 WeightsSource = Literal["last", "best", "dense"]
 WEIGHTS_ONLY = ("compressed", "safetensors")
 """Formats that hold tensors but no network."""
+
+
+class Metrics(BaseModel):
+    """What the command line and pages need of `metrics.json`."""
+
+    method: str
+    accuracy: float
+    validation_accuracy: float | None
+    sparsity: float
+    weights: int
+    nonzero: int
+    dense_macs: int
+    macs: int
+    test_correct: int
+    test_count: int
+    dense_bytes: int
+    compressed_bytes: int
+    seconds: float
+    device: str
+    dense_accuracy: float | None = None
+    dense_seconds: float | None = None
 
 
 class Run:
@@ -82,19 +105,17 @@ class Run:
         """The final results, of `metrics.json`; None if the run is not finished.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the file cannot be read, or a number is missing.
         """
         path = self.path / "metrics.json"
         if not path.exists():
             return None
+        text = read_text(path, str(path))
         try:
-            metrics = json.loads(read_text(path, str(path)))
-            if not isinstance(metrics, dict):
-                raise ValueError("it is no JSON object")
-        except InputError:
-            raise
+            metrics: dict[str, Any] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: unreadable ({error}); delete it and resume the run to write it again") from error
+        check_content(Metrics, metrics, path)
         return metrics
 
     @property
