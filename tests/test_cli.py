@@ -177,7 +177,8 @@ def test_report_writes_text_csv_html_and_json(place):
             "does not fit the recipe's resnet8",
         ),
         (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: is damaged"),
-        (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
+        (["report", "damaged", "--weights", "best"], "damaged has no best.pt; training writes it after an epoch"),
+        (["export", "damaged", "--to", "onnx"], "damaged has no model.safetensors; .* at the end of the run"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
         (["report", "runs/recipe", "--csv", "/dev/null"], "/dev/null cannot be written: not a regular file"),
         (

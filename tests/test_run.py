@@ -270,6 +270,11 @@ def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     (tmp_path / "w.safetensors").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="w.safetensors: is not a regular file"):
         load_weights(network, tmp_path / "w.safetensors")
+    sparing.export.compressed.save(network.state_dict(), tmp_path / "c.safetensors")
+    damaged = (tmp_path / "c.safetensors").read_bytes().replace(b"tensors", b"tensorz")
+    (tmp_path / "c.safetensors").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="^compressed file .*c.safetensors: the header is damaged$"):
+        load_weights(network, tmp_path / "c.safetensors")
     torch.save(load_checkpoint(moved / "checkpoint.pt")["model"], tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="holds a sparsified model in training; give the model.safetensors"):
         load_weights(network, tmp_path / "w.pt")

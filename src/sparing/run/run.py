@@ -22,7 +22,7 @@ from sparing.report import Report, report
 from sparing.rnn import RankReport
 from sparing.rnn import ranks as ranks_of
 from sparing.run.build import build_data, build_model, build_sparsifier, pick_device
-from sparing.run.checkpoint import load_checkpoint, load_newest
+from sparing.run.checkpoint import checkpoint_exists, load_checkpoint, load_newest
 from sparing.run.evaluate import Evaluation, evaluate
 from sparing.run.log import read_history
 from sparing.run.reading import check_content
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WeightsSource = Literal["last", "best", "dense"]
+FILES: dict[WeightsSource, tuple[str, str]] = {
+    "last": ("checkpoint.pt", "after an epoch, or when it is interrupted"),
+    "best": ("best.pt", "after an epoch"),
+    "dense": ("model.safetensors", "at the end of the run"),
+}
+"""Weights → their file in a run directory, and when training writes it."""
 WEIGHTS_ONLY = ("compressed", "safetensors")
 """Formats that hold tensors but no network."""
 
@@ -138,12 +144,14 @@ class Run:
         return self._models[weights]
 
     def _load(self, weights: WeightsSource) -> nn.Module:
+        name, when = FILES[weights]
+        path = self.path / name
+        if not path.exists() and not checkpoint_exists(path):
+            raise CheckpointError(f"{self.path} has no {name}; training writes it {when}")
         model = build_model(self.recipe.model, self.resolved.model_arguments)
         if weights == "dense":
-            path = self.path / "model.safetensors"
             load_fitting(model, read_weights(path), path)
             return model
-        path = self.path / ("best.pt" if weights == "best" else "checkpoint.pt")
         saved, path = (load_checkpoint(path), path) if weights == "best" else load_newest(path)
         if "model" not in saved:
             raise CheckpointError(f"checkpoint {path}: does not fit the recipe (it has no 'model')")
