@@ -102,6 +102,15 @@ def test_nothing_is_read_twice(moved, monkeypatch):
     assert len(read) == 1
 
 
+def test_bench_measures_nothing_if_its_file_cannot_be_written(moved, tmp_path, monkeypatch):
+    shutil.copytree(moved, tmp_path / "run")
+    (tmp_path / "run" / "latency.json").mkdir()
+    monkeypatch.setattr(Run, "model", lambda self, weights: None)
+    monkeypatch.setattr(run_module.latency, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    with pytest.raises(InputError, match="latency.json cannot be written: not a regular file"):
+        Run.open(tmp_path / "run").bench()
+
+
 def test_resolving_again_changes_nothing_and_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
