@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 import offline
-from sparing import __version__
+from sparing import __version__, tables
 from sparing.cli import Format, app, main
 from sparing.formats import FORMATS
 from tolerance import near, relative_error
@@ -88,7 +88,7 @@ def place(tmp_path_factory):
     assert not (place / "network.log").exists(), "training, or the measurement of latency, used the network"
     assert "epoch   2/2" in done.stdout
     assert "Test results" in done.stdout
-    assert re.search(r"File size: [\d,]+ bytes compressed, [\d,]+ bytes dense \([\d.]+x smaller\)", done.stdout)
+    assert re.search(r"File size: [\d,]+ bytes dense, [\d,]+ bytes compressed(, [\d.]+x smaller)?\n", done.stdout)
     assert re.search(r"Latency(: not measured| \(batch 1, one thread\): .* ms sparse in the engine)", done.stdout)
     return place
 
@@ -106,6 +106,13 @@ def test_the_commands_have_exactly_the_frozen_options():
     commands = dict(typer.main.get_command(app).commands)
     commands |= {f"budget {name}": command for name, command in commands.pop("budget").commands.items()}
     assert {name: options(command) for name, command in commands.items()} == FROZEN
+
+
+def test_a_file_that_is_not_smaller_is_not_called_smaller():
+    sizes = {"dense_bytes": 1000, "compressed_bytes": 400}
+    assert tables.sizes_line(sizes) == "File size: 1,000 bytes dense, 400 bytes compressed, 2.5x smaller"
+    sizes["compressed_bytes"] = 2000
+    assert tables.sizes_line(sizes) == "File size: 1,000 bytes dense, 2,000 bytes compressed"
 
 
 def test_train_with_json_prints_only_json(place):

@@ -24,6 +24,7 @@ from sparing.masks import count_kept
 from sparing.method import Method
 from sparing.methods import METHODS, find_method
 from sparing.models import MODELS
+from sparing.page import factor
 from sparing.run.evaluate import Evaluation
 from sparing.run.run import Run
 
@@ -177,7 +178,7 @@ def results_table(metrics: dict[str, Any]) -> Table:
 def sizes_line(metrics: dict[str, Any]) -> str:
     """Return the sizes of the files of weights, in bytes."""
     dense, compressed = metrics["dense_bytes"], metrics["compressed_bytes"]
-    return f"File size: {compressed:,} bytes compressed, {dense:,} bytes dense ({dense / compressed:.1f}x smaller)"
+    return f"File size: {dense:,} bytes dense, {compressed:,} bytes compressed{factor(dense, compressed, 'smaller')}"
 
 
 def latency_line(run: Run) -> str:
