@@ -195,6 +195,8 @@ def test_report_writes_text_csv_html_and_json(place):
         (["budget", "show", "resnet50-str-90.32"], "did you mean 'resnet50-str-90.23'"),
         (["budget", "show", "absent.json"], "budget absent.json: cannot be read"),
         (["budget", "show", "resnet50-str-90.23", "--model", "resnet18"], "model 'resnet18' has no layer"),
+        (["budget", "show", "recipe.yaml"], "budget recipe.yaml: the suffix must be .json or .csv"),
+        (["budget", "show", "short.json", "--model", "resnet8"], "'resnet8' does not take color images of 224 x 224"),
         (["budget", "extract", "runs/recipe", "--out", "b.txt"], "suffix must be .json or .csv"),
         (["train", "recipe.yaml", "--out", "x", "--set", SHORT], "the budget misses 9 of 10 layers"),
         (["export", "absent", "--to", "onnx"], "absent is not a run directory"),

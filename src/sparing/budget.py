@@ -138,13 +138,14 @@ class Budget(Mapping[str, float]):
         """Return the budget of a .json or .csv file, or the published budget of this name.
 
         Raises:
-            InputError: as `load` for a file, and as `published` for a name.
+            InputError: as `load` for a name with a suffix or of a file, and as `published` for others.
 
         Examples:
             >>> Budget.find("resnet50-str-90.23")["fc"]
             0.645
         """
-        return cls.load(source) if Path(source).suffix in (".json", ".csv") else cls.published(source)
+        is_file = Path(source).suffix in (".json", ".csv") or Path(source).is_file()
+        return cls.load(source) if is_file else cls.published(source)
 
     @staticmethod
     def published_names() -> tuple[str, ...]:

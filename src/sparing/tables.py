@@ -143,10 +143,17 @@ def budget_table(name: str, model_name: str | None = None) -> str:
         raise InputError(f"unknown model {model_name!r}; {nearest(model_name, MODELS)}")
     with torch.device("meta"):
         model = MODELS[model_name]()
-    layers, uses = find_layers(model), count_applications(model, (1, 3, 224, 224))
+    layers = find_layers(model)
     unknown = [layer for layer in budget if layer not in layers]
     if unknown:
         raise InputError(f"model {model_name!r} has no layer {unknown[0]!r}; {nearest(unknown[0], layers)}")
+    try:
+        uses = count_applications(model, (1, 3, 224, 224))
+    except InputError as error:
+        raise InputError(
+            f"model {model_name!r} does not take color images of 224 x 224 pixels, at which MACs are counted here; "
+            "sparing report counts those of a run"
+        ) from error
     kept = {n: count_kept(layers[n].weight.numel(), sparsity) for n, sparsity in budget.items()}
     macs = {n: uses[n] * count for n, count in kept.items()}
     rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in budget]
