@@ -62,7 +62,7 @@ def find_method(name: str) -> type[Method]:
     offered = {point.name: point for point in entry_points(group="sparing.methods")}
     if name not in offered and ":" not in name:
         raise InputError(
-            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])}, or an import path module:Class"
+            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])} (or an import path module:Class)"
         )
     path = f"{offered[name].module}:{offered[name].attr}" if name in offered else name
     found = import_object(path, "method")

@@ -97,7 +97,8 @@ def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{kind} {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(values).__name__}")
+        found = "an empty file" if values is None else type(values).__name__
+        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {found}")
     for key in values:
         if not isinstance(key, str):
             raise InputError(
