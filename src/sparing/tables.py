@@ -24,7 +24,6 @@ from sparing.masks import count_kept
 from sparing.method import Method
 from sparing.methods import METHODS, find_method
 from sparing.models import MODELS
-from sparing.page import factor
 from sparing.run.evaluate import Evaluation
 from sparing.run.run import Run
 
@@ -185,7 +184,8 @@ def results_table(metrics: dict[str, Any]) -> Table:
 def sizes_line(metrics: dict[str, Any]) -> str:
     """Return the sizes of the files of weights, in bytes."""
     dense, compressed = metrics["dense_bytes"], metrics["compressed_bytes"]
-    return f"File size: {dense:,} bytes dense, {compressed:,} bytes compressed{factor(dense, compressed, 'smaller')}"
+    smaller = f", {dense / compressed:.1f}x smaller" if compressed < dense else ""
+    return f"File size: {dense:,} bytes dense, {compressed:,} bytes compressed{smaller}"
 
 
 def latency_line(run: Run) -> str:
