@@ -47,7 +47,7 @@ FROZEN = {
     "bench": {"--threads", "--batch", "--json", "--help"},
     "methods": {"--json", "--help"},
     "convert": {"--arch", "--out", "--keep-thresholds", "--names", "--json", "--help"},
-    "budget list": {"--help"},
+    "budget list": {"--json", "--help"},
     "budget show": {"--model", "--json", "--help"},
     "budget extract": {"--out", "--weights", "--help"},
 }
@@ -459,6 +459,12 @@ class Recording(Console):
 
     def __init__(self, **options):
         super().__init__(**options | {"file": io.StringIO(), "color_system": None})
+
+
+def test_the_published_budgets_are_listed(tmp_path):
+    names = sparing("budget", "list", cwd=tmp_path).stdout.splitlines()
+    assert "resnet50-str-90.23" in names
+    assert json.loads(sparing("budget", "list", "--json", cwd=tmp_path).stdout) == names
 
 
 def test_a_published_budget_is_shown_with_its_counts(place):
