@@ -23,6 +23,7 @@ from rich.console import Console
 
 import offline
 from sparing import __version__, tables
+from sparing.__main__ import main as entry_point
 from sparing.cli import Format, app, main
 from sparing.formats import FORMATS
 from tolerance import near, relative_error
@@ -231,6 +232,15 @@ def test_invalid_input_prints_one_sentence_and_exits_with_status_2(place, argume
     assert len(done.stderr.splitlines()) == 1 or "Usage:" in done.stderr
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split())), done.stderr
     assert sorted(Path(place, "runs/recipe").rglob("*")) == before
+
+
+def test_a_missing_package_of_the_command_line_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "sparing.cli")
+    with pytest.raises(SystemExit) as exit_:
+        entry_point()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "sparing: typer is not installed; run pip install 'sparing[train]'\n"
 
 
 def test_an_error_is_one_line_in_a_new_process(place):
