@@ -158,6 +158,7 @@ SHAPES = {"conv1": (8, 3, 3, 3), "fc": (10, 8)}
     ("make", "message"),
     [
         (lambda: Budget({"fc": 1.5}), r"the sparsity of layer 'fc' must be in \[0, 1\], got 1.5"),
+        (lambda: Budget({0: 0.5}), "the name of a layer must be a str, got 0"),
         (lambda: Budget({"fc": True}), r"the sparsity of layer 'fc' must be in \[0, 1\], got True"),
         (lambda: Budget({"fc": float("nan")}), r"the sparsity of layer 'fc' must be in \[0, 1\], got nan"),
         (lambda: Budget.published("resnet50-str-90.32"), "none is published as 'resnet50-str-90.32'; did you mean "),

@@ -22,7 +22,8 @@ import typer
 from rich.console import Console
 
 import offline
-from sparing import __version__
+from sparing import __version__, tables
+from sparing.__main__ import main as entry_point
 from sparing.cli import Format, app, main
 from sparing.formats import FORMATS
 from tolerance import near, relative_error
@@ -47,7 +48,7 @@ FROZEN = {
     "bench": {"--threads", "--batch", "--json", "--help"},
     "methods": {"--json", "--help"},
     "convert": {"--arch", "--out", "--keep-thresholds", "--names", "--json", "--help"},
-    "budget list": {"--help"},
+    "budget list": {"--json", "--help"},
     "budget show": {"--model", "--json", "--help"},
     "budget extract": {"--out", "--weights", "--help"},
 }
@@ -88,7 +89,7 @@ def place(tmp_path_factory):
     assert not (place / "network.log").exists(), "training, or the measurement of latency, used the network"
     assert "epoch   2/2" in done.stdout
     assert "Test results" in done.stdout
-    assert re.search(r"File size: [\d,]+ bytes compressed, [\d,]+ bytes dense \([\d.]+x smaller\)", done.stdout)
+    assert re.search(r"File size: [\d,]+ bytes dense, [\d,]+ bytes compressed(, [\d.]+x smaller)?\n", done.stdout)
     assert re.search(r"Latency(: not measured| \(batch 1, one thread\): .* ms sparse in the engine)", done.stdout)
     return place
 
@@ -106,6 +107,13 @@ def test_the_commands_have_exactly_the_frozen_options():
     commands = dict(typer.main.get_command(app).commands)
     commands |= {f"budget {name}": command for name, command in commands.pop("budget").commands.items()}
     assert {name: options(command) for name, command in commands.items()} == FROZEN
+
+
+def test_a_file_that_is_not_smaller_is_not_called_smaller():
+    sizes = {"dense_bytes": 1000, "compressed_bytes": 400}
+    assert tables.sizes_line(sizes) == "File size: 1,000 bytes dense, 400 bytes compressed, 2.5x smaller"
+    sizes["compressed_bytes"] = 2000
+    assert tables.sizes_line(sizes) == "File size: 1,000 bytes dense, 2,000 bytes compressed"
 
 
 def test_train_with_json_prints_only_json(place):
@@ -177,7 +185,8 @@ def test_report_writes_text_csv_html_and_json(place):
             "does not fit the recipe's resnet8",
         ),
         (["eval", "damaged"], "checkpoint damaged/checkpoint.pt: is damaged"),
-        (["report", "damaged", "--weights", "best"], "checkpoint damaged/best.pt: there is no such file"),
+        (["report", "damaged", "--weights", "best"], "damaged has no best.pt; training writes it after an epoch"),
+        (["export", "damaged", "--to", "onnx"], "damaged has no model.safetensors; .* at the end of the run"),
         (["report", "runs/recipe", "--csv", "nowhere/table.csv"], "nowhere/table.csv cannot be written"),
         (["report", "runs/recipe", "--csv", "/dev/null"], "/dev/null cannot be written: not a regular file"),
         (
@@ -187,6 +196,8 @@ def test_report_writes_text_csv_html_and_json(place):
         (["budget", "show", "resnet50-str-90.32"], "did you mean 'resnet50-str-90.23'"),
         (["budget", "show", "absent.json"], "budget absent.json: cannot be read"),
         (["budget", "show", "resnet50-str-90.23", "--model", "resnet18"], "model 'resnet18' has no layer"),
+        (["budget", "show", "recipe.yaml"], "budget recipe.yaml: the suffix must be .json or .csv"),
+        (["budget", "show", "short.json", "--model", "resnet8"], "'resnet8' does not take color images of 224 x 224"),
         (["budget", "extract", "runs/recipe", "--out", "b.txt"], "suffix must be .json or .csv"),
         (["train", "recipe.yaml", "--out", "x", "--set", SHORT], "the budget misses 9 of 10 layers"),
         (["export", "absent", "--to", "onnx"], "absent is not a run directory"),
@@ -221,6 +232,15 @@ def test_invalid_input_prints_one_sentence_and_exits_with_status_2(place, argume
     assert len(done.stderr.splitlines()) == 1 or "Usage:" in done.stderr
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split())), done.stderr
     assert sorted(Path(place, "runs/recipe").rglob("*")) == before
+
+
+def test_a_missing_package_of_the_command_line_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "sparing.cli")
+    with pytest.raises(SystemExit) as exit_:
+        entry_point()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "sparing: typer is not installed; run pip install 'sparing[train]'\n"
 
 
 def test_an_error_is_one_line_in_a_new_process(place):
@@ -449,6 +469,12 @@ class Recording(Console):
 
     def __init__(self, **options):
         super().__init__(**options | {"file": io.StringIO(), "color_system": None})
+
+
+def test_the_published_budgets_are_listed(tmp_path):
+    names = sparing("budget", "list", cwd=tmp_path).stdout.splitlines()
+    assert "resnet50-str-90.23" in names
+    assert json.loads(sparing("budget", "list", "--json", cwd=tmp_path).stdout) == names
 
 
 def test_a_published_budget_is_shown_with_its_counts(place):

@@ -1,6 +1,8 @@
 """Files of compiled networks: they load to the same network, and damaged or hostile ones raise InputError."""
 
+import errno
 import json
+import os
 import random
 import struct
 from collections import namedtuple
@@ -18,6 +20,7 @@ from sparing.engine import file as module
 from sparing.engine.file import KEY, VERSION, load, save
 from sparing.engine.program import Call, Constant, Program, Ref
 from sparing.engine.shapes import Count
+from sparing.formats import save_engine
 
 pytestmark = pytest.mark.usefixtures("engine_library")
 
@@ -337,6 +340,18 @@ def test_random_programs_raise_input_error_or_run_without_harm(path, tmp_path):
             loaded(*inputs)
     assert all("wrong.engine is damaged: " in message for message in messages)
     assert len(messages) > trials / 2
+
+
+def test_an_export_to_a_full_disk_names_the_file_and_leaves_none(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        sparing.InputError, match=f"^{tmp_path}/full.engine cannot be written: No space left on device$"
+    ):
+        save_engine(nn.Linear(4, 2), tmp_path / "full.engine", (1, 4))
+    assert not list(tmp_path.iterdir())
 
 
 def test_programs_check_the_order_of_values(engine):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,10 @@ def test_each_is_under_forty_lines(path):
     source = (EXAMPLES / f"{path.split(':')[0]}.py").read_text()
     code = source.split('"""')[2].strip().splitlines()
     assert len([line for line in code if line.strip()]) < 40
+
+
+def test_the_type_of_a_name_is_not_the_module_of_str():
+    assert typing.get_type_hints(sparing.find_method)["name"] is str
 
 
 def test_a_method_that_cannot_be_found_is_refused():

@@ -86,8 +86,21 @@ MAY_IMPORT = {
         "run",
     },
     "cli": {"budget", "errors", "export", "files", "formats", "methods", "run", "tables"},
+    "__main__": {"cli"},
 }  # fmt: skip
-OUTSIDE_THE_CORE = {"integrations", "plots", "data", "export", "engine", "formats", "latency", "run", "tables", "cli"}
+OUTSIDE_THE_CORE = {
+    "integrations",
+    "plots",
+    "data",
+    "export",
+    "engine",
+    "formats",
+    "latency",
+    "run",
+    "tables",
+    "cli",
+    "__main__",
+}
 
 
 def room(path):

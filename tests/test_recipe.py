@@ -103,7 +103,7 @@ def test_an_invalid_recipe_is_reported_with_its_key_and_the_valid_choices(tmp_pa
     ("text", "message"),
     [
         ("- a\n- b\n", "must be a mapping of keys, such as 'model:', not list"),
-        ("", "must be a mapping of keys"),
+        ("", "must be a mapping of keys, such as 'model:', not an empty file"),
         ("data: {name: mnist5k}", "the key 'model' is missing"),
         ("model: {name: resnet9}\ndata: {name: mnist5k}", "model.name: unknown name 'resnet9'; did you mean 'resnet8'"),
         ("model: {name: resnet8}\ndata: {name: mnist4k}", "data.name: unknown name 'mnist4k'; did you mean 'mnist5k'"),

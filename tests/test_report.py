@@ -235,13 +235,14 @@ def test_an_unfinished_run_has_a_page(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.json", '{"accuracy": "<b>"}', "metrics.json: accuracy: input should be a valid number"),
-        ("metrics.json", "{}", "metrics.json: accuracy: field required"),
+        ("metrics.json", '{"method": 3}', "metrics.json: method: input should be a valid string"),
+        ("metrics.json", "{}", "metrics.json: method: field required"),
         (
             "history.jsonl",
             '{"epoch": 1, "sparsity": "<", "layers": {}}',
             "history.jsonl: 0.sparsity: input should be a",
         ),
+        ("latency.json", "3", "latency.json: the content: input should be a dictionary"),
         ("latency.json", '{"rows": 1}', "latency.json: rows: input should be a valid tuple"),
         ("latency.json", "[" * 100_000, "latency.json: unreadable"),
     ],

@@ -102,6 +102,15 @@ def test_nothing_is_read_twice(moved, monkeypatch):
     assert len(read) == 1
 
 
+def test_bench_measures_nothing_if_its_file_cannot_be_written(moved, tmp_path, monkeypatch):
+    shutil.copytree(moved, tmp_path / "run")
+    (tmp_path / "run" / "latency.json").mkdir()
+    monkeypatch.setattr(Run, "model", lambda self, weights: None)
+    monkeypatch.setattr(run_module.latency, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    with pytest.raises(InputError, match="latency.json cannot be written: not a regular file"):
+        Run.open(tmp_path / "run").bench()
+
+
 def test_resolving_again_changes_nothing_and_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -270,6 +279,11 @@ def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     (tmp_path / "w.safetensors").symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="w.safetensors: is not a regular file"):
         load_weights(network, tmp_path / "w.safetensors")
+    sparing.export.compressed.save(network.state_dict(), tmp_path / "c.safetensors")
+    damaged = (tmp_path / "c.safetensors").read_bytes().replace(b"tensors", b"tensorz")
+    (tmp_path / "c.safetensors").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="^compressed file .*c.safetensors: the header is damaged$"):
+        load_weights(network, tmp_path / "c.safetensors")
     torch.save(load_checkpoint(moved / "checkpoint.pt")["model"], tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="holds a sparsified model in training; give the model.safetensors"):
         load_weights(network, tmp_path / "w.pt")
@@ -350,9 +364,13 @@ def test_a_directory_without_a_resolved_recipe_is_no_run(tmp_path):
     resolved = resolve(own()).to_yaml()
     (tmp_path / "recipe.yaml").write_text(resolved)
     assert (Run.open(tmp_path).metrics, Run.open(tmp_path).history) == (None, [])
-    for text in ("[1]", '{"accuracy": ', "3"):
+    for text, message in {
+        '{"accuracy": ': "unreadable",
+        "3": "the content: input should be a valid dictionary",
+        "{}": "method: field required",
+    }.items():
         (tmp_path / "metrics.json").write_text(text)
-        with pytest.raises(InputError, match=r"metrics.json: unreadable"):
+        with pytest.raises(InputError, match=f"metrics.json: {message}"):
             _ = Run.open(tmp_path).metrics
     for name in ("metrics.json", "history.jsonl"):
         (tmp_path / name).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ class Budget(Mapping[str, float]):
         sparsity: the mapping.
 
     Raises:
-        InputError: a value is not a number in [0, 1].
+        InputError: a name is not a str, or a value not a number in [0, 1].
 
     Examples:
         >>> Budget({"conv1": 0.5, "fc": 0.9})["fc"]
@@ -32,6 +32,8 @@ class Budget(Mapping[str, float]):
 
     def __init__(self, sparsity: Mapping[str, float]) -> None:
         for name, value in sparsity.items():
+            if not isinstance(name, str):
+                raise InputError(f"budget: the name of a layer must be a str, got {name!r:.200}")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"budget: the sparsity of layer {name!r:.200} must be in [0, 1], got {value!r:.50}")
         self._sparsity = {name: float(value) for name, value in sparsity.items()}
@@ -54,12 +56,12 @@ class Budget(Mapping[str, float]):
 
         Args:
             model: the model.
-            sparsity: of each layer, in [0, 1].
+            sparsity: of each layer, in [0, 1).
             dense: names of layers to leave dense, such as the first or the classifier; the others
                 keep `sparsity`, so the total is below it.
 
         Raises:
-            InputError: a name of `dense` is no layer.
+            InputError: a name of `dense` is no layer; the sparsity is out of range.
 
         Examples:
             >>> Budget.uniform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0.75, dense=["1"])
@@ -82,7 +84,8 @@ class Budget(Mapping[str, float]):
             dense: names of layers to leave dense; the others make up for them.
 
         Raises:
-            InputError: a name of `dense` is no layer, or the dense layers alone are too many.
+            InputError: a name of `dense` is no layer, or the dense layers alone are too many; the sparsity is out of
+                range.
 
         Source: Evci et al., "Rigging the Lottery", ICML 2020, section 3, and its code
         (sparse_utils.get_sparsities_erdos_renyi).
@@ -138,13 +141,14 @@ class Budget(Mapping[str, float]):
         """Return the budget of a .json or .csv file, or the published budget of this name.
 
         Raises:
-            InputError: as `load` for a file, and as `published` for a name.
+            InputError: as `load` for a name with a suffix or of a file, and as `published` for others.
 
         Examples:
             >>> Budget.find("resnet50-str-90.23")["fc"]
             0.645
         """
-        return cls.load(source) if Path(source).suffix in (".json", ".csv") else cls.published(source)
+        is_file = Path(source).suffix in (".json", ".csv") or Path(source).is_file()
+        return cls.load(source) if is_file else cls.published(source)
 
     @staticmethod
     def published_names() -> tuple[str, ...]:

@@ -273,9 +273,10 @@ def convert(
 
 
 @budget_app.command("list")
-def budget_list() -> None:
+def budget_list(as_json: JsonOption = False) -> None:
     """List the published budgets by name."""
-    print("\n".join(Budget.published_names()))
+    names = Budget.published_names()
+    print(json.dumps(names) if as_json else "\n".join(names))
 
 
 @budget_app.command("show")

@@ -132,13 +132,17 @@ def warn_if_nothing_prunes(
     if threshold >= LEAST_THRESHOLD:
         return
     try:
-        enough = f"{weight_decay_for(0.9, learning_rates, momentum, -20.0):.2g} and method.init=-20"
-    except InputError:
-        enough = "more, over more steps than these"
+        decay = weight_decay_for(0.9, learning_rates, momentum, -20.0)
+        remedy = (
+            f"optimizer.threshold_weight_decay={decay:.2g} and method.init=-20. method.for_sparsity=0.9 chooses it "
+            "(sparing.STR.for_schedule)"
+        )
+    except InputError:  # for_sparsity would be refused, too
+        remedy = "more steps and a higher optimizer.threshold_weight_decay"
     warnings.warn(
         f"nothing can be pruned: in the {len(learning_rates)} steps of this run a weight decay of {weight_decay:.3g} "
         f"takes s from {init:g} to {end:.4g} at best, a threshold of {threshold:.1g}. A sparsity of about 90 % takes "
-        f"optimizer.threshold_weight_decay={enough}. method.for_sparsity=0.9 chooses it (sparing.STR.for_schedule)",
+        f"{remedy}",
         SparsityWarning,
         stacklevel=2,
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparing import engine
+from sparing.engine.file import contents
 from sparing.export import compressed, mnn, onnx, openvino
 from sparing.export.inputs import Example, find_inputs
 from sparing.export.network import Written, check, check_values, outputs, plain, tolerance
@@ -40,12 +41,15 @@ def save_safetensors(model: nn.Module, path: Path, example: Example) -> Written:
 
 def save_engine(model: nn.Module, path: Path, example: Example) -> Written:
     """Write an .engine file, and check its outputs against PyTorch."""
+    from safetensors.torch import save_file
+
     fast = engine.compile(model, example)
     network = plain(model).float()  # the engine computes in float32
     example = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, example)
     args, kwargs = find_inputs(network, example).sample(3)
+    tensors, metadata = contents(fast)
     with atomic_write(path) as temporary:
-        engine.save(fast, temporary)
+        save_file(tensors, temporary, metadata)
         got = outputs(engine.load(temporary), args, kwargs)
         error = check(str(path), outputs(network, args, kwargs), got, tolerance(network))
     return Written(path, path.stat().st_size, error)

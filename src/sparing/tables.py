@@ -142,10 +142,17 @@ def budget_table(name: str, model_name: str | None = None) -> str:
         raise InputError(f"unknown model {model_name!r}; {nearest(model_name, MODELS)}")
     with torch.device("meta"):
         model = MODELS[model_name]()
-    layers, uses = find_layers(model), count_applications(model, (1, 3, 224, 224))
+    layers = find_layers(model)
     unknown = [layer for layer in budget if layer not in layers]
     if unknown:
         raise InputError(f"model {model_name!r} has no layer {unknown[0]!r}; {nearest(unknown[0], layers)}")
+    try:
+        uses = count_applications(model, (1, 3, 224, 224))
+    except InputError as error:
+        raise InputError(
+            f"model {model_name!r} does not take color images of 224 x 224 pixels, at which MACs are counted here; "
+            "sparing report counts those of a run"
+        ) from error
     kept = {n: count_kept(layers[n].weight.numel(), sparsity) for n, sparsity in budget.items()}
     macs = {n: uses[n] * count for n, count in kept.items()}
     rows = [(n, layers[n].weight.numel(), kept[n], macs[n]) for n in budget]
@@ -177,7 +184,8 @@ def results_table(metrics: dict[str, Any]) -> Table:
 def sizes_line(metrics: dict[str, Any]) -> str:
     """Return the sizes of the files of weights, in bytes."""
     dense, compressed = metrics["dense_bytes"], metrics["compressed_bytes"]
-    return f"File size: {compressed:,} bytes compressed, {dense:,} bytes dense ({dense / compressed:.1f}x smaller)"
+    smaller = f", {dense / compressed:.1f}x smaller" if compressed < dense else ""
+    return f"File size: {dense:,} bytes dense, {compressed:,} bytes compressed{smaller}"
 
 
 def latency_line(run: Run) -> str:

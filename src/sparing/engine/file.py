@@ -81,11 +81,18 @@ def save(engine: Engine, path: str | Path) -> Path:
     """
     if not isinstance(engine, Engine):
         raise InputError(f"sparing.engine.save writes what compile returns, got {type(engine).__name__}")
-    path = Path(path)
+    tensors, metadata = contents(engine)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return Path(path)
+
+
+def contents(engine: Engine) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of the safetensors file of a compiled network; see `save` for its errors."""
     program = engine.program
     if engine.returns is not None and (other := _other_container(tree_unflatten(*engine.returns))):
         warnings.warn(
-            f"the loaded network returns a dict or tuple in place of {other}", SparsityWarning, stacklevel=2
+            f"the loaded network returns a dict or tuple in place of {other}", SparsityWarning, stacklevel=3
         )  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for name, tensor in program.constants.items():
@@ -115,9 +122,7 @@ def save(engine: Engine, path: str | Path) -> Path:
         "weights": program.weights,
     }
     header = {"format": FORMAT, "version": VERSION, "crc32": _checksum(content, tensors), "program": content}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {KEY: json.dumps(header)})
-    return path
+    return tensors, {KEY: json.dumps(header)}
 
 
 def load(path: str | Path, threads: int | None = None) -> Engine:

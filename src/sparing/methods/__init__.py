@@ -1,5 +1,6 @@
 """The methods, one file each; their table, and how methods of other packages are found."""
 
+import builtins  # `str` is a module of this package
 from importlib.metadata import entry_points
 
 from sparing.errors import InputError, nearest
@@ -41,7 +42,7 @@ METHODS: dict[str, type[Method]] = {
 """The methods by the name that recipes use."""
 
 
-def find_method(name: str) -> type[Method]:
+def find_method(name: builtins.str) -> type[Method]:
     """Return the method of a name: of `METHODS`, of the entry point group "sparing.methods", or an import path.
 
     A package offers a method under a name of its own with, in its pyproject.toml,
@@ -62,7 +63,7 @@ def find_method(name: str) -> type[Method]:
     offered = {point.name: point for point in entry_points(group="sparing.methods")}
     if name not in offered and ":" not in name:
         raise InputError(
-            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])}, or an import path module:Class"
+            f"unknown method {name!r}; {nearest(name, [*METHODS, *offered])} (or an import path module:Class)"
         )
     path = f"{offered[name].module}:{offered[name].attr}" if name in offered else name
     found = import_object(path, "method")

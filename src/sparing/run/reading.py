@@ -9,12 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sparing.errors import InputError, nearest
+
+Content = TypeVar("Content")
 
 MAX_BYTES = 2**22
 """Maximum size of a file. The largest recipes hold a budget with one number per layer."""
@@ -95,7 +97,8 @@ def read_mapping(path: str | Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{kind} {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {type(values).__name__}")
+        found = "an empty file" if values is None else type(values).__name__
+        raise InputError(f"{kind} {path}: must be a mapping of keys, such as 'model:', not {found}")
     for key in values:
         if not isinstance(key, str):
             raise InputError(
@@ -142,6 +145,20 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         root: class that was validated.
     """
     return "; ".join(_explain(each, root) for each in error.errors())
+
+
+def check_content(kind: type[Content], content: Any, path: Path) -> Content:
+    """Return what was read from a file that sparing has written, as an object of the type `kind`.
+
+    Raises:
+        InputError: a field is missing or of another type; the message names the first.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}." for part in first["loc"][:4]).rstrip(".") or "the content"
+        raise InputError(f"{path}: {place}: {first['msg'].lower()}; it is not as sparing writes it") from error
 
 
 def _explain(error: Any, root: type[BaseModel]) -> str:

@@ -282,5 +282,5 @@ def build_recipe(content: dict[str, Any], overrides: Sequence[str] = (), where: 
 
 def _check_name(name: str, table: Mapping[str, Any]) -> str:
     if name not in table and not PATH.fullmatch(name):
-        raise InputError(f"unknown name {name!r}; {nearest(name, table)}, or an import path module:Name")
+        raise InputError(f"unknown name {name!r}; {nearest(name, table)} (or an import path module:Name)")
     return name

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
 from torch import nn
 
 from sparing import latency
@@ -13,7 +14,7 @@ from sparing.data import SplitDataset, check_split
 from sparing.errors import CheckpointError, InputError
 from sparing.export.network import Written
 from sparing.export.shrink import shrink
-from sparing.files import atomic_write, read_text, write_text
+from sparing.files import atomic_write, read_text
 from sparing.formats import FORMATS
 from sparing.layers import find_layers, sparse_layers
 from sparing.plots import latency_bars
@@ -21,9 +22,10 @@ from sparing.report import Report, report
 from sparing.rnn import RankReport
 from sparing.rnn import ranks as ranks_of
 from sparing.run.build import build_data, build_model, build_sparsifier, pick_device
-from sparing.run.checkpoint import load_checkpoint, load_newest
+from sparing.run.checkpoint import checkpoint_exists, load_checkpoint, load_newest
 from sparing.run.evaluate import Evaluation, evaluate
 from sparing.run.log import read_history
+from sparing.run.reading import check_content
 from sparing.run.recipe import Recipe, ResolvedSection, load_recipe
 from sparing.run.resolve import resolve
 from sparing.run.weights import load_fitting, read_weights
@@ -32,8 +34,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WeightsSource = Literal["last", "best", "dense"]
+FILES: dict[WeightsSource, tuple[str, str]] = {
+    "last": ("checkpoint.pt", "after an epoch, or when it is interrupted"),
+    "best": ("best.pt", "after an epoch"),
+    "dense": ("model.safetensors", "at the end of the run"),
+}
+"""Weights → their file in a run directory, and when training writes it."""
 WEIGHTS_ONLY = ("compressed", "safetensors")
 """Formats that hold tensors but no network."""
+
+
+class Metrics(BaseModel):
+    """What the command line and pages need of `metrics.json`."""
+
+    method: str
+    accuracy: float
+    validation_accuracy: float | None
+    sparsity: float
+    weights: int
+    nonzero: int
+    dense_macs: int
+    macs: int
+    test_correct: int
+    test_count: int
+    dense_bytes: int
+    compressed_bytes: int
+    seconds: float
+    device: str
+    dense_accuracy: float | None = None
+    dense_seconds: float | None = None
 
 
 class Run:
@@ -82,19 +111,17 @@ class Run:
         """The final results, of `metrics.json`; None if the run is not finished.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the file cannot be read, or a number is missing.
         """
         path = self.path / "metrics.json"
         if not path.exists():
             return None
+        text = read_text(path, str(path))
         try:
-            metrics = json.loads(read_text(path, str(path)))
-            if not isinstance(metrics, dict):
-                raise ValueError("it is no JSON object")
-        except InputError:
-            raise
+            metrics: dict[str, Any] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: unreadable ({error}); delete it and resume the run to write it again") from error
+        check_content(Metrics, metrics, path)
         return metrics
 
     @property
@@ -117,12 +144,14 @@ class Run:
         return self._models[weights]
 
     def _load(self, weights: WeightsSource) -> nn.Module:
+        name, when = FILES[weights]
+        path = self.path / name
+        if not path.exists() and not checkpoint_exists(path):
+            raise CheckpointError(f"{self.path} has no {name}; training writes it {when}")
         model = build_model(self.recipe.model, self.resolved.model_arguments)
         if weights == "dense":
-            path = self.path / "model.safetensors"
             load_fitting(model, read_weights(path), path)
             return model
-        path = self.path / ("best.pt" if weights == "best" else "checkpoint.pt")
         saved, path = (load_checkpoint(path), path) if weights == "best" else load_newest(path)
         if "model" not in saved:
             raise CheckpointError(f"checkpoint {path}: does not fit the recipe (it has no 'model')")
@@ -190,11 +219,14 @@ class Run:
             batches: batch sizes.
             threads: numbers of threads; None measures 1 and the number of CPUs.
             say: called with a text when a stage of the measurement begins.
+
+        Raises:
+            InputError: the run is not finished; latency.json cannot be written.
         """
-        measured = latency.measure(
-            self.model("dense"), self.resolved.input_size, batches=batches, threads=threads, say=say
-        )
-        write_text(self.path / "latency.json", measured.to_json() + "\n")
+        model = self.model("dense")
+        with atomic_write(self.path / "latency.json") as temporary:  # fails before minutes of measurement, not after
+            measured = latency.measure(model, self.resolved.input_size, batches=batches, threads=threads, say=say)
+            temporary.write_text(measured.to_json() + "\n", encoding="utf-8")
         write_figure(latency_bars(measured.bars()), self.path / "figures" / "latency.png")
         return measured
 

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from sparing.errors import InputError
 from sparing.files import write_text
@@ -14,9 +13,8 @@ from sparing.latency.timings import FP32_BASELINES, Latency, format_threads
 from sparing.page import Entry, Fact, count_facts, factor, render, short
 from sparing.page.charts import Lines, Series, lines
 from sparing.run.log import read_history
-from sparing.run.run import Run, WeightsSource
-
-Content = TypeVar("Content")
+from sparing.run.reading import check_content
+from sparing.run.run import Metrics, Run, WeightsSource
 
 
 class Layer(BaseModel):
@@ -33,19 +31,6 @@ class Epoch(BaseModel):
     sparsity: float
     validation_accuracy: float | None = None
     layers: dict[str, Layer]
-
-
-class Metrics(BaseModel):
-    """What a page needs of `metrics.json`."""
-
-    accuracy: float
-    dense_accuracy: float | None = None
-    test_correct: int
-    test_count: int
-    dense_bytes: int
-    compressed_bytes: int
-    seconds: float
-    device: str
 
 
 def write_page(runs: Sequence[Run], path: str | Path, weights: WeightsSource = "last") -> None:
@@ -75,7 +60,7 @@ def write_page(runs: Sequence[Run], path: str | Path, weights: WeightsSource = "
 
 def _entry(run: Run, title: str, history: list[Epoch], weights: WeightsSource) -> Entry:
     report, ranks = run.report(weights), run.ranks(weights)
-    metrics = None if run.metrics is None else _check(Metrics, run.metrics, run.path / "metrics.json")
+    metrics = None if run.metrics is None else Metrics.model_validate(run.metrics)
     facts = list(count_facts(report))
     if weights != "best" and metrics is not None:
         facts = [_accuracy(metrics), *facts, _size(metrics)]
@@ -122,7 +107,7 @@ def _size(metrics: Metrics) -> Fact:
 
 def _latency(path: Path) -> list[Fact]:
     """Return the latency of the fastest sparse backend against the fastest dense one in fp32; [] if not measured."""
-    measured = _check(Latency, _read_json(path), path)
+    measured = check_content(Latency, _read_json(path), path)
     batch, threads = min(measured.groups(), default=(0, 0))
     rows = {row.name: row for row in measured.groups().get((batch, threads), [])}
     dense = {name: rows[name].speedup or 0 for name in FP32_BASELINES if name in rows and rows[name].speedup}
@@ -178,7 +163,7 @@ def _totals(history: list[Epoch]) -> Series:
 
 
 def _history(run: Path) -> list[Epoch]:
-    return _check(list[Epoch], read_history(run), run / "history.jsonl")
+    return check_content(list[Epoch], read_history(run), run / "history.jsonl")
 
 
 def _read_json(path: Path) -> Any:
@@ -186,15 +171,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: unreadable ({error}); run sparing bench to write it again") from error
-
-
-def _check(kind: type[Content], content: Any, path: Path) -> Content:
-    try:
-        return TypeAdapter(kind).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in islice(first["loc"], 4))
-        raise InputError(f"{path}: {place}: {first['msg'].lower()}; it is not as sparing writes it") from error
 
 
 def _percent(fraction: float) -> str:

@@ -37,6 +37,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 is_compressed = "sparing.compressed" in (file.metadata() or {})
             return dict(compressed.load(path)) if is_compressed else load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:  # of a compressed file
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({_reason(error)})") from error
     except Exception as error:  # torch raises errors of many types on damaged files
