@@ -316,9 +316,7 @@ class Sparsifier(StepHooks):
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
         self._active()
-        places = [layer.places[0] for layer in self.layers.values()]
-        # A quick check at each step for parametrizations that were removed.
-        if not all(place.tensor_name in place.module._modules.get("parametrizations", ()) for place in places):  # type: ignore[operator]
+        if any(layer.places[0].parametrizations is None for layer in self.layers.values()):
             self.drop_lost_layers()
         if idle and self.layers:
             check_held(self.layers, self.optimizers)
