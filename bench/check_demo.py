@@ -20,7 +20,7 @@ def main():
     }
     for check, passed in checks.items():
         print("ok  " if passed else "FAIL", check)
-    print(f"     training took {seconds:.0f} s; 60 to 200 s are usual")
+    print(f"     training took {seconds:.0f} s; 60 to 300 s are usual")
     sys.exit(0 if all(checks.values()) else 1)
 
 
