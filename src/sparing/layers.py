@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +54,9 @@ class Place:
     @property
     def parametrizations(self) -> parametrize.ParametrizationList | None:
         """Parametrizations of the tensor; None for a plain parameter."""
-        # From the dict of modules, as methods look at each step, and nn.Module.__getattr__ is slow.
-        lists = self.module._modules.get("parametrizations")
-        return cast(Any, lists._modules.get(self.tensor_name)) if isinstance(lists, nn.ModuleDict) else None
+        if not parametrize.is_parametrized(self.module, self.tensor_name):
+            return None
+        return self.module.parametrizations[self.tensor_name]  # type: ignore[index, return-value]
 
 
 @dataclass(frozen=True)
