@@ -111,6 +111,17 @@ def test_bench_measures_nothing_if_its_file_cannot_be_written(moved, tmp_path, m
         Run.open(tmp_path / "run").bench()
 
 
+def test_an_error_of_a_measurement_is_none_of_writing(moved, monkeypatch):
+    def measure(*args, **kwargs):
+        raise FileNotFoundError("the library of a runtime")
+
+    monkeypatch.setattr(run_module.latency, "measure", measure)
+    monkeypatch.setattr(Run, "model", lambda self, weights: None)
+    with pytest.raises(FileNotFoundError, match="the library of a runtime"):
+        Run.open(moved).bench()
+    assert not [path.name for path in moved.iterdir() if "latency" in path.name]
+
+
 def test_resolving_again_changes_nothing_and_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

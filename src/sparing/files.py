@@ -6,7 +6,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -55,6 +55,20 @@ def _replace(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Checked(Exception):  # noqa: N818
+    pass
+
+
+def check_writable(path: str | Path) -> None:
+    """Check that a file can be written, before the work whose result it will hold.
+
+    Raises:
+        InputError: as `atomic_write`.
+    """
+    with suppress(_Checked), atomic_write(path):
+        raise _Checked  # the temporary file is deleted, and `path` stays as it is
 
 
 def write_text(path: str | Path, text: str) -> None:

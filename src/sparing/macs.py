@@ -114,9 +114,9 @@ def _run_on_meta(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwarg
         for place in layer.places:
             for key in (place.key, f"{place.key}_orig"):  # the latter of torch.nn.utils.prune
                 if key in state:
-                    counter.mark_weight(state[key], name)
+                    counter.origins.mark_weight(state[key], name)
     args, kwargs = tree_map_only(Tensor, meta, (args, kwargs))
-    counter.mark((args, kwargs))
+    counter.origins.mark((args, kwargs))
     with _counting(model, layers, counter), torch.device("meta"):
         functional_call(model, state, args, kwargs, tie_weights=False)
     return counter.applications()
@@ -126,11 +126,11 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) 
     counter = ProductCounter(layers)
     for name, layer in layers.items():
         if layer.places[0].parametrizations is None:
-            counter.mark_weight(layer.weight, name)
+            counter.origins.mark_weight(layer.weight, name)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     # Tensors of its own: the model may write into its inputs.
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(device), (args, kwargs))
-    counter.mark((args, kwargs))
+    counter.origins.mark((args, kwargs))
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with _counting(model, layers, counter), torch.random.fork_rng(devices=[]):
@@ -147,7 +147,7 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
     names = {(id(place.module), place.tensor_name): name for name, layer in layers.items() for place in layer.places}
 
     def mark_made(module: nn.Module, args: Any, result: Tensor) -> None:
-        counter.mark_weight(result, made[module])
+        counter.origins.mark_weight(result, made[module])
 
     def tell(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         for part, number in module.applications_of_parts(*args, **kwargs).items():  # type: ignore[operator, union-attr]

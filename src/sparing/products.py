@@ -1,4 +1,4 @@
-"""Follow the weights of a model through a forward pass, and count the products with them.
+"""Count the products with weights in a forward pass.
 
 A product counts if one of its factors is made of weights alone: a weight, a part or a rearrangement of it, or what the
 model computes from it. A weight that is added to an activation, such as an embedding of positions, is an activation
@@ -6,21 +6,19 @@ from then on.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import accumulate
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparing.errors import InputError
 from sparing.layers import Layer
+from sparing.origins import CONSTANT, COPIES, MOVES, Origin, Origins, layers_of
 
 aten = torch.ops.aten
 
@@ -98,48 +96,19 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(map(repr, names[:3]))}{more}"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a tensor was made from.
-
-    Attributes:
-        data: it depends on the inputs of the model.
-        layers: the layers it was made from.
-        places: a function that computes, for each element, its position among the weights of all layers, −1 for none;
-            None if the elements are no weights.
-        whole: the layer all of whose weights it holds, each once.
-        changed: the operation that may have made a zero nonzero.
-        derived: the layers of weights that it was made from together with the inputs, or by an index.
-        chosen: it was made by an index, so that it is no activation, whatever it is multiplied by.
-    """
-
-    data: bool = False
-    layers: frozenset[str] = frozenset()
-    places: Callable[[], Tensor] | None = None
-    whole: str | None = None
-    changed: str | None = None
-    derived: frozenset[str] = frozenset()
-    chosen: bool = False
-
-
-DATA, CONSTANT = Origin(data=True), Origin()
-
 _PRODUCTS = {
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot, aten.convolution, aten._trilinear,
     aten._scaled_mm, aten.mul,
 }  # fmt: skip
 _RECURRENT = {aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn}  # a whole layer in one operation
 _ADDED = {aten.addmm, aten.baddbmm, aten.addmv}  # the first argument is added
-_COPIES = {aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh}
-_MOVES = {aten._unsafe_view, aten.cat, aten.stack, aten.repeat, aten.flip, aten.unsafe_split}
 # They read or add weights, and multiply nothing by them.
 _FREE = {
     aten.embedding, aten._embedding_bag, aten._embedding_bag_forward_only, aten.index, aten.index_select, aten.gather,
     aten.native_layer_norm, aten.native_group_norm, aten.native_batch_norm, aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
 }  # fmt: skip
-_CHOICES = {aten.index, aten.index_select, aten.gather, aten.embedding}
-_KNOWN = _PRODUCTS | _RECURRENT | _COPIES | _MOVES | _FREE
+_KNOWN = _PRODUCTS | _RECURRENT | COPIES | MOVES | _FREE
 
 
 class ProductCounter(TorchDispatchMode):
@@ -147,39 +116,19 @@ class ProductCounter(TorchDispatchMode):
 
     Args:
         layers: the layers of the model, by name.
+
+    Attributes:
+        origins: what the tensors of the pass were made from. The inputs and the weights must be marked.
     """
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         super().__init__()
-        self._shapes = {name: layer.shape for name, layer in layers.items()}
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
-        self._first = dict(zip(layers, accumulate(sizes, initial=0), strict=False))  # the position of its first weight
-        self._origins: MutableMapping[Tensor, Origin] = WeakTensorKeyDictionary()
+        self.origins = Origins(layers)
         self._counts = dict.fromkeys(layers, 0)
         self._parts: list[tuple[Origin, int]] = []
         self._changed: dict[str, str] = {}
         self._unknown: dict[str, str] = {}
         self._told: dict[str, int] = {}
-
-    def mark(self, tensors: Any, origin: Origin = DATA, depth: int = 4) -> None:
-        """Say what the tensors in a structure were made from; objects in it are searched down to a depth."""
-        for leaf in tree_leaves(tensors):
-            if isinstance(leaf, Tensor):
-                self._origins[leaf] = origin
-            elif depth > 0 and hasattr(leaf, "__dict__") and not isinstance(leaf, torch.nn.Module):
-                self.mark(vars(leaf), origin, depth - 1)
-
-    def mark_weight(self, tensor: Tensor, name: str) -> None:
-        """Say that a tensor is the effective weight of a layer."""
-        first, shape = self._first[name], self._shapes[name]
-
-        def places() -> Tensor:
-            return torch.arange(first, first + math.prod(shape), device="cpu").reshape(shape)
-
-        held = [tensor]
-        if is_traceable_wrapper_subclass(tensor):  # a quantized weight, such as torchao's, and the codes in it
-            held += [each for key in tensor.__tensor_flatten__()[0] if (each := getattr(tensor, key)).shape == shape]
-        self.mark(held, Origin(layers=frozenset({name}), places=places, whole=name))
 
     def tell(self, name: str, number: int) -> None:
         """Add applications of a layer, whatever is seen: of a module that says itself how often it uses its parts."""
@@ -188,15 +137,8 @@ class ProductCounter(TorchDispatchMode):
     def applications(self) -> Applications:
         """Return what was counted."""
         counts: dict[str, int | Tensor] = dict(self._counts)
-        for name in {name for origin, _ in self._parts for name in origin.layers}:
-            shape = self._shapes[name]
-            each = torch.full((math.prod(shape),), self._counts[name], dtype=torch.int64, device="cpu")
-            for origin, number in self._parts:
-                if name in origin.layers and origin.places is not None:
-                    index = origin.places().flatten() - self._first[name]
-                    index = index[(index >= 0) & (index < len(each))]
-                    each.index_add_(0, index, torch.full_like(index, number))
-            counts[name] = int(each[0]) if bool((each == each[0]).all()) else each.reshape(shape)
+        for name in layers_of(origin for origin, _ in self._parts):
+            counts[name] = self.origins.applications(name, self._counts[name], self._parts)
         changed, unknown = (
             {name: by for name, by in found.items() if name not in self._told}
             for found in (self._changed, self._unknown)
@@ -211,44 +153,41 @@ class ProductCounter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
-        origins = [self._origins.get(tensor, CONSTANT) for tensor in given]
+        origins = [self.origins[part] for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         if all(origin is CONSTANT for origin in origins):
             return result
         operation, data = func.overloadpacket, any(origin.data for origin in origins)
-        weights = {tensor: origin for tensor, origin in zip(given, origins, strict=True) if origin.layers}
-        layers = frozenset().union(*(origin.layers for origin in weights.values()))
-        if operation in _PRODUCTS and (data or operation is not aten.mul):
-            self._count_product(operation, args, result, weights)
-            self.mark(result, self._of_data(func, origins) if data else Origin(layers=layers))
+        product = operation in _PRODUCTS and (data or operation is not aten.mul)
+        if product:
+            self._count_product(operation, args, result)
         elif operation is aten._grouped_mm:
             self._count_groups(*args, **kwargs)
-            self.mark(result)
         elif operation in _RECURRENT:
-            for name in layers:
+            for name in layers_of(origins):
                 self._counts[name] += math.prod(args[0].shape[:-1])
-            self.mark(result)
-        elif data:
-            if not _is_free(func):
-                used = [origin.layers for origin in weights.values() if origin.places is not None]
-                self._unknown |= dict.fromkeys(frozenset().union(*used), operation.__name__)
-            self.mark(result, self._of_data(func, origins))
-        elif layers:
-            self._follow(func, args, kwargs, result, weights)
+        elif data and not _is_free(func):
+            used = layers_of(origin for origin in origins if origin.places is not None)
+            self._unknown |= dict.fromkeys(used, operation.__name__)
+        if data:
+            self.origins.mark(result, self.origins.of_data(func, origins))
+        elif product:
+            self.origins.mark(result, Origin(layers=layers_of(origins)))
+        elif layers_of(origins):
+            self.origins.follow(func, args, kwargs, result)
         return result
 
-    def _count_product(self, operation: Any, args: Any, result: Tensor, weights: dict[Tensor, Origin]) -> None:
+    def _count_product(self, operation: Any, args: Any, result: Tensor) -> None:
         factors = [part for part in args[1:] if isinstance(part, Tensor)] if operation in _ADDED else args[:2]
         for index, part in enumerate(factors):
-            derived = self._origins.get(part, CONSTANT) if isinstance(part, Tensor) else CONSTANT
+            derived = self.origins[part] if isinstance(part, Tensor) else CONSTANT
             # A kernel that depends on the inputs, as in StyleGAN 2, is no activation, but a product of one often is.
             if derived.chosen or (operation is aten.convolution and index == 1):
                 self._unknown |= dict.fromkeys(derived.derived, operation.__name__)
-        made_of_weights = [part for part in factors if part in weights and part.numel()]
-        if not made_of_weights:
+        tensors = [part for part in factors if isinstance(part, Tensor) and part.numel()]
+        factor = next((part for part in reversed(tensors) if self.origins[part].layers), None)
+        if factor is None:
             return
-        factor = made_of_weights[-1]
-        origin = weights[factor]
+        origin = self.origins[factor]
         if origin.places is None:
             # What was computed from weights alone may be an activation, such as that of a learned query: then it is
             # the first factor, or attention multiplies it by bmm.
@@ -271,92 +210,17 @@ class ProductCounter(TorchDispatchMode):
         if origin.changed is not None:
             self._changed |= dict.fromkeys(origin.layers, origin.changed)
 
-    def _of_data(self, func: Any, origins: Iterable[Origin]) -> Origin:
-        """Return the origin of what an operation makes of activations and weights."""
-        operation, origins = func.overloadpacket, list(origins)
-        used = frozenset().union(*(each.layers for each in origins if each.places is not None))
-        # Of experts; an embedding has two dimensions.
-        if operation in _CHOICES and any(len(self._shapes[name]) > 2 for name in used):
-            return Origin(data=True, derived=used, chosen=True)
-        if used and operation in (aten.mul, aten.mm, aten.bmm):
-            return Origin(data=True, derived=used)
-        if func.is_view or operation in _MOVES | _COPIES | {aten.mul, aten.sum}:
-            derived = frozenset().union(*(each.derived for each in origins))
-            return Origin(data=True, derived=derived, chosen=any(each.chosen for each in origins))
-        return DATA
-
     def _count_groups(self, rows: Tensor, experts: Tensor, offs: Tensor | None = None, **others: Any) -> None:
         """Count the products of a mixture of experts: how many rows an expert gets follows from their values."""
-        origin = self._origins.get(experts, CONSTANT)
+        origin = self.origins[experts]
         if origin.places is None or offs is None or experts.dim() != 3:
             self._unknown |= dict.fromkeys(origin.layers, "_grouped_mm")
             return
         for index, number in enumerate(offs.diff(prepend=offs.new_zeros(1)).tolist()):
-            self._parts.append((replace(origin, places=partial(_one_of, origin.places, index)), number))
-
-    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, weights: dict[Tensor, Origin]) -> None:
-        """Mark what an operation makes of weights alone."""
-        operation = func.overloadpacket
-        origin = Origin(
-            layers=frozenset().union(*(each.layers for each in weights.values())),
-            changed=next((each.changed for each in weights.values() if each.changed), None),
-            derived=frozenset().union(*(each.derived for each in weights.values())),
-            chosen=any(each.chosen for each in weights.values()),
-        )
-        known = {tensor: each for tensor, each in weights.items() if each.places is not None}
-        first, source = next(iter(known.items()), (None, CONSTANT))
-        for index, made in enumerate(tree_leaves(result)):
-            if not isinstance(made, Tensor):
-                continue
-            if first is None:
-                self.mark(made, origin)
-            elif func.is_view or operation in _MOVES:
-                whole = source.whole if len(known) == 1 and first.numel() == made.numel() else None
-                self.mark(made, replace(origin, places=partial(_moved, func, args, kwargs, known, index), whole=whole))
-            elif first.numel() == made.numel():
-                changed = origin.changed or (None if _keeps_zeros(func, args, kwargs, known) else operation.__name__)
-                self.mark(made, replace(origin, places=source.places, whole=source.whole, changed=changed))
-            elif operation in _CHOICES and made.dim() > 2:  # as a table of relative positions
-                self.mark(made, replace(origin, derived=origin.layers, chosen=True))
-            else:
-                self.mark(made, origin)
-
-
-def _one_of(places: Callable[[], Tensor], index: int) -> Tensor:
-    return places()[index]
-
-
-def _moved(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin], index: int) -> Tensor:
-    """Return the places of what a view or a rearrangement made, by doing the same with the places."""
-
-    def places(tensor: Tensor) -> Tensor:
-        origin = known.get(tensor)
-        if origin is None or origin.places is None:
-            return torch.full(tensor.shape, -1, device="cpu")
-        return origin.places().contiguous()  # a view of a copy needs a copy
-
-    args, kwargs = tree_map_only(Tensor, places, (args, kwargs))
-    return tree_leaves(func(*args, **kwargs))[index]  # type: ignore[no-any-return]
-
-
-def _keeps_zeros(func: Any, args: Any, kwargs: Any, known: Mapping[Tensor, Origin]) -> bool:
-    """Return whether an elementwise operation makes zeros of zeros."""
-    operation = func.overloadpacket
-    if (
-        operation in _COPIES
-        or operation in (aten.mul, aten.div)
-        or "fake_q" in operation.__name__
-        or "_fq_" in operation.__name__
-    ):
-        return True
-    given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
-    if torch.Tag.pointwise not in func.tags or any(part not in known for part in given):
-        return False
-    args, kwargs = tree_map_only(Tensor, lambda part: torch.zeros(1, dtype=part.dtype, device="cpu"), (args, kwargs))
-    return not bool(func(*args, **kwargs).any())
+            self._parts.append((origin.part(index), number))
 
 
 def _is_free(func: Any) -> bool:
     operation = func.overloadpacket
     attention = operation in flop_registry
-    return torch.Tag.pointwise in func.tags or func.is_view or operation in _MOVES | _FREE or attention
+    return torch.Tag.pointwise in func.tags or func.is_view or operation in MOVES | _FREE or attention

@@ -316,6 +316,7 @@ class Sparsifier(StepHooks):
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
         self._active()
+        # A parametrization may be removed between two steps; that takes no walk through the model to see.
         if any(layer.places[0].parametrizations is None for layer in self.layers.values()):
             self.drop_lost_layers()
         if idle and self.layers:

@@ -14,7 +14,7 @@ from sparing.data import SplitDataset, check_split
 from sparing.errors import CheckpointError, InputError
 from sparing.export.network import Written
 from sparing.export.shrink import shrink
-from sparing.files import atomic_write, read_text
+from sparing.files import atomic_write, check_writable, read_text, write_text
 from sparing.formats import FORMATS
 from sparing.layers import find_layers, sparse_layers
 from sparing.plots import latency_bars
@@ -224,9 +224,9 @@ class Run:
             InputError: the run is not finished; latency.json cannot be written.
         """
         model = self.model("dense")
-        with atomic_write(self.path / "latency.json") as temporary:  # fails before minutes of measurement, not after
-            measured = latency.measure(model, self.resolved.input_size, batches=batches, threads=threads, say=say)
-            temporary.write_text(measured.to_json() + "\n", encoding="utf-8")
+        check_writable(self.path / "latency.json")
+        measured = latency.measure(model, self.resolved.input_size, batches=batches, threads=threads, say=say)
+        write_text(self.path / "latency.json", measured.to_json() + "\n")
         write_figure(latency_bars(measured.bars()), self.path / "figures" / "latency.png")
         return measured
 
