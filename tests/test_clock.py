@@ -518,7 +518,7 @@ def test_the_end_of_one_method_says_nothing_about_another_that_goes_on():
     ("taken", "attach", "reason"),
     [
         (12, False, r"no optimizer step was counted; call sparsifier.attach\(optimizer\) before training"),
-        (5, True, r"5 of 12 optimizer steps were taken; give sparsify_\(\) the optimizer steps of the run as steps="),
+        (5, True, r"5 of 12 optimizer steps were counted; give sparsify_\(\) the optimizer steps of the run as steps="),
     ],
 )
 def test_a_run_without_attach_or_with_fewer_steps_misses_its_target_and_says_so(taken, attach, reason):

@@ -1,7 +1,10 @@
 """Going on: from a sparse model, from a checkpoint of another target, from dense weights, and with other layers."""
 
 import copy
+import gc
 import warnings
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ from sparing import (
     STRFeather,
 )
 from sparing.goal import nonzero_masks
+from sparing.hooks import _watching
 from sparing.masks import count_kept
 
 STEPS = 40
@@ -752,3 +756,62 @@ def test_an_optimizer_that_is_built_anew_and_not_attached_is_warned_of():
     optimizer.step()
     with pytest.warns(SparsityWarning, match="no optimizer step was counted; attach the optimizer that trains the mod"):
         sparing.densify_(model)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As those of sharpness-aware minimization: holds the parameters, and an optimizer that steps."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.base_optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.base_optimizer.step(closure)
+
+
+@pytest.mark.parametrize("method", [RigL(sparsity=0.5), GMP(sparsity=0.5)], ids=lambda each: each.name)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, partial(torch.optim.AdamW, fused=True), torch.optim.Adafactor])
+@pytest.mark.parametrize("attached", [5, 0])
+def test_an_optimizer_that_is_not_attached_is_warned_of_while_it_trains(method, kind, attached):
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, method, steps=40)
+    train(model, attached, sparsifier)
+    optimizer = kind(model.parameters(), lr=0.001)
+    train(model, 9, optimizer=optimizer)
+    where = "10 steps of another optimizer followed the last step that was counted, which is step 5 of 40"
+    with pytest.warns(SparsityWarning, match=where if attached else "no optimizer step was counted; attach the opt"):
+        train(model, 1, optimizer=optimizer)
+    train(model, 9, optimizer=optimizer)
+    with pytest.warns(SparsityWarning, match="call sparsifier.attach" if attached else "attach the optimizer"):
+        sparsifier.finish()
+
+
+def test_wrappers_and_optimizers_of_other_parts_do_not_count_as_not_attached():
+    model, head = mlp(), nn.Linear(8, 8)
+    sparsifier = sparing.sparsify_(model, RigL(sparsity=0.5), steps=40)
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    other = torch.optim.SGD([*head.parameters(), model[0].bias], lr=0.1)
+    head.weight.grad = torch.zeros(8, 8)
+    sparsifier.attach(wrapper)
+    train(model, 20, each=other.step, optimizer=wrapper)
+    assert sparsifier.step == 20
+
+
+def test_a_sparsifier_that_is_gone_watches_no_optimizers():
+    gc.collect()
+    before, model = len(_watching()), mlp()
+    sparing.sparsify_(model, RigL(sparsity=0.5), steps=40)
+    assert len(_watching()) == before + 1
+    del model
+    gc.collect()
+    assert len(_watching()) == before
+
+
+@pytest.mark.parametrize(("taken", "warns"), [(920, False), (400, True)])
+def test_finishing_a_run_that_ended_early_warns_if_the_weights_could_not_adapt(taken, warns):
+    model = nn.Linear(8, 4)
+    sparsifier = sparing.sparsify_(model, GMP(sparsity=0.5, begin=0, end=1.0, every=50), steps=1000)
+    sparsifier.clock.step = taken
+    with pytest.warns(SparsityWarning, match="prunes at once .* in 600 more steps") if warns else nullcontext():
+        sparsifier.finish()
+    assert sparsifier.sparsity() == 0.5

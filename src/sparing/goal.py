@@ -187,12 +187,12 @@ def warn_unlearned(
 
 
 def warn_forgotten(model: nn.Module) -> None:
-    """Warn if a model has gradients, but its method never acted; a missed target has been told already."""
+    """Warn if a model was trained without the optimizer of its method; a missed target has been told already."""
     layers = sparse_layers(model).values()
     runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}  # type: ignore[union-attr]
     for run in runs.values():
         weights = (layer.weight for layer in run.layers.values())
-        trained = any(weight.is_leaf and weight.grad is not None for weight in weights)
+        trained = run.uncounted > 0 or any(weight.is_leaf and weight.grad is not None for weight in weights)
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
 
@@ -252,8 +252,9 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
         return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
     if clock.steps is not None and clock.step < clock.steps:
         return (
-            f"{clock.step:,} of {clock.steps:,} optimizer steps were taken; give sparsify_() the optimizer steps of "
-            "the run as steps= (not its batches), and call sparsifier.finish() if a gradient scaler skipped some"
+            f"{clock.step:,} of {clock.steps:,} optimizer steps were counted; give sparsify_() the optimizer steps of "
+            "the run as steps= (not its batches), call sparsifier.attach() again if the optimizer was replaced, and "
+            "sparsifier.finish() if a gradient scaler skipped some"
         )
     if clock.steps is not None and clock.step > clock.steps:
         return (

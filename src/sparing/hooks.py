@@ -1,11 +1,30 @@
 """Count the steps that optimizers take together, and act around them, through torch's own hooks."""
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparing.optimizers import is_idle, is_nested, is_skipped, with_hook
+
+
+@cache
+def _watching() -> WeakSet["StepHooks"]:
+    """Return those that hear of the steps of all optimizers.
+
+    One hook serves them all: torch allows none to be removed during a step, when garbage may be collected.
+    """
+    watching: WeakSet[StepHooks] = WeakSet()
+
+    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for each in list(watching):
+            each._notice(optimizer)
+
+    register_optimizer_step_post_hook(tell)
+    return watching
 
 
 class StepHooks(ABC):
@@ -16,10 +35,13 @@ class StepHooks(ABC):
 
     Attributes:
         optimizers: those that are hooked.
+        uncounted: steps of other optimizers that train the same weights, after the last step.
     """
 
     def __init__(self) -> None:
         self.optimizers: tuple[Optimizer, ...] = ()
+        self.uncounted = 0
+        _watching().add(self)
         self._handles: list[Any] = []
         self._stepped: set[int] = set()  # optimizers that have taken their part of the step
         self._taken = self._acted = False
@@ -41,6 +63,19 @@ class StepHooks(ABC):
     def _end_step(self) -> None:
         """Act after a step that was taken."""
 
+    @abstractmethod
+    def _is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer trains the weights that the steps are about."""
+
+    @abstractmethod
+    def _after_other_step(self) -> None:
+        """Act after a step of an optimizer that is not hooked, but trains the same weights."""
+
+    def _notice(self, optimizer: Optimizer) -> None:
+        if optimizer not in self.optimizers and self._is_trained_by(optimizer):
+            self.uncounted += 1
+            self._after_other_step()
+
     def _hook(self, optimizers: tuple[Optimizer, ...]) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -55,6 +90,7 @@ class StepHooks(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, and has another identity.
         vars(self).update({**state, "_stepped": set(), "_acted": False})
+        _watching().add(self)
         self._hook(self.optimizers)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -89,5 +125,5 @@ class StepHooks(ABC):
     def _complete_step(self) -> None:
         """End a step that has begun; does nothing if none has."""
         if self._stepped:
-            self._stepped, self._acted = set(), False
+            self._stepped, self._acted, self.uncounted = set(), False, 0
             self._end_step()

@@ -51,6 +51,12 @@ class Sparsifier(StepHooks):
     WATCH_EVERY = 100
     """Optimizer steps between two looks for layers that have lost every weight; another is at the end of the run."""
 
+    UNCOUNTED = 10
+    """Steps of other optimizers in a row at which to warn."""
+
+    SKIPPED = 100
+    """Steps that a gradient scaler may skip in a run."""
+
     def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
         super().__init__()
@@ -72,13 +78,28 @@ class Sparsifier(StepHooks):
 
     @property
     def forgotten(self) -> str | None:
-        """A sentence if the method has not acted, because no attached optimizer took a step; None otherwise."""
-        if self.clock.step > 0 or self.clock.steps is None or not self.method.acts:
+        """A sentence if the method could not act, because optimizer steps were not counted; None otherwise."""
+        clock, name = self.clock, self.method.name
+        if clock.steps is None or not self.method.acts:
             return None
-        remedy = "call sparsifier.attach(optimizer) before training"
-        if self.optimizers:
-            remedy = "attach the optimizer that trains the model, and not another one"
-        return f"{self.method.name}: the method did nothing, because no optimizer step was counted; {remedy}"
+        if clock.step == 0:
+            remedy = "call sparsifier.attach(optimizer) before training"
+            if self.optimizers:
+                remedy = "attach the optimizer that trains the model, and not another one"
+            return f"{name}: the method did nothing, because no optimizer step was counted; {remedy}"
+        if clock.step >= self._last_update or not self.uncounted:
+            return None
+        return (
+            f"{name}: {self.uncounted:,} steps of another optimizer followed the last step that was counted, which is "
+            f"step {clock.step:,} of {clock.steps:,}; call sparsifier.attach() again whenever the optimizer is replaced"
+        )
+
+    @property
+    def _last_update(self) -> int:
+        """The step after which the method does nothing that a run would miss."""
+        if not hasattr(self.plan, "updates"):
+            return self.clock.steps or 0
+        return 1 if self.plan.updates is None else int(self.plan.updates.end)
 
     def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
         """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
@@ -175,14 +196,27 @@ class Sparsifier(StepHooks):
 
         Call it after the last step where a gradient scaler may have skipped some. It prunes as far as the target asks,
         but regrows no weights, which nothing would train. It does nothing in a run that took all of its steps.
+
+        Warns:
+            SparsityWarning: so many steps were not taken, or not counted, that the weights could not adapt to pruning.
         """
         self._complete_step()
-        if self.forgotten is not None and not self.optimizers:
+        if self.forgotten is not None:
             warnings.warn(self.forgotten, SparsityWarning, stacklevel=2)
-            return
+            if not self.optimizers:
+                return
         self.drop_lost_layers()
         if not self.layers or self.clock.steps is None or self.clock.step >= self.clock.steps:
             return
+        missing = self._last_update - self.clock.step
+        if self.forgotten is None and self.method.finishes and missing > max(self.SKIPPED, self.clock.steps // 10):
+            warnings.warn(
+                f"{self.method.name}: finish() prunes at once what should have been pruned in {missing:,} more steps, "
+                f"because {self.clock.step:,} of {self.clock.steps:,} optimizer steps were taken; give sparsify_() the "
+                "optimizer steps of the run as steps= (not its batches), or an earlier end of the ramp",
+                SparsityWarning,
+                stacklevel=2,
+            )
         while self.clock.step < self.clock.steps:
             self.clock.step += 1
             if self.method.finishes:
@@ -322,6 +356,14 @@ class Sparsifier(StepHooks):
         if idle and self.layers:
             check_held(self.layers, self.optimizers)
         return bool(self.layers)
+
+    def _is_trained_by(self, optimizer: Optimizer) -> bool:
+        held = {id(parameter) for parameter in parameters_of([optimizer])}
+        return any(id(weight) in held for layer in self.layers.values() for weight in layer.originals)
+
+    def _after_other_step(self) -> None:
+        if self.uncounted == self.UNCOUNTED and self.forgotten is not None:
+            warnings.warn(self.forgotten, SparsityWarning, stacklevel=4)
 
     def _begin_step(self) -> None:
         if self.method.edits_gradients:
