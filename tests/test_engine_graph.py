@@ -910,6 +910,90 @@ def test_constants_are_computed_and_batch_norm_with_scale_zero_removes_weights()
     torch.testing.assert_close(engine(x), model(x))
 
 
+def _in_place(f, g, x):
+    y = f(x)
+    y += 1
+    z = y.relu_()
+    y.mul_(2)
+    return g(y), z
+
+
+def _in_place_before_another_use(f, g, x):
+    y = f(x)
+    before = g(y)
+    y.relu_()
+    return before, y
+
+
+def _seen_by_a_slice(f, g, x):
+    y = f(x)
+    part = y[:, :2]
+    y.relu_()
+    return g(y), part
+
+
+def _of_a_view(f, g, x):
+    y = f(x)
+    y.flatten(1).relu_()
+    return g(y)
+
+
+def _of_some_elements(f, g, x):
+    y = f(x)
+    y[:, 0] = 0
+    return g(y)
+
+
+def _of_the_input(f, g, x):
+    x.relu_()
+    return g(f(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "direct"),
+    [
+        (_in_place, True), (_in_place_before_another_use, True), (_seen_by_a_slice, False), (_of_a_view, False),
+        (_of_some_elements, False), (_of_the_input, False),
+    ],
+)  # fmt: skip
+def test_changes_in_place_and_what_sees_them(monkeypatch, function, direct):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return function(self.f, self.g, x)
+
+    decomposed = []
+    original = torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions", lambda *args: (decomposed.append(1), original(*args))[1]
+    )
+    model = sparse(Both())
+    engine = sparing.engine.compile(model, (1, 3, 4, 4))
+    assert bool(decomposed) != direct
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(engine(x.clone()), model(x.clone()))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.flatten(2).mT, lambda x: x.movedim(1, -1), lambda x: x.swapaxes(1, 2), lambda x: x.ravel(),
+        lambda x: x[0].flatten(1).t(), lambda x: x.flatten(0, 1), lambda x: x.unflatten(1, (2, 2)),
+        lambda x: x.mean((2, 3)).T, lambda x: x.view_as(x + 1), lambda x: x[0, 0].expand_as(x),
+        lambda x: x.mean((2, 3), True).expand_as(x),
+    ],
+)  # fmt: skip
+def test_views_that_torch_export_leaves_as_they_are(view):
+    model = sparse(run(lambda f, x: view(f(x)), nn.Conv2d(3, 4, 3)))
+    engine = sparing.engine.compile(model, (1, 3, 6, 5))
+    for size in (1, 3):
+        x = torch.randn(size, 3, 6, 5)
+        torch.testing.assert_close(engine(x), model(x))
+
+
 def test_sparsified_model_is_not_changed():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
     sparing.sparsify_(model, sparing.StaticRandom(budget=sparing.Budget.uniform(model, 0.9)))

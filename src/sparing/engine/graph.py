@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
+from sparing.engine.functional import functionalize
 from sparing.engine.fuse import fuse
 from sparing.engine.lowering.lowering import Lowering, count, sizes
 from sparing.engine.lowering.rules import RULES
@@ -53,14 +54,15 @@ def build(network: nn.Module, inputs: Inputs) -> tuple[Program, Inputs, tuple[li
     """
     with torch.no_grad():  # otherwise torch.export writes the mode into the graph
         traced, inputs = trace(network, inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                exported = traced.run_decompositions({})
-            except Exception as error:  # torch raises exceptions of many types
-                raise InputError(f"the model cannot be traced: {first_line(error)}") from error
-        program = _Builder(exported).program(network, inputs)
-    structure = exported.call_spec.out_spec
+        if not functionalize(traced.graph_module.graph):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    traced = traced.run_decompositions({})
+                except Exception as error:  # torch raises exceptions of many types
+                    raise InputError(f"the model cannot be traced: {first_line(error)}") from error
+        program = _Builder(traced).program(network, inputs)
+    structure = traced.call_spec.out_spec
     try:
         plain = plain_structure(tree_unflatten(program.outputs, structure))
     except Exception as error:  # containers of users raise exceptions of many types

@@ -19,6 +19,10 @@ IDENTITIES = (
 )  # fmt: skip
 """Operators without effect if dtype and shape stay the same. The traced model is in evaluation mode."""
 
+RESHAPES = (aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as, aten.ravel)
+PERMUTES = (aten.mT, aten.t, aten.numpy_T, aten.swapaxes, aten.swapdims, aten.movedim)
+"""Views that are written as reshape and as permute."""
+
 CHECKS = ("_assert", "sym_constrain_range")
 """Operators that check sizes. The engine checks its inputs itself."""
 
@@ -62,6 +66,26 @@ def _replace_operators(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif target is aten.repeat_interleave.self_int and len(node.args) == 3:
             _repeat(graph, node)
+        elif packet in (*RESHAPES, *PERMUTES, aten.expand_as):
+            _write_view(node)
+
+
+def _write_view(node: Any) -> None:
+    """Write a view as reshape, expand or permute, with numbers alone: −1 for a size that depends on the batch."""
+    x, packet = node.args[0], packet_of(node)
+    value, own = node.meta["val"], x.meta["val"]
+    if packet in PERMUTES:
+        dims = list(range(own.dim()))
+        numbered = torch.empty_strided([1] * len(dims), dims)  # a view of it has the order of dimensions as strides
+        target, sizes = aten.permute.default, list(node.target(numbered, *node.args[1:], **node.kwargs).stride())
+    elif packet is aten.expand_as:
+        given = (*[None] * (value.dim() - own.dim()), *own.shape)
+        target = aten.expand.default
+        sizes = [-1 if str(size) == str(old) else size for size, old in zip(value.shape, given, strict=True)]
+    else:
+        target, sizes = aten.reshape.default, [size if type(size) is int else -1 for size in value.shape]
+    if all(type(size) is int for size in sizes) and (target is aten.expand.default or sizes.count(-1) <= 1):
+        node.target, node.args, node.kwargs = target, (x, sizes), {}
 
 
 def _repeat(graph: fx.Graph, node: Any) -> None:
