@@ -5,14 +5,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize docs bench wheel check-wheel check-demo check-gpu check-sets clean
+.PHONY: demo test test-slow lint sanitize docs bench wheel check-wheel check-demo check-gpu check-sets clean
 
 demo: .venv/demo
 	$(BIN)/sparing train recipes/mnist5k/demo.yaml --out runs/demo --resume auto
 
 # One process per core, with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+	$(PYTEST) --dist worksteal -m "not slow"
+
+# Processes, runtimes and whole runs; the notebook, pages of frameworks, shell lines of all pages; issue reports.
+test-slow: .venv/dev
+	$(PYTEST) --dist loadgroup -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -71,6 +71,7 @@ def test_a_run_that_is_stopped_in_mid_epoch_ends_as_if_it_had_not_been(tmp_path,
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "position"), [("validation", (0, 10)), ("test", (2, 0))])
 def test_a_stop_during_an_evaluation_is_not_delayed_to_its_end(tmp_path, monkeypatch, split, position):
     train_run(recipe(), tmp_path / "straight")
@@ -218,6 +219,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
                 load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch):
     wanted = recipe(checkpoint={"steps": 3})
     fit(wanted, tmp_path / "straight")
@@ -324,6 +326,7 @@ FORGED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_damaged_part_is_refused_in_one_sentence(tmp_path):
     wanted = recipe(ema=0.9, amp="fp16")
     fit(wanted, tmp_path, stop_after=1)
@@ -369,6 +372,7 @@ def test_temporaries_of_killed_writes_are_removed_and_no_other_file(tmp_path):
     assert names == {".profile", ".notes.1234", "model.host.1.0123abcd", "figures", "in-use"}
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_trains_in_a_run_directory(tmp_path):
     out = tmp_path / "run"
     fit(recipe(), out, stop_after=1)

@@ -116,6 +116,7 @@ def test_a_file_that_is_not_smaller_is_not_called_smaller():
     assert tables.sizes_line(sizes) == "File size: 1,000 bytes dense, 2,000 bytes compressed"
 
 
+@pytest.mark.slow
 def test_train_with_json_prints_only_json(place):
     done = sparing("train", "recipe.yaml", "--json", "--resume", "auto", cwd=place)
     assert (done.returncode, done.stderr) == (0, "")
@@ -249,6 +250,7 @@ def test_an_error_is_one_line_in_a_new_process(place):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
+@pytest.mark.slow
 def test_a_warning_is_one_line(place):
     done = process("train", "recipe.yaml", "--out", "empty", "--set", "method.init=9", "--stop-after", "1", cwd=place)
     assert done.returncode == 0
@@ -256,6 +258,7 @@ def test_a_warning_is_one_line(place):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_other_methods_meet_an_extracted_budget_exactly(place):
     done = sparing("budget", "extract", "runs/recipe", "--out", "learned.json", cwd=place)
     assert done.returncode == 0
@@ -287,6 +290,7 @@ def test_weights_are_exported_compressed_and_dense(place, to):
     assert output["bytes"] == metrics["compressed_bytes" if to == "compressed" else "dense_bytes"]
 
 
+@pytest.mark.slow
 def test_a_shrunk_network_is_exported_to_onnx(place):
     pytest.importorskip("onnxscript", reason="sparing[export] is not installed")
     pytest.importorskip("torch_pruning", reason="sparing[export] is not installed")
@@ -312,6 +316,7 @@ def sparse_run(place):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shrink", [[], ["--shrink"]])
 def test_export_to_engine_writes_a_file_with_matching_outputs(sparse_run, shrink):
     from sparing import engine
@@ -374,6 +379,7 @@ def test_help_shows_the_defaults(tmp_path, command, defaults):
     assert shown == defaults
 
 
+@pytest.mark.slow
 def test_bench_prints_and_writes_its_measurements(place, monkeypatch):
     from sparing import latency
     from sparing.latency.backends import BACKENDS

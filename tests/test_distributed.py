@@ -113,6 +113,7 @@ def twenty_steps(rank, count, folder, method):
         os._exit(0)  # gloo may abort a rank whose peer has exited
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the rank to kill")
 def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(recipe, tmp_path):
     out = tmp_path / "run"
@@ -131,6 +132,7 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(recipe, tmp_pa
     assert json.loads((out / "metrics.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_fully_sharded_training_saves_the_same_state_as_one_process(tmp_path):
     states = []
     for ranks in (1, 2):

@@ -35,7 +35,7 @@ def page_name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-# Their blocks import frameworks or train for a while: tests/pages.py runs them.
+# Their blocks import frameworks or train for a while: tests/test_pages.py runs them.
 SLOW_PAGES = [
     *sorted(ROOT.joinpath("docs", "tutorials").glob("*.md")),
     *(ROOT / "docs" / f"{name}.md" for name in ("distributed", "quantization", "recipes", "sparse_models")),

@@ -310,6 +310,7 @@ def places(tree, found):
     return found
 
 
+@pytest.mark.slow
 def test_random_programs_raise_input_error_or_run_without_harm(path, tmp_path):
     rng, inputs = random.Random(0), (torch.randn(2, 3, 10, 10), torch.tensor([1, 2]))
     messages, trials = [], 300

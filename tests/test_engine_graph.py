@@ -501,6 +501,7 @@ def gelu(x):
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
@@ -604,6 +605,7 @@ def test_operators_in_the_engine(cases):
     assert not calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "segments"),
     [
@@ -734,6 +736,7 @@ def test_language_models_run_as_one_segment(tmp_path):
     torch.testing.assert_close(sparing.engine.load(tmp_path / "model.engine")(tokens), model(tokens))
 
 
+@pytest.mark.slow
 def test_rotary_embeddings_in_torch():
     cases = [
         rotary(angles=lambda part: ANGLES if part else ANGLES[::-1]),  # others for the key than for the query
@@ -1429,6 +1432,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
 def test_a_forked_process_has_plans_of_its_own(tmp_path):
     path = sparing.engine.save(sparing.engine.compile(nn.Linear(64, 64), (1, 64)), tmp_path / "model.engine")
@@ -1452,6 +1456,7 @@ assert len(os.listdir("/proc/self/task")) == before + 1, "without PyTorch in bet
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(openmp() is None or not os.path.isdir("/proc/self/task"), reason="without OpenMP, or not on Linux")
 def test_a_network_that_runs_in_part_in_pytorch_uses_its_threads():
     """Otherwise threads of PyTorch that spin after an operation take the processors of those of the engine."""

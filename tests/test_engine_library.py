@@ -155,6 +155,7 @@ print(module.library().sparing_lanes())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compile_once(workshop):
     workshop.set_compiler(workshop.compiler("slow-c++", before="sleep 0.5"))
     command = [sys.executable, "-c", TWICE, str(workshop.kernels)]

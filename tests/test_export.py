@@ -79,6 +79,7 @@ def _own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_match_pytorch_in_every_runtime(name):
     import onnx as package
@@ -108,6 +109,7 @@ def test_outputs_match_pytorch_in_every_runtime(name):
         assert Path("network.mnn").stat().st_size < 0.4 * Path("network.onnx").stat().st_size
 
 
+@pytest.mark.slow
 def test_every_format_writes_a_file_with_matching_outputs():
     model = trained(lambda: nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)))
     sizes, plain = {}, network.plain(model)
@@ -146,6 +148,7 @@ def stored_shapes(path):
     return {tuple(tensor.dims) for tensor in onnx.load(path).graph.initializer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [{}, {"hidden_rank": 4}, {"learned_rank": True}], ids=str)
 def test_fastgrnn_onnx_export_has_a_dynamic_batch_size(ranks):
     import onnxruntime
@@ -161,6 +164,7 @@ def test_fastgrnn_onnx_export_has_a_dynamic_batch_size(ranks):
     assert ((32, 32) in stored_shapes(written.path)) == ("hidden_rank" not in ranks)
 
 
+@pytest.mark.slow
 def test_export_compacts_learned_ranks():
     model = sparing.models.fastgrnn(5, 6, hidden_size=32, learned_rank=True).eval()
     with torch.no_grad():
@@ -186,6 +190,7 @@ def test_onnx_constant_of_shape_has_an_explicit_value():
     assert (value.tolist(), value.dtype) == ([0.0], "float32")
 
 
+@pytest.mark.slow
 def test_sparse_fastgrnn_outputs_match_in_mnn():
     model = sparing.models.fastgrnn(5, 6, hidden_size=32, hidden_rank=4).eval()
     with torch.no_grad():
@@ -263,6 +268,7 @@ class Classifier(nn.Module):
         return {"logits": hidden.relu() - 2 * add, "scale": scale, "relu": hidden + 1, "parts": (add, [hidden - 1])}
 
 
+@pytest.mark.slow
 def test_inputs_are_named_as_keywords_and_outputs_as_keys():
     import openvino as package
 
@@ -433,6 +439,7 @@ def test_finding_the_batch_changes_neither_model_nor_example():
     assert bool((x == 1).all())
 
 
+@pytest.mark.slow
 def test_streaming_network_is_exported_with_a_dynamic_batch_size():
     model = trained(lambda: Streaming(batch_first=True), sparsity=0.5)
     example = {"x": torch.randn(1, 5, 4)} | dict(zip("hc", STATE, strict=True))
@@ -532,6 +539,7 @@ def test_half_and_double_precision(suffix, dtype, reason):
     assert {path.name for path in Path().iterdir()} == (files if reason is None else set())
 
 
+@pytest.mark.slow
 def test_allowed_error_depends_on_the_precision(monkeypatch):
     model = nn.Linear(3, 3)
     run = lambda process, inputs: [1.005 * model(torch.from_numpy(inputs[0])).detach().numpy()]  # noqa: E731
@@ -562,6 +570,7 @@ def test_model_without_values_is_refused():
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_quantized_model_is_refused_or_exported():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))

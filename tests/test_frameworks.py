@@ -209,6 +209,7 @@ def train_with_trainer(transformers, model, method, folder, stopped=None, **opti
     return model
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_trainer_resumes_exactly(name, batches, transformers, tmp_path):
@@ -354,6 +355,7 @@ accelerate.debug_launcher(run, (sys.argv[1],), num_processes=2)
 """
 
 
+@pytest.mark.slow
 def test_accelerate_resumes_on_two_processes(tmp_path):
     package("accelerate")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

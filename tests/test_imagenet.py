@@ -586,6 +586,7 @@ except sparing.InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_torchvision_of_another_build_raises_input_error(small):
     done = subprocess.run([sys.executable, "-c", TORCHVISION, str(small)], capture_output=True, text=True)
     if done.returncode == 77:
@@ -607,6 +608,7 @@ def test_a_missing_torchvision_raises_input_error(small, monkeypatch, name):
 # Training
 
 
+@pytest.mark.slow
 def test_a_run_on_folders_resumes_with_another_root_and_other_workers(textures, tmp_path):
     def train(root, workers, **options):
         changes = {

@@ -59,6 +59,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_resumes_on_one_rank(shards, tmp_path):
     data = (
         f"data={{name: webdataset, train: '{shards}/train-*.tar', train_examples: 200, "

@@ -47,6 +47,7 @@ def measured():
     )
 
 
+@pytest.mark.slow
 def test_every_backend_has_a_row(measured):
     assert [(row.batch, row.name) for row in measured.rows] == [
         (batch, name)
@@ -71,6 +72,7 @@ def test_every_backend_has_a_row(measured):
     assert set(measured.machine["flags"]) <= set(FLAGS)
 
 
+@pytest.mark.slow
 def test_latency_of_a_model_with_keyword_inputs():
     class Difference(nn.Module):
         def forward(self, *, one, other):
@@ -88,6 +90,7 @@ class Branch(nn.Module):
         return x + 1 if x.shape[0] < 3 else x * 2
 
 
+@pytest.mark.slow
 def test_latency_of_a_fixed_batch_size():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparing.SparsityWarning)
@@ -126,6 +129,7 @@ def test_unavailable_backend_has_a_note():
     assert (rows[2].seconds, rows[2].note) == (None, "'absent'")
 
 
+@pytest.mark.slow
 def test_engine_that_cannot_be_built_has_a_note(monkeypatch):
     def refuse(*arguments):
         raise sparing.InputError("there is no compiler")
@@ -142,6 +146,7 @@ def test_engine_that_cannot_be_built_has_a_note(monkeypatch):
     assert text == "not measured (there is no compiler)"
 
 
+@pytest.mark.slow
 def test_backend_with_wrong_outputs_is_not_timed(monkeypatch):
     correct = Process.run
     monkeypatch.setattr(Process, "run", lambda process, inputs: [2 * array for array in correct(process, inputs)])

@@ -50,6 +50,7 @@ def layers(draw):
     return [kinds[draw(kind)](torch.randn(size, generator=generator)).to(dtype) for size in sizes]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(layers(), st.integers(1, 500), st.integers(1, 64), st.data())
 def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once(tensors, few, sample, data):
@@ -69,6 +70,7 @@ def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once
     assert flat[tied].tolist() == sorted(flat[tied].tolist(), reverse=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(layers(), st.data())
 def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tensors, data):

@@ -35,6 +35,7 @@ def test_an_attempt_to_use_the_network_is_seen(tmp_path):
     assert "localhost" in (tmp_path / "network.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_package_makes_no_network_access(tmp_path):
     for package in ("onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)

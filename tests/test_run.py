@@ -61,6 +61,7 @@ def moved(tmp_path_factory):
     return there
 
 
+@pytest.mark.slow
 def test_a_run_can_be_moved_and_resumed_and_read_from_anywhere(moved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics = train_run(load_recipe(moved / "recipe.yaml"), moved, resume=True)

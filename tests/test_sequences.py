@@ -416,6 +416,7 @@ def recipe(root, **changes):
     return Recipe.model_validate(base | changes)
 
 
+@pytest.mark.slow
 def test_a_run_learns_ranks_and_reports_compact_counts(har, tmp_path):
     metrics = train_run(recipe(har), tmp_path / "run")
     model = Run.open(tmp_path / "run").model()
@@ -436,6 +437,7 @@ def test_a_run_learns_ranks_and_reports_compact_counts(har, tmp_path):
     assert run.evaluate(weights="dense").loss == pytest.approx(run.evaluate().loss)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_run(har, tmp_path):
     train_run(recipe(har), tmp_path / "whole")
     train_run(recipe(har), tmp_path / "resumed", stop_after=1)
@@ -445,6 +447,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(har, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_training_on_sequences_of_different_lengths(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     root = make_digits(tmp_path)
@@ -453,6 +456,7 @@ def test_training_on_sequences_of_different_lengths(tmp_path):
     assert metrics["test_count"] == 10
 
 
+@pytest.mark.slow
 def test_a_run_warns_if_a_rank_becomes_zero_and_continues(har, tmp_path):
     changes = {"method": {"name": "str", "init": 3.0, "scale": 100.0}}
     with pytest.warns(SparsityWarning, match="rnn.cell.hidden.diagonal"):

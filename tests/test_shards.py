@@ -239,6 +239,7 @@ def test_a_forged_index_is_rejected(shards, tmp_path, forge):
         load()
 
 
+@pytest.mark.slow
 def test_write_shards_keeps_images_and_labels(textures, tmp_path):
     script = ROOT / "examples" / "04_write_shards.py"
     command = [sys.executable, str(script), str(textures / "train"), str(tmp_path / "train"), "3"]

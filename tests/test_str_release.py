@@ -168,6 +168,7 @@ def zeros(state):
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_converted_network_outputs_match(folder, arch):
     state = convert(folder / f"{arch}.pth", arch)
@@ -245,6 +246,7 @@ def test_with_bias_rejects_mobilenet_and_thresholds(folder):
         with_bias(convert(folder / "resnet18.pth", "resnet18", keep_thresholds=True), "resnet18")
 
 
+@pytest.mark.slow
 def test_converted_file_is_evaluated_with_a_recipe(tmp_path, monkeypatch):
     net = trained(old_mobilenet(STRConv, classes=10))
     save(net, tmp_path / "old.pth")

@@ -100,6 +100,7 @@ def untrained(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_can_be_trained_and_starts_with_a_comment(path):
     assert path.read_text().startswith("#")
@@ -111,6 +112,7 @@ def test_every_shipped_sweep_can_be_trained_and_starts_with_a_comment(path):
         raise
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_continues_its_run_and_writes_the_pareto_front(tmp_path, monkeypatch):
     train_run = sparing.run.sweep.train_run
     seen = []
@@ -142,6 +144,7 @@ def test_an_interrupted_sweep_continues_its_run_and_writes_the_pareto_front(tmp_
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["nonzero", "macs"])
 def test_the_front_holds_exactly_the_trials_that_no_other_trial_dominates(tmp_path, monkeypatch, untrained, objective):
     def train_run(recipe, out, *, resume):
@@ -158,6 +161,7 @@ def test_the_front_holds_exactly_the_trials_that_no_other_trial_dominates(tmp_pa
         assert on_front == (not any(p != point and p[0] >= point[0] and p[1] >= point[1] for p in points))
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_unchanged_by_a_rerun_and_can_be_extended(tmp_path, untrained):
     out, before = tmp_path / "out", optuna.logging.get_verbosity()
     run_sweep(sweep(), out)
@@ -192,6 +196,7 @@ def test_a_failed_trial_is_recorded_and_the_sweep_continues(tmp_path, monkeypatc
     assert list(table["front"]) == [False, False, True]
 
 
+@pytest.mark.slow
 def test_a_trial_with_a_nonfinite_loss_is_recorded(tmp_path):
     table = run_sweep(sweep(set={"optimizer.lr": 1e30}, trials=1), tmp_path / "out")
     assert table["user_attrs_error"][0].startswith("InputError: the loss became nan in epoch 1: lower optimizer.lr")
@@ -204,6 +209,7 @@ def test_an_unexpected_error_is_raised(tmp_path, monkeypatch, untrained):
         run_sweep(sweep(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_finished_trials_are_kept_after_an_interruption(tmp_path, monkeypatch, untrained):
     train_run = sparing.run.sweep.train_run
 
@@ -252,6 +258,7 @@ def run_two_workers(wanted, outs, storage=None):
     return tables[0][tables[0]["state"] == "COMPLETE"]
 
 
+@pytest.mark.slow
 @forks
 def test_two_concurrent_workers_run_exactly_the_requested_trials(tmp_path, slow):
     run_two_workers(sweep(trials=5), [tmp_path / "out"] * 2)
@@ -346,6 +353,7 @@ def postgres():
             run([*control, "stop", "--mode", "immediate"])
 
 
+@pytest.mark.slow
 @forks
 def test_workers_without_a_shared_directory_run_exactly_the_requested_trials(tmp_path, slow, postgres):
     outs = tmp_path / "a" / "out", tmp_path / "b" / "out"

@@ -41,6 +41,7 @@ def test_ranks_that_differ_stop_and_name_the_difference(tmp_path, differs, messa
         assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["progress"]["step"] == 4
 
 
+@pytest.mark.slow
 def test_ranks_without_a_shared_run_directory_are_reported_when_they_continue(tmp_path):
     def train(rank, differs, **options):
         train_ranks(rank, recipe(2, **TWO), tmp_path / "run", differs, **options)
@@ -59,6 +60,7 @@ def test_an_error_on_the_first_rank_ends_all_ranks_with_its_message(tmp_path):
         assert "is not a run directory: it has no recipe.yaml" in text
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the_same(tmp_path):
     # The noise of this method is another one on each rank.
     wanted = recipe(2, **TWO | RUNS["variational_dropout"])

@@ -85,6 +85,7 @@ def test_a_run_resumes_with_another_number_of_batches_per_epoch(tmp_path, monkey
     assert sum(layer.nonzero() for layer in layers) * 4 == sum(layer.weight.numel() for layer in layers)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     wanted, calls = recipe(schedule={"epochs": 4}), []
 

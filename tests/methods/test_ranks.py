@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from harness import SETTINGS, STEPS, batch, make
@@ -16,6 +17,7 @@ import sparing
 RANKS = 2
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_every_mask_and_weight_after_every_step(tmp_path):
     torch.multiprocessing.spawn(train_all, args=(f"file://{tmp_path}/meeting",), nprocs=RANKS)
 

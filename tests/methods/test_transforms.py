@@ -193,6 +193,7 @@ def test_fastgrnn_under_transforms(arguments):
     torch.testing.assert_close(pushed, inner(tree_map(lambda each: each.sum(0), gradients), tangents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_torch_compile_does_not_drop_the_gradients_of_a_method_in_silence(transform):
     model, shape = build("linear")

@@ -1,6 +1,6 @@
 """Situations from public issue reports about pruning, averaging, checkpoints and frameworks, one test for each.
 
-.venv/bin/pytest tests/reports.py
+make test-slow runs them.
 
 `owner/repository#number` is the report; `pytorch#number` is one of pytorch/pytorch.
 """
@@ -31,7 +31,7 @@ from test_frameworks import assert_same_run, bert, fit, lightning_module, llama,
 ROOT = Path(__file__).parent.parent
 RAMP = GMP(sparsity=0.8, every=1)
 ONE_SHOT = GMP(sparsity=0.5, begin=0, end=0)
-pytestmark = pytest.mark.usefixtures("vision_operators")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vision_operators")]
 quiet = pytest.mark.filterwarnings("ignore")  # frameworks give many warnings
 
 

@@ -1,6 +1,6 @@
 """Run what takes too long for the test suite: the notebook, the pages of frameworks, and the shell lines of all pages.
 
-.venv/bin/pytest tests/pages.py
+make test-slow runs them.
 """
 
 import os
@@ -14,6 +14,7 @@ import pytest
 
 import test_documents as documents
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(r"^(?:\w+=\S* )*(?:sparing|torchrun|python|bash) ")
 NOT_RUN = {
