@@ -235,6 +235,32 @@ def warn_ended(method: Method, clock: Clock) -> None:
     )
 
 
+def warn_pruned_at_once(method: Method, clock: Clock, missing: int) -> None:
+    """Warn that a run is finished long before the last of the updates that prune."""
+    warnings.warn(
+        f"{method.name}: finish() prunes at once what should have been pruned in {missing:,} more steps, because "
+        f"{clock.step:,} of {clock.steps:,} optimizer steps were taken; give sparsify_() the optimizer steps of the "
+        "run as steps= (not its batches), or an earlier end of the ramp",
+        SparsityWarning,
+        stacklevel=3,
+    )
+
+
+def describe_uncounted(method: Method, clock: Clock, attached: bool, uncounted: int) -> str:
+    """Return a sentence that says that a method cannot act, because an optimizer that is not attached trains."""
+    if clock.step == 0:
+        remedy = (
+            "attach the optimizer that trains the model, and not another one"
+            if attached
+            else "call sparsifier.attach(optimizer) before training"
+        )
+        return f"{method.name}: the method did nothing, because no optimizer step was counted; {remedy}"
+    return (
+        f"{method.name}: {uncounted:,} steps of another optimizer followed the last step that was counted, which is "
+        f"step {clock.step:,} of {clock.steps:,}; call sparsifier.attach() again whenever the optimizer is replaced"
+    )
+
+
 def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
     assert clock.goal is not None
     dense, now = _costs(layers)

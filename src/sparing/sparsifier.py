@@ -12,6 +12,7 @@ from sparing.attachment import check_held, check_optimizers, check_penalty, doub
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import (
     collapsed,
+    describe_uncounted,
     goal_reached,
     make_clock,
     set_costs,
@@ -19,6 +20,7 @@ from sparing.goal import (
     warn_collapsed,
     warn_ended,
     warn_missed_target,
+    warn_pruned_at_once,
 )
 from sparing.hooks import StepHooks
 from sparing.layers import Layer, sparse_layers
@@ -79,20 +81,11 @@ class Sparsifier(StepHooks):
     @property
     def forgotten(self) -> str | None:
         """A sentence if the method could not act, because optimizer steps were not counted; None otherwise."""
-        clock, name = self.clock, self.method.name
-        if clock.steps is None or not self.method.acts:
+        if self.clock.steps is None or not self.method.acts:
             return None
-        if clock.step == 0:
-            remedy = "call sparsifier.attach(optimizer) before training"
-            if self.optimizers:
-                remedy = "attach the optimizer that trains the model, and not another one"
-            return f"{name}: the method did nothing, because no optimizer step was counted; {remedy}"
-        if clock.step >= self._last_update or not self.uncounted:
+        if self.clock.step > 0 and (self.clock.step >= self._last_update or not self.uncounted):
             return None
-        return (
-            f"{name}: {self.uncounted:,} steps of another optimizer followed the last step that was counted, which is "
-            f"step {clock.step:,} of {clock.steps:,}; call sparsifier.attach() again whenever the optimizer is replaced"
-        )
+        return describe_uncounted(self.method, self.clock, bool(self.optimizers), self.uncounted)
 
     @property
     def _last_update(self) -> int:
@@ -210,13 +203,7 @@ class Sparsifier(StepHooks):
             return
         missing = self._last_update - self.clock.step
         if self.forgotten is None and self.method.finishes and missing > max(self.SKIPPED, self.clock.steps // 10):
-            warnings.warn(
-                f"{self.method.name}: finish() prunes at once what should have been pruned in {missing:,} more steps, "
-                f"because {self.clock.step:,} of {self.clock.steps:,} optimizer steps were taken; give sparsify_() the "
-                "optimizer steps of the run as steps= (not its batches), or an earlier end of the ramp",
-                SparsityWarning,
-                stacklevel=2,
-            )
+            warn_pruned_at_once(self.method, self.clock, missing)
         while self.clock.step < self.clock.steps:
             self.clock.step += 1
             if self.method.finishes:
