@@ -284,8 +284,9 @@ def test_param_groups_default_to_one_decay_and_leave_out_what_is_frozen():
     model[1].requires_grad_(False)
     groups = sparing.param_groups(model, 0.5)
     assert [(g["name"], g["weight_decay"]) for g in groups] == [("weights", 0.5)]
-    with pytest.raises(InputError, match="weight decay of norms must be ≥ 0, got -1"):
-        sparing.param_groups(model, 0.5, norm_weight_decay=-1)
+    for wrong in (-1, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=rf"weight decay of norms must be in \[0, inf\), got {wrong}"):
+            sparing.param_groups(model, 0.5, norm_weight_decay=wrong)
 
 
 def test_counting_leaves_nothing_behind_that_a_forward_caches():

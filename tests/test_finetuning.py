@@ -121,8 +121,9 @@ def test_thresholds_have_a_learning_rate_of_their_own():
     assert rates(STR(), threshold_lr=0.5) == {"weights": None, "thresholds": 0.5}
     assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.1}
     assert rates(STRFeather(sparsity=0.5), threshold_lr=0.0) == {"weights": None, "thresholds": 0.0}
-    with pytest.raises(InputError, match="threshold_lr must be ≥ 0, got -1"):
-        rates(STR(), threshold_lr=-1)
+    for wrong in (-1, float("inf")):
+        with pytest.raises(InputError, match=rf"threshold_lr must be in \[0, inf\), got {wrong}"):
+            rates(STR(), threshold_lr=wrong)
 
 
 def test_units_of_the_layers_are_loaded_with_the_model():

@@ -1,5 +1,6 @@
 """Parameter groups for torch's optimizers."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -36,7 +37,7 @@ def param_groups(
         require a gradient are in none.
 
     Raises:
-        InputError: a weight decay or `threshold_lr` is negative.
+        InputError: a weight decay or `threshold_lr` is negative or infinite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
@@ -52,10 +53,10 @@ def param_groups(
         "no_decay": 0.0,
     }
     for name, decay in decays.items():
-        if not decay >= 0:
-            raise InputError(f"the weight decay of {name} must be ≥ 0, got {decay!r}")
-    if threshold_lr is not None and not threshold_lr >= 0:
-        raise InputError(f"threshold_lr must be ≥ 0, got {threshold_lr!r}")
+        if not 0 <= decay < math.inf:
+            raise InputError(f"the weight decay of {name} must be in [0, inf), got {decay!r}")
+    if threshold_lr is not None and not 0 <= threshold_lr < math.inf:
+        raise InputError(f"threshold_lr must be in [0, inf), got {threshold_lr!r}")
     members: dict[tuple[str, float | None], list[nn.Parameter]] = {(name, None): [] for name in decays}
     seen: set[int] = set()
     for module in model.modules():
