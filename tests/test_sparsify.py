@@ -626,6 +626,18 @@ def test_a_hook_on_an_effective_weight_is_refused_and_one_on_the_dense_weight_ru
     model[2].weight.detach().requires_grad_().register_hook(print)  # a leaf of its own
 
 
+def test_hooks_of_modules_put_hooks_on_the_effective_weights_that_they_get():
+    model, x = small()
+    sparing.sparsify_(model, HALF)
+    shapes = []
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda module, inputs, output: output.register_hook(lambda gradient: shapes.append(gradient.shape)) and None
+        )
+    model(x).sum().backward()
+    assert shapes.count(model[2].weight.shape) == 2  # of the ParametrizationList and of what it holds
+
+
 def test_what_is_made_of_an_effective_weight_is_plain():
     model, _ = small()
     sparing.sparsify_(model, HALF)
