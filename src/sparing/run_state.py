@@ -260,7 +260,7 @@ class RunState(nn.Module):
     def __prepare_scriptable__(self) -> Any:
         raise InputError(
             "torch.jit.script() cannot compile a sparsified layer: call sparing.densify_(model) first, or use "
-            "torch.export.export(), torch.compile() or torch.jit.trace()"
+            "torch.export.export(), torch.compile(), or torch.jit.trace() within torch.no_grad()"
         )
 
     def is_trained(self) -> bool:

@@ -56,7 +56,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         (torch.Size([32, 64]), torch.Size([32, 64]))
     """
     if not isinstance(method, Method):
-        raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
+        raise InputError(f"method={method!r:.200} is not a method object; give one such as sparing.STR(init=-5.0)")
     check_steps(steps)
     check_not_wrapped(model)
     layers = _trained(resolve(model, select))
