@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import sparing
 from sparing import STR, Budget, InputError
@@ -386,6 +387,8 @@ FUNCTIONAL = {
         lambda m, x: (m.linear(m.p0) @ m.linear(x).t()).softmax(-1), ((2, 6),), {"linear": 6 * 48, "p0": 0},
     ),
     "autocast": (lambda m, x: _autocast(m.linear, x), (), {"linear": 4 * 48}),
+    "flex attention": (lambda m, x: flex_attention(*[m.linear(x)[None, None]] * 3), (), {"linear": 4 * 48}),
+    "a branch": (lambda m, x: torch.cond(x.sum() < 9e9, m.linear, m.linear, (x,)), (), {"linear": 4 * 48}),
 }  # fmt: skip
 
 
@@ -394,6 +397,7 @@ def _autocast(module, x):
         return module(x)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("use", FUNCTIONAL)
 def test_macs_are_counted_whoever_multiplies(use, sparse):

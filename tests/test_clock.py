@@ -511,6 +511,21 @@ def test_the_end_of_one_method_says_nothing_about_another_that_goes_on():
     train_both(model, optimizer, range(12))
 
 
+@pytest.mark.parametrize("method", [RigL(sparsity=SPARSITY, budget="uniform", every=2), SNIP(sparsity=SPARSITY)])
+def test_a_step_that_one_model_skips_is_taken_by_another_one_in_the_same_optimizer(method):
+    encoder, decoder = nn.Linear(10, 16), nn.Linear(16, 5)
+    pair = (
+        sparing.sparsify_(encoder, method, steps=12),
+        sparing.sparsify_(decoder, GMP(sparsity=SPARSITY, every=1), steps=12),
+    )
+    optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters()], lr=0.1)
+    for sparsifier in pair:
+        sparsifier.attach(optimizer)
+    train_both(nn.Sequential(encoder, nn.Tanh(), decoder), optimizer, range(12))
+    assert [sparsifier.step for sparsifier in pair] == [12, 12]
+    assert sparing.report(decoder).missed == ()
+
+
 # Targets that are missed
 
 

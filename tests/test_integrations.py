@@ -30,8 +30,9 @@ def trainer(transformers, sparsifier, folder, steps=STEPS, **options):
         disable_tqdm=True, logging_steps=5, **options,
     )  # fmt: skip
     made = transformers.Trainer(
-        sparsifier.model, arguments, train_dataset=sentences(), callbacks=[SparsityCallback(sparsifier, densify)]
-    )
+        sparsifier.model, arguments, train_dataset=sentences(), eval_dataset=sentences(),
+        callbacks=[SparsityCallback(sparsifier, densify)],
+    )  # fmt: skip
     made.remove_callback(transformers.PrinterCallback)
     return made
 
@@ -83,6 +84,18 @@ def test_a_trainer_that_stops_early_gets_no_more_zeros(transformers, tmp_path):
     run.train()
     assert sparsifier.step == 5
     assert "5 of 10 optimizer steps" in sparing.report(sparsifier.model).missed[0]
+
+
+@pytest.mark.parametrize(("best", "step", "missed"), [(0, 5, 1), (1, 10, 0)])
+def test_the_best_checkpoint_of_a_run_is_not_pruned_without_training(best, step, missed, transformers, tmp_path):
+    sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
+    choice = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "own"}
+    run = trainer(transformers, sparsifier, tmp_path, densify=False, **choice)
+    scores = iter([1 - best, best])
+    run.compute_metrics = lambda prediction: {"own": next(scores)}
+    run.train()
+    assert sparsifier.step == step
+    assert len(sparing.report(sparsifier.model).missed) == missed
 
 
 def test_the_sparsifier_of_another_model_is_refused(transformers, tmp_path):
@@ -223,7 +236,7 @@ def test_lightning_goes_on_with_a_densified_module(lightning, tmp_path):
     module, callback = lightning_module(lightning), SparsityCallback(METHODS["gmp"])
     run = fit(lightning, module, tmp_path, callback)
     assert len(run.predict(module, DataLoader(batches(), 8))) == STEPS
-    with pytest.raises(InputError, match="the module is sparsified already"):
+    with pytest.raises(InputError, match="the module is sparsified already, .* or an earlier fit"):
         fit(lightning, module, tmp_path, SparsityCallback(METHODS["gmp"]))
     sparing.densify_(module)
     zeros = module.model[0].weight == 0

@@ -86,7 +86,7 @@ def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tenso
     lower = torch.cat([each[each <= threshold] for each in scores])
     if threshold > 0:  # with the largest of the scores below, and those equal to it, it would cost more
         assert cost_above(torch.nextafter(lower.amax(), lower.new_zeros(()))) > budget
-    with pytest.raises(InputError, match="1 scores are NaN or infinite"):
+    with pytest.raises(InputError, match="1 scores are NaN or infinite: .*; lower the learning rate"):
         affordable_threshold([*scores, torch.tensor([torch.nan]).to(scores[0].dtype)], [*costs, 1], budget)
 
 
@@ -95,7 +95,8 @@ def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tenso
 def test_scores_that_are_nan_are_refused(nan, few):
     tensor = torch.randn(1000)
     tensor[:nan] = torch.nan
-    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match=f"^{nan} of 1000 scores are NaN"):
+    message = f"^{nan} of 1000 scores are NaN: .*; lower the learning rate"
+    with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match=message):
         keep_top(tensor[torch.randperm(1000)], 500)
 
 

@@ -608,6 +608,17 @@ def test_a_model_that_is_wrapped_already_is_refused(one_process):
 
 
 @quiet
+def test_a_sharded_model_is_not_densified(one_process):
+    model = nn.Sequential(nn.Linear(4, 2))
+    sparing.sparsify_(model, sparing.STR())
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    for _ in range(2):
+        with pytest.raises(InputError, match="densify_.*: the model is sharded by fully_shard.*its full state dict"):
+            sparing.densify_(model)
+        model(torch.randn(3, 4))  # which leaves the parameters of the whole model gathered
+
+
+@quiet
 def test_the_sharded_state_of_zero_is_reset(one_process):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
 

@@ -371,6 +371,8 @@ def test_a_selection_of_nothing_names_the_weights_of_the_model():
         ([], "select chose no layer"),
         (nn.Linear, r"for classes of modules, give sparing.select.of_type\(nn.Linear\)"),
         (["0", nn.Linear], "must be a predicate .* or a list of layer names"),
+        (1000, "select=1000 must be a predicate"),
+        (nn.Linear(2, 2), r"select=Linear\(.* must be a predicate"),
     ],
 )
 def test_a_bad_selection_is_refused(choice, message):
@@ -626,6 +628,18 @@ def test_a_hook_on_an_effective_weight_is_refused_and_one_on_the_dense_weight_ru
     model[2].weight.detach().requires_grad_().register_hook(print)  # a leaf of its own
 
 
+def test_hooks_of_modules_put_hooks_on_the_effective_weights_that_they_get():
+    model, x = small()
+    sparing.sparsify_(model, HALF)
+    shapes = []
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda module, inputs, output: output.register_hook(lambda gradient: shapes.append(gradient.shape)) and None
+        )
+    model(x).sum().backward()
+    assert shapes.count(model[2].weight.shape) == 2  # of the ParametrizationList and of what it holds
+
+
 def test_what_is_made_of_an_effective_weight_is_plain():
     model, _ = small()
     sparing.sparsify_(model, HALF)
@@ -746,6 +760,19 @@ def test_torch_script_is_refused_until_the_model_is_dense():
         torch.jit.script(model)
     x = torch.randn(2, 4)
     torch.testing.assert_close(torch.jit.script(sparing.densify_(model))(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("method", [HALF, sparing.RigL(sparsity=0.5)], ids=lambda method: method.name)
+def test_a_trace_without_gradients_can_be_saved(method):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    sparing.sparsify_(model, method, steps=10)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x), rtol=0, atol=0)
 
 
 def test_weights_that_something_else_computes_are_refused_and_not_left_out():

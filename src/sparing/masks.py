@@ -101,7 +101,9 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
     if rank == 0:
         return scores[0]().new_zeros(())
     if nan := int(sum(each().isnan().count_nonzero() for each in scores)):
-        raise InputError(f"{nan} of {total} scores are NaN: the weights or their gradients have diverged")
+        raise InputError(
+            f"{nan} of {total} scores are NaN: the weights or their gradients have diverged; lower the learning rate"
+        )
     low, high, below, inside, margin = -torch.inf, torch.inf, 0, total, 0.01
     while inside > FEW and low < high:
         stride = max(inside // SAMPLE, 1)
@@ -148,7 +150,7 @@ def affordable_threshold(scores: Sequence[Tensor], costs: Sequence[int], budget:
     """
     left = [each.reshape(-1) for each in scores]
     if wrong := int(sum((~each.isfinite()).count_nonzero() for each in left)):
-        raise InputError(f"{wrong} scores are NaN or infinite: the weights have diverged")
+        raise InputError(f"{wrong} scores are NaN or infinite: the weights have diverged; lower the learning rate")
     low, high, spent = scores[0].new_zeros(()), torch.stack([each.amax() for each in left]).amax(), 0
     if sum(cost * int((each > low).count_nonzero()) for cost, each in zip(costs, left, strict=True)) <= budget:
         return low

@@ -64,6 +64,9 @@ def apply_operator(operator: type[Operator], *inputs: Any) -> Tensor:
         InputError: torch.compile compiles a transform of torch.func, and would ignore the backward pass.
     """
     if not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() and not is_transformed():
+            # torch.jit.save() cannot save a traced call of a Function.
+            return operator.forward(*inputs)  # type: ignore[no-any-return]
         function = operator.with_jvp if is_transformed() else operator.eager
         return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     if is_transformed() and (torch.is_grad_enabled() or in_forward_mode()):

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from sparing.errors import InputError
@@ -121,6 +122,8 @@ class ProductCounter(TorchDispatchMode):
         origins: what the tensors of the pass were made from. The inputs and the weights must be marked.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         super().__init__()
         self.origins = Origins(layers)
@@ -147,6 +150,8 @@ class ProductCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._run_functions(func, args, kwargs)
         if func.overloadpacket not in _KNOWN:
             with self:  # a composite operation, in inference mode
                 result = func.decompose(*args, **kwargs)
@@ -174,6 +179,23 @@ class ProductCounter(TorchDispatchMode):
             self.origins.mark(result, Origin(layers=layers_of(origins)))
         elif layers_of(origins):
             self.origins.follow(func, args, kwargs, result)
+        return result
+
+    def _run_functions(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator that calls functions, such as flex_attention or cond, and see what these do."""
+
+        def seen(leaf: Any) -> Any:
+            def call(*inputs: Any) -> Any:
+                with self:
+                    return leaf(*inputs)
+
+            return call if callable(leaf) else leaf
+
+        used = layers_of(self.origins[part] for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor))
+        self._unknown |= dict.fromkeys(used, func.__name__)
+        args, kwargs = tree_map(seen, (args, kwargs))
+        result = func(*args, **kwargs)
+        self.origins.mark(result)
         return result
 
     def _count_product(self, operation: Any, args: Any, result: Tensor) -> None:

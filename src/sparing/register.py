@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparing.effective_weight import EffectiveWeight, refuse_write
+from sparing.effective_weight import EffectiveWeight, guarded, refuse_write
 from sparing.errors import InputError, SparsityWarning
-from sparing.layers import EMBEDDINGS, Layer, Place, check_module
+from sparing.layers import EMBEDDINGS, Layer, Place, check_module, sparse_layers
 from sparing.run_state import RunState
 
 
@@ -105,10 +105,16 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
 class ParametrizationList(parametrize.ParametrizationList):
     """The parametrizations of a sparsified weight; others may follow that take it as it is, as spectral_norm does."""
 
+    def __call__(self) -> Tensor:
+        effective: Tensor = super().__call__()
+        # Here, not in forward(): module hooks, such as those of torch.utils.flop_counter, put hooks on what they get.
+        plain = parametrize._cache_enabled or effective is self._parameters.get("original")
+        return effective if plain else guarded(effective)
+
     def append(self, module: nn.Module) -> "ParametrizationList":
         try:
             with torch.no_grad():
-                module(self())
+                module(self.forward())
         except Exception as error:
             raise InputError(
                 f"{type(module).__name__} cannot compute a weight from one that is sparsified already ({error}): "
@@ -330,4 +336,20 @@ def check_not_wrapped(model: nn.Module) -> None:
         raise InputError(
             "the model is sharded already, by fully_shard() or tensor parallelism, and weights sparsified later would "
             "not be gathered: call sparsify_() before fully_shard(). Tensor parallelism is not supported"
+        )
+
+
+def check_gathered(model: nn.Module) -> None:
+    """Check that a model is not sharded, if it has sparsified layers.
+
+    Raises:
+        InputError: it is.
+    """
+    layers = sparse_layers(model).values()
+    # After a forward pass FSDP2 may leave parameters gathered; its modules have a method unshard().
+    sharded = any(hasattr(module, "unshard") for module in model.modules())
+    if any(sharded or hasattr(weight, "full_tensor") for layer in layers for weight in layer.originals):
+        raise InputError(
+            "densify_(): the model is sharded by fully_shard(), which holds its parameters: load its full state dict "
+            "into a sparsified model that is not sharded, and densify that one"
         )

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from sparing.effective_weight import guarded
 from sparing.errors import InputError, SparsityWarning
 
 SAMPLE = 2**14
@@ -135,7 +133,7 @@ class RunState(nn.Module):
         snapshot = not torch.compiler.is_compiling() and self._source is not None and not self._source.followed
         if snapshot and effective.requires_grad:
             effective.register_hook(lambda gradient: self.keep_state())
-        return effective if effective is weight or parametrize._cache_enabled else guarded(effective)
+        return effective
 
     def _call_as_average(self, source: "_Source", weight: Tensor) -> Any:
         """Do within a compiled graph what `refresh` does before an eager call."""
@@ -262,7 +260,7 @@ class RunState(nn.Module):
     def __prepare_scriptable__(self) -> Any:
         raise InputError(
             "torch.jit.script() cannot compile a sparsified layer: call sparing.densify_(model) first, or use "
-            "torch.export.export(), torch.compile() or torch.jit.trace()"
+            "torch.export.export(), torch.compile(), or torch.jit.trace() within torch.no_grad()"
         )
 
     def is_trained(self) -> bool:

@@ -1,7 +1,7 @@
 """Which layers of a model to sparsify: predicates, and the `select` argument of `sparsify_`."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -76,8 +76,8 @@ def resolve(model: nn.Module, select: Select | None) -> dict[str, Layer]:
     """
     if isinstance(select, str):
         raise InputError(f"select={select!r} is a string; give a list of layer names, such as select=[{select!r}]")
-    names = [] if select is None or callable(select) else list(select)
-    if isinstance(select, type) or not all(isinstance(name, str) for name in names):
+    names = [] if select is None or callable(select) else list(select) if isinstance(select, Iterable) else [select]
+    if isinstance(select, (type, nn.Module)) or not all(isinstance(name, str) for name in names):
         raise InputError(
             f"select={select!r} must be a predicate (name, module) -> bool or a list of layer names; for classes of "
             "modules, give sparing.select.of_type(nn.Linear)"

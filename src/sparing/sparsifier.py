@@ -247,10 +247,14 @@ class Sparsifier(StepHooks):
             layer.parametrization.take_state(made[name].state())  # type: ignore[union-attr]
 
     def skip_step(self) -> None:
-        """Skip the upcoming optimizer step, by clearing the gradients; layers of other sparsifiers keep theirs."""
-        kept = {id(p) for layer in self._others() for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
+        """Skip the upcoming optimizer step of the model, by clearing its gradients but for layers of other sparsifiers.
+
+        Other models that the optimizers train take their step.
+        """
+        others = {id(p) for layer in self._others() for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
+        own = {id(parameter) for parameter in self.model.parameters()} - others
         for parameter in parameters_of(self.optimizers):
-            if id(parameter) not in kept:
+            if id(parameter) in own:
                 parameter.grad = None
 
     def collapsed(self) -> list[str]:

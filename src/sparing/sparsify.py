@@ -14,7 +14,7 @@ from sparing.goal import make_clock, set_costs, start_ramp, warn_forgotten, warn
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.pretrained import check_saved, save_effective_weights
-from sparing.register import check_held_once, check_not_wrapped, check_weight, register, unregister
+from sparing.register import check_gathered, check_held_once, check_not_wrapped, check_weight, register, unregister
 from sparing.schedules import check_steps
 from sparing.select import Select, resolve
 from sparing.sparsifier import Sparsifier
@@ -56,7 +56,7 @@ def sparsify_(model: nn.Module, method: Method, select: Select | None = None, st
         (torch.Size([32, 64]), torch.Size([32, 64]))
     """
     if not isinstance(method, Method):
-        raise InputError(f"method={method!r} is not a method object; give one such as sparing.STR(init=-5.0)")
+        raise InputError(f"method={method!r:.200} is not a method object; give one such as sparing.STR(init=-5.0)")
     check_steps(steps)
     check_not_wrapped(model)
     layers = _trained(resolve(model, select))
@@ -125,6 +125,9 @@ def densify_(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
 
+    Raises:
+        InputError: the model is sharded.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> _ = sparsify_(model, STR(init=-2.0))
@@ -133,13 +136,13 @@ def densify_(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=4, out_features=2, bias=True)
         )
     """
+    check_gathered(model)
     warn_missed_target(model)
     warn_forgotten(model)
     for layer in sparse_layers(model).values():
-        clock = layer.parametrization.clock  # type: ignore[union-attr]
-        unregister(layer)
-        if clock is not None:
+        if (clock := layer.parametrization.clock) is not None:  # type: ignore[union-attr]
             clock.stale = True
+        unregister(layer)
     return model
 
 

@@ -41,6 +41,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, sparsifier: Sparsifier, densify: bool = True) -> None:
         self.sparsifier, self.densify = sparsifier, densify
+        self._step = 0  # of the sparsifier, after the last step of the Trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,6 +69,10 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the step, which a checkpoint that is loaded at the end sets back."""
+        self._step = self.sparsifier.step
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the sparsity to what is logged while training."""
         logs = kwargs["logs"]
@@ -81,7 +86,10 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Perform what is due in steps that a gradient scaler skipped, and make the model plain."""
-        if state.global_step >= state.max_steps:
+        updates = getattr(self.sparsifier.plan, "updates", None)
+        # Finishing a checkpoint of the ramp, of load_best_model_at_end, would prune it without training.
+        early = updates is not None and self.sparsifier.step < min(self._step, updates.end)
+        if state.global_step >= state.max_steps and not early:
             self.sparsifier.finish()
         if self.densify:
             densify_(self.sparsifier.model)

@@ -41,7 +41,10 @@ class SparsityCallback(Callback):
         if stage != "fit":
             return
         if sparse_layers(pl_module):
-            raise InputError("the module is sparsified already: leave out the callback, or the call of sparsify_()")
+            raise InputError(
+                "the module is sparsified already, by sparsify_() or an earlier fit(), as in Tuner.lr_find(): leave "
+                "out the callback or the call of sparsify_(), or make module, callback and Trainer anew"
+            )
         steps = self.steps or _length(trainer.estimated_stepping_batches)
         self.sparsifier = sparsify_(pl_module, self.method, self.select, steps)
 
