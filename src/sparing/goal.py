@@ -278,9 +278,9 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
         return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
     if clock.steps is not None and clock.step < clock.steps:
         return (
-            f"{clock.step:,} of {clock.steps:,} optimizer steps were counted; give sparsify_() the optimizer steps of "
-            "the run as steps= (not its batches), call sparsifier.attach() again if the optimizer was replaced, and "
-            "sparsifier.finish() if a gradient scaler skipped some"
+            f"{clock.step:,} of {clock.steps:,} optimizer steps were counted, or a checkpoint of that step was loaded; "
+            "give sparsify_() the optimizer steps of the run as steps= (not its batches), call sparsifier.attach() "
+            "again if the optimizer was replaced, and sparsifier.finish() if a gradient scaler skipped some"
         )
     if clock.steps is not None and clock.step > clock.steps:
         return (

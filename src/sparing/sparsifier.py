@@ -173,7 +173,7 @@ class Sparsifier(StepHooks):
 
         With gradient accumulation, add it to one of the losses, or to each divided by their number.
         """
-        self._penalized = True
+        self._penalized |= torch.is_grad_enabled()  # without gradients it is for a log
         if not self.method.regularizes or not self._active():
             return torch.zeros((), device=next(self.model.parameters()).device)
         check_penalty(self.method, self.layers)
