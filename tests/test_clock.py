@@ -536,7 +536,7 @@ def test_a_step_that_one_model_skips_is_taken_by_another_one_in_the_same_optimiz
         (
             5,
             True,
-            r"5 of 12 optimizer steps were counted, .*; give sparsify_\(\) the optimizer steps of the run as steps=",
+            r"5 of 12 optimizer steps were counted, .*; give sparsify_\(\) the optimizer steps of the run as ",
         ),
     ],
 )
