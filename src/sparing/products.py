@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -158,9 +158,14 @@ class ProductCounter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
+        self._see(func, args, kwargs, result)
+        return result
+
+    def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count the products of an operation with weights, and follow the weights to its result."""
         origins = [self.origins[part] for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         if all(origin is CONSTANT for origin in origins):
-            return result
+            return
         operation, data = func.overloadpacket, any(origin.data for origin in origins)
         product = operation in _PRODUCTS and (data or operation is not aten.mul)
         if product:
@@ -179,10 +184,13 @@ class ProductCounter(TorchDispatchMode):
             self.origins.mark(result, Origin(layers=layers_of(origins)))
         elif layers_of(origins):
             self.origins.follow(func, args, kwargs, result)
-        return result
 
     def _run_functions(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator that calls functions, such as flex_attention or cond, and see what these do."""
+        if args and isinstance(args[0], OpOverload):  # out_dtype(aten.mm.default, torch.int32, x, y)
+            result = func(*args, **kwargs)
+            self._see(args[0], args[2:], kwargs, result)
+            return result
 
         def seen(leaf: Any) -> Any:
             def call(*inputs: Any) -> Any:
