@@ -4,8 +4,8 @@
     python bench/results.py table             write the tables into README.md and the pages of docs/
     python bench/results.py figures           draw docs/figures/
 
-An accuracy is the mean over the seeds of one recipe at one commit, with the sample standard deviation if there are
-several seeds. All numbers in the tables come from results/.
+An accuracy is the mean over the seeds of one recipe, with the sample standard deviation if there are several. All
+numbers in the tables come from results/.
 """
 
 import csv
@@ -125,9 +125,7 @@ def runs_table():
     hardware = {}
     for entries in recipes():
         first, recipe, count = entries[0], Path(entries[0]["recipe"]), len(entries)
-        (commit,) = {entry["commit"] for entry in entries}
-        machine = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}, commit {commit[:7]}" for e in entries}
-        hardware.setdefault("; ".join(sorted(machine)), set()).add(recipe.parent.name)
+        hardware.setdefault(recipe.parent.name, []).extend(entries)
         cell = f"[{recipe.parent.name}/{recipe.stem}]({recipe})"
         if "dense_accuracy" in first:
             dense = spread([entry["dense_accuracy"] for entry in entries], 100)
@@ -138,7 +136,7 @@ def runs_table():
             f"| {cell} | {first['method']} | {spread(values['accuracy'], 100)} | {spread(values['sparsity'], 100)} "
             f"| {round(statistics.mean(values['nonzero'])):,} | {round(statistics.mean(values['macs'])):,} | {count} |"
         )
-    notes = [f"{', '.join(sorted(names))}: {machine}" for machine, names in hardware.items()]
+    notes = [f"{folder}: {ran_on(entries)}" for folder, entries in hardware.items()]
     return [*rows, "", f"Seeds from 0; mean ± standard deviation; {'; '.join(notes)}."]
 
 
