@@ -349,8 +349,11 @@ class Sparsifier(StepHooks):
         return bool(self.layers)
 
     def _is_trained_by(self, optimizer: Optimizer) -> bool:
+        if self.clock.steps is None or not self.method.acts:
+            return False  # no step is missed
         held = {id(parameter) for parameter in parameters_of([optimizer])}
-        return any(id(weight) in held for layer in self.layers.values() for weight in layer.originals)
+        made_by = [layer.places[0].parametrizations for layer in self.layers.values()]
+        return any(id(p) in held for each in made_by if each is not None for p in each.parameters(recurse=False))
 
     def _after_other_step(self) -> None:
         if self.uncounted == self.UNCOUNTED and self.forgotten is not None:
