@@ -51,6 +51,7 @@ def test_norms_of_a_convolution_are_those_of_its_input_channels(kind, groups):
         torch.testing.assert_close(norm, channels[channel].expand_as(norm))
 
 
+@pytest.mark.slow
 def test_norms_of_the_conv1d_of_transformers():
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils", exc_type=ImportError)
     model, x = pytorch_utils.Conv1D(4, 6), torch.randn(2, 5, 6)

@@ -50,6 +50,7 @@ def stop_at(monkeypatch, signals):
     monkeypatch.setattr(loop, "backward", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_stopped_in_mid_epoch_ends_as_if_it_had_not_been(tmp_path, monkeypatch, name):
     fit(recipe(**RUNS[name]), tmp_path / "straight")
@@ -117,6 +118,7 @@ def test_an_evaluation_that_misses_examples_is_an_error(tmp_path, monkeypatch, s
         train_run(recipe(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_by_steps_by_minutes_and_after_epochs(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
@@ -135,6 +137,7 @@ def test_checkpoints_are_written_by_steps_by_minutes_and_after_epochs(tmp_path, 
     assert steps({"keep": 7}) == [10, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 9, 10])  # 10 is the last step of the epoch
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("what", ["loss", "gradient"])

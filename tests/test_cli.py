@@ -123,6 +123,7 @@ def test_train_with_json_prints_only_json(place):
     assert json.loads(done.stdout) == json.loads((place / "runs/recipe/metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_stop_after_and_resume_continue_a_run(place):
     # A name with brackets, which rich would read as markup if markup were on.
     first = sparing("train", "recipe.yaml", "--out", "parts[a]", "--stop-after", "1", "--set", "seed=3", cwd=place)
@@ -244,6 +245,7 @@ def test_a_missing_package_of_the_command_line_is_one_sentence(monkeypatch, caps
     assert capsys.readouterr().err == "sparing: typer is not installed; run pip install 'sparing[train]'\n"
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_in_a_new_process(place):
     done = process("eval", "absent", cwd=place)
     message = "sparing: absent is not a run directory: there is no such directory\n"

@@ -169,6 +169,7 @@ def test_any_skipped_steps_change_nothing_but_the_number_of_steps(name, skipped,
         assert_exact(loop, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TO_THE_END)
 @settings(max_examples=10)
 @given(st.data())
@@ -687,6 +688,7 @@ def test_a_checkpoint_of_another_method_target_or_length_is_refused_with_both_va
 # Another target
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*every weight of")
 @pytest.mark.parametrize(
     ("name", "changes"),

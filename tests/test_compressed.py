@@ -65,6 +65,7 @@ def test_round_trip_of_special_values():
     assert Path("odd.safetensors").stat().st_size < 9000
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=100)
 def test_round_trip_of_random_positions(data):
@@ -287,6 +288,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=100)
 def test_manipulated_header_raises_without_a_large_allocation(data):

@@ -207,6 +207,7 @@ def test_bad_for_sparsity_settings_are_refused_when_the_recipe_is_read(tmp_path,
         load_recipe(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_chosen_weight_decay_and_resumes(tmp_path):
     asked = recipe(data=NOISE, schedule={"epochs": 90})
     assert train_run(asked, tmp_path / "run", stop_after=1) is None

@@ -58,6 +58,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_take_the_same_steps_as_one(tmp_path, method):
     states = []

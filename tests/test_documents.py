@@ -252,6 +252,7 @@ def literals(path):
             yield node.value
 
 
+@pytest.mark.slow
 def test_the_messages_in_the_faq_exist():
     source = [text for path in ROOT.joinpath("src").rglob("*.py") for text in literals(path)]
     page = (ROOT / "docs" / "faq.md").read_text()

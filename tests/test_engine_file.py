@@ -71,6 +71,7 @@ def path(engine, tmp_path_factory):
     return save(engine, tmp_path_factory.mktemp("engine") / "model.engine")
 
 
+@pytest.mark.slow
 def test_loaded_network_gives_the_same_outputs(engine, path):
     loaded = load(path, threads=engine.threads)
     for batch in (1, 3):
@@ -109,6 +110,7 @@ def test_wide_layers_have_longer_positions(tmp_path):
     torch.testing.assert_close(load(tmp_path / "model.engine")(x), model(x))
 
 
+@pytest.mark.slow
 def test_other_containers_are_saved_with_a_warning(tmp_path):
     class Named(nn.Module):
         def forward(self, x):

@@ -727,6 +727,7 @@ class Llama(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_language_models_run_as_one_segment(tmp_path):
     model = sparse(Llama())
     engine = sparing.engine.compile(model, torch.randint(20, (2, 7)))
@@ -1037,6 +1038,7 @@ def test_wrong_inputs_raise():
         two(torch.ones(4, 3), torch.ones(5, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sparing.SparsityWarning")
 def test_models_that_cannot_be_compiled_raise():
     class Condition(nn.Module):

@@ -447,6 +447,7 @@ def networks(draw, kinds, least=1, most=1):
     return network, outputs, {"threads": draw(st.integers(1, 3)), "channels_last": draw(st.booleans())}
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(drawn=networks(["convolution", "residual"]))
 def test_convolution(drawn):

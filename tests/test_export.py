@@ -182,6 +182,7 @@ def test_export_compacts_learned_ranks():
         openvino.save(sparing.rnn.compact_(model), "zero.xml", (1, 9, 6))
 
 
+@pytest.mark.slow
 def test_onnx_constant_of_shape_has_an_explicit_value():
     model = sparing.models.fastgrnn(5, 6, hidden_size=8).eval()  # the initial state is zeros of the batch size
     program, _ = onnx.export(model, find_inputs(model, (1, 3, 6)))
@@ -232,6 +233,7 @@ def test_missing_package_is_named(monkeypatch):
         mnn.save(nn.Linear(2, 2), "x.mnn", (1, 2))
 
 
+@pytest.mark.slow
 def test_every_module_of_the_package_is_an_attribute():
     # In a new process: here the modules are imported already.
     code = (
@@ -302,6 +304,7 @@ class Positional(nn.Module):
         return total, None, image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "outputs"), [(2, ["mean", "rest_0", "rest_2"]), (3, ["output0", "output1"])], ids=["named", "numbered"]
 )
@@ -470,6 +473,7 @@ class Branch(nn.Module):
         return x + 1 if x.shape[0] < 3 else x * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "example", "shape", "message"),
     [
@@ -504,6 +508,7 @@ def convolutional():
 SAVES = {"onnx": onnx.save, "xml": openvino.save, "mnn": mnn.save}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SAVES)
 @pytest.mark.parametrize(
     "example", [(1, 3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)], ids=["shape", "tensor"]
@@ -519,6 +524,7 @@ def test_bf16_model_is_refused_in_one_sentence(suffix, example):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "dtype", "reason"),
     [
@@ -549,6 +555,7 @@ def test_allowed_error_depends_on_the_precision(monkeypatch):
     assert 0.003 < onnx.save(model.half(), "model.onnx", (1, 3)).error < 0.007
 
 
+@pytest.mark.slow
 def test_network_that_crashes_the_runtime_is_refused(monkeypatch):
     # ONNX Runtime crashes on an LSTM in fp16, for example.
     crash = Path("crash", "onnxruntime.py")

@@ -754,6 +754,7 @@ def assert_outputs(fast, model, **inputs):
         torch.testing.assert_close(fast(**given), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("engine_library")
 def test_the_engine_runs_all_of_bert_but_embeddings(transformers):
     torch.manual_seed(0)
@@ -772,6 +773,7 @@ def test_the_engine_runs_all_of_bert_but_embeddings(transformers):
     assert not names & {"linear", "layer_norm", "gelu", "tanh", "scaled_dot_product_attention"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("engine_library")
 def test_the_engine_runs_all_of_a_timm_model(timm):
     torch.manual_seed(0)

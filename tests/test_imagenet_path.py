@@ -82,6 +82,7 @@ def test_a_run_on_two_ranks_resumes_on_one_rank(shards, tmp_path):
     assert report.total.weights == 3_185_088 + 1024 * CLASSES
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_2020_release_is_evaluated_on_images(images, tmp_path):
     torch.manual_seed(1)
     save(trained(old_resnet(STRConv, (2, 2, 2, 2), False, CLASSES)), tmp_path / "old.pth")

@@ -37,6 +37,7 @@ def trainer(transformers, sparsifier, folder, steps=STEPS, **options):
     return made
 
 
+@pytest.mark.slow
 @each_method
 def test_a_trainer_resumes_exactly_with_the_optimizer_it_makes(name, transformers, tmp_path):
     runs = []
@@ -73,6 +74,7 @@ def test_another_length_of_run_is_warned_of(steps, transformers, tmp_path):
         run.train()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_stops_early_gets_no_more_zeros(transformers, tmp_path):
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -107,6 +109,7 @@ def test_the_sparsifier_of_another_model_is_refused(transformers, tmp_path):
         run.train()
 
 
+@pytest.mark.slow
 def test_a_second_training_of_a_densified_model_is_refused(transformers, tmp_path):
     sparsifier = sparing.sparsify_(bert(transformers), METHODS["gmp"], steps=STEPS)
     run = trainer(transformers, sparsifier, tmp_path)

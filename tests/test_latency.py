@@ -122,6 +122,7 @@ def test_table_json_and_figure_agree(measured):
     assert [label.get_text() for label in figure.axes[0].texts if f"{dense.speedup:.2f}x" in label.get_text()]
 
 
+@pytest.mark.slow
 def test_unavailable_backend_has_a_note():
     chosen = only("MNN sparse", "ONNX Runtime") | {"other": Backend("absent", "network.onnx")}
     rows = latency.measure(nn.Sequential(nn.Linear(4, 4)), (1, 4), backends=chosen, **QUICK).rows

@@ -92,6 +92,7 @@ def test_quantization_aware_training_of_a_sparse_model(method, quantization):
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aware", [False, True])
 def test_pt2e_keeps_the_zeros(aware, quantization):
     """A densified model is exported; for quantization-aware training, the exported one is sparsified again."""

@@ -188,6 +188,7 @@ def page_of(path, *runs, **options):
     return Page(text)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run(run, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "latency.json").write_text(Latency(TIMINGS, {0.9: 2.0}, 0.9, {"processor": "x"}, 3).to_json())

@@ -449,6 +449,7 @@ def test_uses_are_steps():
     assert set(sparing.count_applications(FastGRNNCell(9, 16), (2, 9)).values()) == {2}
 
 
+@pytest.mark.slow
 def test_it_compiles_whole():
     rnn = FastGRNN(4, 8, hidden_rank=2)
     x, lengths = torch.randn(2, 5, 4), torch.tensor([5, 2])

@@ -139,6 +139,7 @@ def test_missing_archive_error_contains_its_web_page(tmp_path):
             DATASETS[name](str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 def test_watch_is_split_by_person():
     pytest.importorskip("seglearn")
     data = watch()
@@ -281,6 +282,7 @@ def commands(tmp_path_factory):
     return make_speech_commands(tmp_path_factory.mktemp("speech") / "speech_commands")
 
 
+@pytest.mark.slow
 def test_google12_reads_the_original_layout_and_caches_spectrograms(commands, monkeypatch):
     data = google12(str(commands))
     for sequences, speakers in ((data.train, 7), (data.validation, 2), (data.test, 3)):
@@ -296,6 +298,7 @@ def test_google12_reads_the_original_layout_and_caches_spectrograms(commands, mo
     assert torch.equal(again.test.labels, data.test.labels)
 
 
+@pytest.mark.slow
 def test_google12_uses_the_lists_of_the_archive(tmp_path):
     pytest.importorskip("kaldi_native_fbank")
     root = make_speech_commands(tmp_path / "commands")

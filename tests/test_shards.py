@@ -121,6 +121,7 @@ def test_the_order_depends_on_seed_and_epoch(shards):
     assert all(sorted(near[i : i + 20]) == sorted(unshuffled[i : i + 20]) for i in range(0, 120, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 7])
 def test_evaluation_yields_each_image_once(shards, ranks, monkeypatch):
     monkeypatch.setattr("sparing.data.pictures.EVALUATION_BATCH", 4)

@@ -254,6 +254,7 @@ def test_moves_between_devices(device):
 
 
 # torch.compile uses functions that torch itself deprecates.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["linear", "conv2d", "channels_last"])
 def test_compiles_in_one_graph_and_exports(name):

@@ -224,6 +224,7 @@ def test_plain_state_dict_and_other_number_of_classes(tmp_path):
     sparing.models.mobilenet_v1(num_classes=7).load_state_dict(convert(tmp_path / "bare.pth", "mobilenet_v1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_converted_resnet_loads_into_torchvision(folder, arch, torchvision_models):
     model = getattr(torchvision_models, arch)(weights=None)
@@ -343,6 +344,7 @@ def test_other_architectures_and_files_raise(folder, tmp_path):
             convert(tmp_path / name, "resnet18")
 
 
+@pytest.mark.slow
 def test_convert_command_writes_the_converted_state_dict(folder, tmp_path):
     old = str(folder / "resnet18.pth")
     done = run_cli("convert", old, "--arch", "resnet18", "--out", "dense.safetensors", "--json", cwd=tmp_path)

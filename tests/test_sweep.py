@@ -180,6 +180,7 @@ def test_a_finished_sweep_is_unchanged_by_a_rerun_and_can_be_extended(tmp_path, 
     assert optuna.logging.get_verbosity() == before
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_recorded_and_the_sweep_continues(tmp_path, monkeypatch, untrained):
     train_run = sparing.run.sweep.train_run
     errors = [InputError("the loss became nan"), torch.OutOfMemoryError("no memory\nof much")]
@@ -271,6 +272,7 @@ def miss_heartbeats(out):
         database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00.000000'")
 
 
+@pytest.mark.slow
 @forks
 def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeypatch, untrained):
     train_run, out = sparing.run.sweep.train_run, tmp_path / "out"
@@ -291,6 +293,7 @@ def test_another_worker_continues_the_trial_of_a_killed_worker(tmp_path, monkeyp
     assert untrained == ["0000", "0002"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_lost_its_trial_continues_with_another_trial(tmp_path, monkeypatch, untrained):
     train_run, first = sparing.run.sweep.train_run, iter([True])
 
@@ -309,6 +312,7 @@ def test_a_worker_that_lost_its_trial_continues_with_another_trial(tmp_path, mon
     assert untrained == ["0000", "0000", "0002"]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_dies_too_often_is_replaced(tmp_path, monkeypatch, untrained):
     train_run, deaths = sparing.run.sweep.train_run, iter(range(MAX_RETRIES + 1))
 
@@ -364,6 +368,7 @@ def test_workers_without_a_shared_directory_run_exactly_the_requested_trials(tmp
     assert (outs[0] / "trials.csv").read_text() == (outs[1] / "trials.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_trial_that_exceeds_the_total_is_not_trained(tmp_path, monkeypatch, untrained):
     stop = optuna.study.MaxTrialsCallback.__call__
 
@@ -519,6 +524,7 @@ def test_without_optuna_or_pandas_the_extra_is_named(tmp_path, monkeypatch, miss
         run_sweep(sweep(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_front_and_the_command_to_continue(tmp_path, monkeypatch, capsys, untrained):
     path = write(tmp_path, trials=1)
     monkeypatch.chdir(tmp_path)

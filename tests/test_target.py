@@ -339,6 +339,7 @@ def test_a_recipe_gives_steps_and_input_size():
     assert (sparsifier.steps, sparsifier.method.input_size) == (20 * 55, (1, 1, 28, 28))
 
 
+@pytest.mark.slow
 def test_a_run_ends_on_its_macs_and_its_directory_is_read_without_data(tmp_path):
     recipe = Recipe.model_validate(
         {

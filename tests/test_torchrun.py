@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 TWO = {"method": RIGL, "checkpoint": {"steps": 4}, "schedule": {"epochs": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("differs", "message", "written"),
     [
@@ -52,6 +53,7 @@ def test_ranks_without_a_shared_run_directory_are_reported_when_they_continue(tm
         assert "different progress, weights or masks: epoch is 1 on rank 0 and 0 on rank 1" in text
 
 
+@pytest.mark.slow
 def test_an_error_on_the_first_rank_ends_all_ranks_with_its_message(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").touch()
@@ -76,6 +78,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_ends_the
     assert history(tmp_path / "run") == history(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_during_an_evaluation_stops_all_after_the_epoch(tmp_path):
     for text, status in on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), tmp_path / "run", "", -1):
         assert status == 2
@@ -84,6 +87,7 @@ def test_a_signal_to_one_rank_during_an_evaluation_stops_all_after_the_epoch(tmp
     assert (progress["epoch"], progress["step"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_one_rank_continues_the_epoch_of_two(tmp_path):
     out = tmp_path / "run"
     on_ranks(2, tmp_path, train_ranks, recipe(2, **TWO), out, "", 3)
@@ -141,6 +145,7 @@ def start_late(rank):
         assert ranks.gather(rank) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_rank_may_need_longer_than_the_timeout_until_its_first_operation(tmp_path):
     assert on_ranks(2, tmp_path, start_late) == [("", 0)] * 2
 

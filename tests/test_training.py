@@ -112,6 +112,7 @@ def finished(tmp_path_factory):
     return out, wanted, train_run(wanted, out)
 
 
+@pytest.mark.slow
 def test_a_run_directory_contains_all_documented_files(finished):
     out, _, metrics = finished
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -165,6 +166,7 @@ def test_resuming_a_finished_run_returns_its_metrics_without_training(finished):
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
     out, wanted, _ = finished
     with pytest.raises(InputError, match="exists already; continue it with --resume auto"):
@@ -218,6 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_training_warns_if_all_weights_of_a_layer_are_zero_and_continues(tmp_path):
     too_sparse = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0})
     with pytest.warns(SparsityWarning, match=r"step 10: every weight of 'layer.* threshold 0\.9.* is zero"):
@@ -252,6 +255,7 @@ def test_an_unreadable_checkpoint_is_reported_in_one_sentence(tmp_path, monkeypa
         assert str(error.value).endswith("has format 3; this version reads 4")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_the_recipe_is_reported(tmp_path):
     out = tmp_path / "run"
     train_run(recipe(), out, stop_after=1)
@@ -296,6 +300,7 @@ def test_the_best_epoch_is_the_most_accurate_of_the_sparsest():
     assert is_better(epoch(None, 0.9), epoch(None, 0.9), 0.9), "without validation data, the later one"
 
 
+@pytest.mark.slow
 def test_without_a_validation_split_the_last_epoch_is_the_best(tmp_path, monkeypatch):
     data = small_run.noise()
     no_images = Images(data.validation.pixels[:0], data.validation.labels[:0])
@@ -363,6 +368,7 @@ def test_a_run_whose_last_steps_overflow_in_fp16_ends_on_its_target(tmp_path, mo
     assert Run.open(tmp_path / "run").report("dense").total.nonzero == metrics["nonzero"]
 
 
+@pytest.mark.slow
 def test_steps_that_overflow_do_not_count_and_do_not_delay_the_learning_rate(tmp_path, monkeypatch):
     overflow(monkeypatch, {1, 5, 6})
     wanted = recipe(amp="fp16", schedule={"epochs": 2, "update": "epoch"})
@@ -427,6 +433,7 @@ def test_the_penalty_is_added_once_and_in_full_to_the_loss(name, accumulate):
     assert thresholds == len(sparsifier.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_run_trains_with_the_penalty(tmp_path, monkeypatch, name):
     calls = []

@@ -34,6 +34,7 @@ def train(run, forward, steps=STEPS):
         run.optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_run_is_compiled_once_whatever_the_schedule_does(name):
     run, eager, counter = Run("linear", make(name)), Run("linear", make(name)), CompileCounterWithBackend("aot_eager")

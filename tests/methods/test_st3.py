@@ -185,6 +185,7 @@ def test_other_dtypes_follow_the_formula_to_their_rounding(kind, dtype):
         assert torch.allclose(layer.weight.double(), expected, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_count_is_exact_for_any_widths():
     # th · σ is rounded, for one in three of these seeds to below the weight that th came from.
     for seed in range(100):
