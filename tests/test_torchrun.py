@@ -101,7 +101,7 @@ def test_one_rank_continues_the_epoch_of_two(tmp_path):
 
 def stop_rank(rank, stopped, whole):
     watch.INTERVAL = 0.1
-    with distributed.join("cpu", timeout=1.0) as ranks:
+    with distributed.join("cpu", timeout=4.0) as ranks:  # more than a busy machine takes between two operations
         ranks.gather(rank)
         if rank == stopped:
             if whole:
@@ -110,12 +110,13 @@ def stop_rank(rank, stopped, whole):
         ranks.gather(rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stopped", "whole"), [(0, True), (1, True), (1, False)])
 def test_a_rank_that_stops_is_named_and_the_run_ends(tmp_path, stopped, whole):
     text, status = on_ranks(2, tmp_path, stop_rank, stopped, whole, leave=stopped if whole else None)[1 - stopped]
     assert status == 1
     what = "does not answer" if whole else "does not go on: the other ranks have waited for it"
-    assert f"rank {stopped} {what} for 1 s (rank_timeout)" in text
+    assert f"rank {stopped} {what} for 4 s (rank_timeout)" in text
 
 
 def end_rank(rank, waits):
