@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import sparing
 from ledger import ROOT, commit, write_entry
+from sparing.data import DATASETS
 
 CLIP = 3.0
 """Norm at which gradients are clipped, as in the authors' code of ST-3 and Feather."""
@@ -125,7 +126,7 @@ def save_tensors(name, root, file):
     arguments = {"root": root} if root else {}
     arguments |= {"shift": 2} if name == "mnist5k" else {}
     arguments |= {"shift": 2, "flip": True} if name == "fashion_mnist" else {}
-    data = sparing.data.DATASETS[name](**arguments)
+    data = DATASETS[name](**arguments)
     content = {key: torch.tensor(getattr(data, key)).reshape(-1, 1, 1) for key in ("mean", "std")}
     content |= {"train": data.train.pixels, "train_labels": data.train.labels, "shift": data.shift}
     torch.save(content | {"test": data.test.pixels, "test_labels": data.test.labels}, file)
