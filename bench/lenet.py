@@ -83,15 +83,6 @@ def images(device, all_of_them):
     return (train - mean) / std, labels[0], (test - mean) / std, labels[1]
 
 
-class FullPrecisionStep(Step):
-    """A step in float32."""
-
-    def _run(self):
-        F.cross_entropy(self.model(self.images), self.labels).backward()
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-
-
 def train(job, device="cpu", epochs=None):
     """Train one job and return its results: test error, sparsity in total and per layer, thresholds.
 
@@ -136,7 +127,7 @@ def train(job, device="cpu", epochs=None):
             optimizer.zero_grad()
             (F.cross_entropy(model(batch[0]), batch[1]) + sparsifier.penalty()).backward()
         else:
-            run = run or FullPrecisionStep(model, *batch, 3.0 if job.variant in CLIPPED else None)
+            run = run or Step(model, *batch, 3.0 if job.variant in CLIPPED else None, amp=False)
             run(*batch)
         optimizer.step()
     model.eval()

@@ -16,6 +16,7 @@ the network of seed 0: batch 64, one thread, all backends in the same rounds. Fi
 
 import argparse
 import json
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,7 +59,7 @@ def train(chosen, seeds, device):
                 continue
             pattern, percent = name.rsplit("-", 1)
             job = Job("fashion_mnist", pattern, int(percent) / 100, seed, 10, 128)
-            model, result = train_network(job, data, device, PATTERNS[pattern][0], None, SELECT)
+            model, result = train_network(job, data, device, partial(PATTERNS[pattern][0], job.sparsity), None, SELECT)
             state = {key: value.contiguous() for key, value in sparing.densify_(model).state_dict().items()}
             save_file(state, MODELS / f"{name}-seed{seed}.safetensors")
             OUT.mkdir(parents=True, exist_ok=True)

@@ -47,15 +47,22 @@ def network(data, images):
 
 VARIANTS = {
     "dense": (None, None),
-    "str_sparsity": (lambda sparsity: sparing.STR(sparsity=sparsity), None),
-    "str_feather": (lambda sparsity: sparing.STRFeather(sparsity=sparsity), CLIP),
-    "feather": (lambda sparsity: sparing.Feather(sparsity=sparsity), CLIP),
-    "st3": (lambda sparsity: sparing.ST3(sparsity=sparsity), CLIP),
-    "rigl": (lambda sparsity: sparing.RigL(sparsity=sparsity), None),
-    "gmp": (lambda sparsity: sparing.GMP(sparsity=sparsity), None),
-    "global_magnitude": (lambda sparsity: sparing.GMP(sparsity=sparsity, budget="global"), None),
+    "str_sparsity": (sparing.STR, None),
+    "str_feather": (sparing.STRFeather, CLIP),
+    "feather": (sparing.Feather, CLIP),
+    "st3": (sparing.ST3, CLIP),
+    "rigl": (sparing.RigL, None),
+    "gmp": (sparing.GMP, None),
+    "global_magnitude": (partial(sparing.GMP, budget="global"), None),
+    "str_macs": (sparing.STR, None),
+    "str_feather_macs": (sparing.STRFeather, CLIP),
+    "feather_macs": (sparing.Feather, CLIP),
+    "st3_macs": (sparing.ST3, CLIP),
 }
-"""Name → method for a sparsity, and the norm at which gradients are clipped."""
+"""Name → method, and the norm at which gradients are clipped. The target of `_macs` is in `MACS`."""
+
+MACS = {0.9: 0.17, 0.95: 0.1, 0.98: 0.04, 0.99: 0.02}
+"""Sparsity → share of the MACs, about that of Feather with this sparsity on Fashion-MNIST."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Job:
     Attributes:
         data: name of the data set.
         variant: key of `VARIANTS`.
-        sparsity: target, a fraction.
+        sparsity: target, a fraction; or a key of `MACS`.
         seed: of the initialization and the batches.
         epochs: length of the run.
         batch: images per step; the learning rate is 0.1 for each 128 of them.
@@ -133,10 +140,11 @@ def save_tensors(name, root, file):
 
 
 class Step:
-    """The forward and the backward pass on one batch: eager on a CPU, one CUDA graph on a GPU."""
+    """The forward and the backward pass on one batch: eager on a CPU, one CUDA graph on a GPU; in bf16 with `amp`."""
 
-    def __init__(self, model, images, labels, clip):
-        self.model, self.images, self.labels, self.clip = model, images.clone(), labels.clone(), clip
+    def __init__(self, model, images, labels, clip, amp):
+        self.model, self.images, self.labels = model, images.clone(), labels.clone()
+        self.clip, self.amp = clip, amp
         self.graph = None
         if images.device.type == "cuda":
             with torch.cuda.stream(torch.cuda.Stream()):
@@ -164,7 +172,7 @@ class Step:
             self._run()
 
     def _run(self):
-        with torch.autocast(self.images.device.type, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(self.images.device.type, torch.bfloat16, self.amp, cache_enabled=False):
             loss = F.cross_entropy(self.model(self.images), self.labels)
         loss.backward()
         if self.clip is not None:
@@ -173,7 +181,11 @@ class Step:
 
 def train(job, data, device):
     """Train one network, and return its test accuracy and counts."""
-    return train_network(job, data, device, *VARIANTS[job.variant])[1]
+    method, clip = VARIANTS[job.variant]
+    target = {"sparsity": job.sparsity}
+    if job.variant.endswith("_macs"):
+        target = {"macs": MACS[job.sparsity], "input_size": (1, *data.train.shape[1:])}
+    return train_network(job, data, device, method and partial(method, **target), clip)[1]
 
 
 def train_network(job, data, device, factory, clip, select=sparing.select.default):
@@ -183,10 +195,11 @@ def train_network(job, data, device, factory, clip, select=sparing.select.defaul
         job: the run.
         data: `Tensors` on the device.
         device: of the network.
-        factory: function from a sparsity to the method; None for dense training.
+        factory: function that returns the method; None for dense training.
         clip: norm at which gradients are clipped; None for no clipping.
         select: layers to sparsify, as `sparing.sparsify_` takes them.
     """
+    amp = device.type == "cuda"  # most CPUs have no bf16
     torch.manual_seed(job.seed)
     generator = torch.Generator(device).manual_seed(job.seed)
     per_epoch = len(data.train) // job.batch
@@ -195,7 +208,7 @@ def train_network(job, data, device, factory, clip, select=sparing.select.defaul
     model = network(job.data, data.train).to(device, memory_format=torch.channels_last)
     sparsifier = None
     if factory is not None:
-        sparsifier = sparing.sparsify_(model, factory(job.sparsity), select=select, steps=steps)
+        sparsifier = sparing.sparsify_(model, factory(), select=select, steps=steps)
     groups = sparing.param_groups(model, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1 * job.batch / 128, momentum=0.9, fused=device.type == "cuda")
     if sparsifier is not None:
@@ -210,13 +223,13 @@ def train_network(job, data, device, factory, clip, select=sparing.select.defaul
             pixels, labels = data.epoch(generator)
             images = data.normalized(pixels)
         batch = images[place : place + job.batch], labels[place : place + job.batch]
-        run = run or Step(model, *batch, clip)
+        run = run or Step(model, *batch, clip, amp)
         run(*batch)
         optimizer.step()
         schedule.step()
     model.eval()
     right = torch.zeros((), dtype=torch.long, device=device)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, amp):
         for images, labels in zip(data.test.split(1000), data.test_labels.split(1000), strict=True):
             right += (model(data.normalized(images)).argmax(1) == labels).sum()
     seconds, accuracy = time.perf_counter() - start, int(right) / len(data.test)
