@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import start_ramp
 from sparing.parametrizations import Sparse
+from sparing.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def _check_keys(missing: list[str], unexpected: list[str]) -> None:
 def _check_value(key: str, ours: Any, theirs: Any) -> None:
     if not isinstance(ours, Tensor) or is_lazy(ours):
         return
-    if ours.is_meta or hasattr(ours, "full_tensor"):
+    if ours.is_meta or is_sharded(ours):
         where = "on the meta device" if ours.is_meta else "sharded"
         raise InputError(f"load_dense_state_dict(): {key!r} of the model is {where}: load before that")
     if not isinstance(theirs, Tensor):

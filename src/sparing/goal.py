@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.layers import Layer, gathered, sparse_layers
+from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
 from sparing.patterns import NM, Units
+from sparing.sharding import gathered
 
 CHANCE = 0.02
 """A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
