@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 from sparing.layers import Layer
 from sparing.method import Method
 from sparing.optimizers import copying, parameters_of
@@ -115,4 +115,4 @@ def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: I
 
 
 def _some(names: list[str], layers: Mapping[str, Layer]) -> str:
-    return f"{len(names)} of {len(layers)} layers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} of {len(layers)} layers ({listed(names, 3)})"
