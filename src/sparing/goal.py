@@ -18,7 +18,7 @@ CHANCE = 0.02
 """A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
 
 LONG, ALIKE = 100, 1.02
-"""In a run of so many steps, learned thresholds should differ by more than this factor."""
+"""After a run of at least `LONG` steps, learned thresholds should differ by more than the factor `ALIKE`."""
 
 SLACK = 0.95
 """Budgets round the counts of layers, so a model counts as being at its target down to this share of the weights."""
@@ -290,7 +290,7 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
     if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
         return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
     return (
-        "all steps were taken, but weights are larger than the threshold can become, or have grown past it, or "
+        "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
         "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "
         "g='exp')"
     )
