@@ -35,6 +35,12 @@ def listed(names: Iterable[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error that is not empty, or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: the closest choice, or all choices.
 
