@@ -129,7 +129,7 @@ def _open_study(out: Path, url: str, identity: dict[str, Any]) -> "Study":
 
 
 def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console) -> "pd.DataFrame":
-    """Run trials until none is left, then wait for other workers and take over the trials of dead ones."""
+    """Run trials until none is left, then wait for other workers and take over the trials of those that stopped."""
     from optuna import TrialPruned
     from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
     from optuna.study import MaxTrialsCallback
