@@ -190,7 +190,7 @@ def test_learning_rates_are_those_of_the_loop_per_epoch_too():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {"name": "str", "for_sparsity": 0.9, "sparsity": 0.5}}, "give for_sparsity, or a total"),
+        ({"method": {"name": "str", "for_sparsity": 0.9, "sparsity": 0.5}}, "give for_sparsity, or a target"),
         ({"method": {"name": "gmp", "for_sparsity": 0.9}}, "method 'gmp' has no rule for for_sparsity; give sparsity"),
         ({"method": {"name": "str", "for_sparsity": 0.9, "inti": -9}}, "no argument 'inti'; did you mean 'init'"),
         (

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 from sparing.layers import Layer
 from sparing.method import Method
 from sparing.optimizers import copying, parameters_of
+from sparing.sharding import is_sharded
 
 
 def check_optimizers(
@@ -36,7 +37,7 @@ def check_optimizers(
     if not optimizers:
         raise InputError("attach() needs the optimizer that trains the model")
     check_held(layers, optimizers)
-    sharded = any(hasattr(p, "full_tensor") for layer in layers.values() for p in layer.originals)
+    sharded = any(is_sharded(p) for layer in layers.values() for p in layer.originals)
     if sharded and (method.rescales or any(layer.parametrization.state() for layer in layers.values())):  # type: ignore[union-attr]
         raise InputError(
             f"{name}: masks and targets are not supported under FSDP2, which shards neither. Use "
@@ -114,4 +115,4 @@ def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: I
 
 
 def _some(names: list[str], layers: Mapping[str, Layer]) -> str:
-    return f"{len(names)} of {len(layers)} layers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} of {len(layers)} layers ({listed(names, 3)})"

@@ -36,6 +36,7 @@ from sparing.errors import InputError
 from sparing.layers import Layer, all_layers, is_transposed
 from sparing.macs import evaluation
 from sparing.patterns import Units
+from sparing.sharding import is_sharded
 
 aten = torch.ops.aten
 _MATRIX = {aten.mm, aten.bmm, aten.mv, aten.addmm, aten.baddbmm, aten.addmv}
@@ -112,7 +113,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         >>> report(model).total.sparsity
         0.5
     """
-    if any(hasattr(each, "full_tensor") or each.is_meta or is_lazy(each) for each in model.parameters()):
+    if any(is_sharded(each) or each.is_meta or is_lazy(each) for each in model.parameters()):
         raise InputError(
             "calibrate(): the model is sharded, on the meta device, or not initialized: initialize it, and calibrate "
             "before fully_shard()"

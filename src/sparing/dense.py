@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, listed
 from sparing.goal import start_ramp
 from sparing.parametrizations import Sparse
+from sparing.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -97,14 +98,14 @@ def _check_keys(missing: list[str], unexpected: list[str]) -> None:
         )
     if missing or unexpected:
         both = {"missing": missing, "unexpected": unexpected}
-        texts = "; ".join(f"{kind} keys {_shown(keys)}" for kind, keys in both.items() if keys)
+        texts = "; ".join(f"{kind} keys {listed(map(repr, keys), 8)}" for kind, keys in both.items() if keys)
         raise InputError(f"load_dense_state_dict(): {texts}. Give a checkpoint of the model before sparsify_()")
 
 
 def _check_value(key: str, ours: Any, theirs: Any) -> None:
     if not isinstance(ours, Tensor) or is_lazy(ours):
         return
-    if ours.is_meta or hasattr(ours, "full_tensor"):
+    if ours.is_meta or is_sharded(ours):
         where = "on the meta device" if ours.is_meta else "sharded"
         raise InputError(f"load_dense_state_dict(): {key!r} of the model is {where}: load before that")
     if not isinstance(theirs, Tensor):
@@ -137,16 +138,12 @@ def _runs_to_restart(model: nn.Module, weights: Mapping[int, Tensor]) -> list[An
         ids = {name: id(layer.places[0].parametrizations) for name, layer in run.layers.items()}
         if others := [name for name in ids if ids[name] not in modules]:
             raise InputError(
-                f"load_dense_state_dict(): layers {_shown(others)} were sparsified together with those of this model: "
-                "give the whole model that sparsify_() was called on"
+                f"load_dense_state_dict(): layers {listed(map(repr, others), 8)} were sparsified together with "
+                "those of this model: give the whole model that sparsify_() was called on"
             )
         if all(each in weights for each in ids.values()):  # the weight of a normalized layer is not in the checkpoint
             start_ramp(run.method, run.plan, {name: weights[ids[name]] for name in ids}, {})
     return list(runs.values())
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @torch.no_grad()

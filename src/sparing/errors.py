@@ -24,6 +24,23 @@ class SparsityWarning(UserWarning):
     """
 
 
+def listed(names: Iterable[str], most: int) -> str:
+    """Return names for a message, separated by commas: at most so many of them, and how many others there are.
+
+    Examples:
+        >>> listed(["conv1", "conv2", "fc"], 2)
+        'conv1, conv2 and 1 more'
+    """
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error that is not empty, or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: the closest choice, or all choices.
 

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError, SparsityWarning
-from sparing.layers import Layer, gathered, sparse_layers
+from sparing.errors import InputError, SparsityWarning, listed
+from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
 from sparing.patterns import NM, Units
+from sparing.sharding import gathered
 
 CHANCE = 0.02
 """A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
 
 LONG, ALIKE = 100, 1.02
-"""In a run of so many steps, learned thresholds should differ by more than this factor."""
+"""After a run of at least `LONG` steps, learned thresholds should differ by more than the factor `ALIKE`."""
 
 SLACK = 0.95
 """Budgets round the counts of layers, so a model counts as being at its target down to this share of the weights."""
@@ -176,10 +177,10 @@ def warn_unlearned(
     kept = {each: layer.nonzero() // units[each].weights for each, layer in layers.items()}
     few = [each for each in layers if kept[each] <= least[each] > 1]
     if few:
-        shown = ", ".join(f"{each!r} ({kept[each] / units[each].count:.2%})" for each in few[:4])
+        shown = listed((f"{each!r} ({kept[each] / units[each].count:.2%})" for each in few), 4)
         warnings.warn(
             f"{name}: {len(few)} of {len(layers)} layers keep the least that is allowed, a tenth of the density of "
-            f"all: {shown}{', ...' if len(few) > 4 else ''}. If their weights are smaller than those of the other "
+            f"all: {shown}. If their weights are smaller than those of the other "
             "layers, leave them out with select=, or use sparing.STRFeather",
             SparsityWarning,
             stacklevel=4,
@@ -210,15 +211,14 @@ def collapsed(layers: Mapping[str, Layer]) -> list[str]:
 
 def warn_collapsed(step: int, layers: Mapping[str, Layer]) -> None:
     """Warn about layers that have lost every weight by a step."""
-    shown = []
-    for name, layer in list(layers.items())[:3]:
+    described = []
+    for name, layer in layers.items():
         largest, threshold = float(layer.weight.detach().abs().max()), layer.threshold
         over = "" if threshold is None else f", threshold {float(threshold.detach().min()):.3g}"
-        shown.append(f"{name!r} (largest |weight| {largest:.3g}{over})")
+        described.append(f"{name!r} (largest |weight| {largest:.3g}{over})")
     warnings.warn(
-        f"step {step}: every weight of {', '.join(shown)}"
-        f"{f' and {len(layers) - 3} more layers' if len(layers) > 3 else ''} is zero, so only biases pass. Lower the "
-        "target sparsity (STR: the weight decay of the thresholds, or init), or leave layers out with select=",
+        f"step {step}: every weight of {listed(described, 3)} is zero, so only biases pass. Lower the target sparsity "
+        "(STR: the weight decay of the thresholds, or init), or leave layers out with select=",
         SparsityWarning,
         stacklevel=3,
     )
@@ -290,7 +290,7 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
     if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
         return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
     return (
-        "all steps were taken, but weights are larger than the threshold can become, or have grown past it, or "
+        "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
         "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "
         "g='exp')"
     )

@@ -30,7 +30,7 @@ class Growing(Ranking):
     Args:
         fraction: the share of active weights that the first update moves, in (0, 1).
         end: end of the updates, a step (int) or a fraction of the run (float); there is no update at that step itself.
-        every: ΔT, optimizer steps between two updates; shortened if `end` comes earlier.
+        every: ΔT, optimizer steps between two updates; shortened if fewer than two intervals fit before `end`.
         seed: of the random first mask and of random growth; equal on all ranks, whatever their own seeds.
     """
 

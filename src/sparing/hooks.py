@@ -13,7 +13,7 @@ from sparing.optimizers import is_idle, is_nested, is_skipped, with_hook
 
 @cache
 def _watching() -> WeakSet["StepHooks"]:
-    """Return those that hear of the steps of all optimizers.
+    """Return the objects that are told of the steps of all optimizers.
 
     One hook serves them all: torch allows none to be removed during a step, when garbage may be collected.
     """

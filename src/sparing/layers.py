@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from sparing.errors import InputError
 from sparing.parametrizations import Sparse
+from sparing.sharding import gathered
 
 Predicate = Callable[[str, nn.Module], bool]
 
@@ -160,11 +161,6 @@ class Layer:
         """Return the fraction of effective weights that are zero, in [0, 1]."""
         weights = prod(self.shape)
         return (weights - self.nonzero()) / weights if weights else 0.0
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered from the ranks that FSDP2 (`fully_shard`) has spread it over; all ranks must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
 def default(name: str, module: nn.Module) -> bool:

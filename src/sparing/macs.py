@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparing.errors import InputError
 from sparing.layers import Layer, all_layers
 from sparing.products import Applications, ProductCounter
+from sparing.sharding import is_sharded
 
 Example = Sequence[int] | Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -61,7 +62,7 @@ def find_applications(model: nn.Module, example: Example) -> Applications:
     Raises:
         InputError: the model cannot run on this input, or is sharded.
     """
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise InputError("the model is sharded: count its MACs before fully_shard(), or report without input_size")
     if parametrize._cache_enabled:
         raise InputError("MACs are not counted within parametrize.cached(), where weights are not computed anew")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from sparing.allocation import Allocation
 from sparing.budget import Budget, check_target
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, listed
 from sparing.layers import Layer
 from sparing.parametrizations import Mask, Sparse
 from sparing.patterns import NM, Pattern, Unstructured
@@ -326,11 +326,10 @@ def check_gradients(method: Method, gradients: Mapping[str, Tensor | None]) -> N
             "in this step: call backward() before optimizer.step()"
         )
     if without:
-        some = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
         warnings.warn(
             f"{method.name} ranks weights by their gradients, and no gradient reached {len(without)} of "
-            f"{len(gradients)} layers in this step: {some}, whose weights rank last. Leave out with select= what the "
-            "loss does not use",
+            f"{len(gradients)} layers in this step: {listed(without, 4)}, whose weights rank last. "
+            "Leave out with select= what the loss does not use",
             SparsityWarning,
             stacklevel=3,
         )

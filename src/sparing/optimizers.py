@@ -162,7 +162,7 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             try:
-                # That of a square matrix has the shape of the weight, but no number of a single weight.
+                # A preconditioner of a square matrix has the shape of the weight too: only its name tells them apart.
                 part = None if "precond" in str(key).replace("_", "") else _per_weight(value, parameter)
                 if part is not None:
                     _zero(part, where.to(part.device))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 from sparing.layers import Layer
 from sparing.origins import CONSTANT, COPIES, MOVES, Origin, Origins, layers_of
 
@@ -86,15 +86,10 @@ class Applications:
             "the MACs of {layers} are not known, because {by!r} uses the weight, and are in no sum": self.unknown,
         }
         return [
-            text.format(by=operation, layers=_listed([name for name in names if found.get(name) == operation]))
+            text.format(by=operation, layers=listed((repr(name) for name in names if found.get(name) == operation), 3))
             for text, found in texts.items()
             for operation in sorted({found[name] for name in names if name in found})
         ]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-    return f"{', '.join(map(repr, names[:3]))}{more}"
 
 
 _PRODUCTS = {

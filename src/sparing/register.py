@@ -19,6 +19,7 @@ from sparing.effective_weight import EffectiveWeight, guarded, refuse_write
 from sparing.errors import InputError, SparsityWarning
 from sparing.layers import EMBEDDINGS, Layer, Place, check_module, sparse_layers
 from sparing.run_state import RunState
+from sparing.sharding import is_sharded
 
 
 def check_weight(layer: Layer) -> None:
@@ -332,7 +333,7 @@ def check_not_wrapped(model: nn.Module) -> None:
             "the model is wrapped in DistributedDataParallel, which would not average the gradients of weights that "
             "are sparsified later: wrap it after sparsify_(), and delete an earlier wrapper before"
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise InputError(
             "the model is sharded already, by fully_shard() or tensor parallelism, and weights sparsified later would "
             "not be gathered: call sparsify_() before fully_shard(). Tensor parallelism is not supported"
@@ -348,7 +349,7 @@ def check_gathered(model: nn.Module) -> None:
     layers = sparse_layers(model).values()
     # After a forward pass FSDP2 may leave parameters gathered; its modules have a method unshard().
     sharded = any(hasattr(module, "unshard") for module in model.modules())
-    if any(sharded or hasattr(weight, "full_tensor") for layer in layers for weight in layer.originals):
+    if any(sharded or is_sharded(weight) for layer in layers for weight in layer.originals):
         raise InputError(
             "densify_(): the model is sharded by fully_shard(), which holds its parameters: load its full state dict "
             "into a sparsified model that is not sharded, and densify that one"

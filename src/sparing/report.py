@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from torch import nn
 
-from sparing.errors import SparsityWarning
+from sparing.errors import SparsityWarning, listed
 from sparing.files import escape_cell, printable, write_text
 from sparing.goal import missed_targets
 from sparing.layers import Layer, all_layers
@@ -210,10 +210,8 @@ def _packed(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if ".quantized." in type(module).__module__ and hasattr(module, "set_weight_bias") and name[-6:] != "params"
     ]
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"the weights of {', '.join(map(repr, names[:3]))}{more} are quantized and packed, and are in no sum"]
+    text = f"the weights of {listed(map(repr, names), 3)} are quantized and packed, and are in no sum"
+    return [text] if names else []
 
 
 def _classifier(model: nn.Module, layers: Mapping[str, Layer]) -> str | None:

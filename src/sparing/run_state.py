@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning
+from sparing.sharding import is_sharded
 
 SAMPLE = 2**14
 """Weights by which a copy recognizes that it has been changed."""
@@ -124,7 +125,7 @@ class RunState(nn.Module):
             return self._call_with_state_of(self._source, weight)
         elif self._names and not torch.compiler.is_compiling() and _is_mapped(weight):
             self._warn_shared()
-        if self._names and hasattr(weight, "full_tensor"):
+        if self._names and is_sharded(weight):
             raise InputError(
                 f"a weight with {', '.join(self._names)} is sharded, and these are not: masks are not supported under "
                 "FSDP2. Use DistributedDataParallel, or STR without a target"
@@ -275,7 +276,7 @@ class RunState(nn.Module):
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         weight = self._weight()
-        if len({*self._home}) == 1 and weight is not None and not weight.is_meta and not hasattr(weight, "full_tensor"):
+        if len({*self._home}) == 1 and weight is not None and not weight.is_meta and not is_sharded(weight):
             # An average that is copied with its model belongs to the copy of the model.
             model = self if self._source is None else memo.get(id(self._source.module()), self)
             twin._source = _Source(model, weight)

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from sparing.errors import InputError, SparsityWarning, nearest
+from sparing.errors import InputError, SparsityWarning, listed, nearest
 from sparing.layers import Layer, Predicate, all_layers, default, find_layers
 
 Select = Predicate | Sequence[str]
@@ -119,11 +119,10 @@ def _warn_left_out(layers: Mapping[str, Layer], selected: Mapping[str, Layer]) -
         if name not in selected and prod(layer.shape) >= LARGE * total and "embed" not in layer.kind.lower()
     ]
     if out:
-        names = [f"{layer.name!r} ({layer.kind}, {' × '.join(map(str, layer.shape))})" for layer in out[:4]]
-        more = f" and {len(out) - 4} more" if len(out) > 4 else ""
+        names = (f"{layer.name!r} ({layer.kind}, {' × '.join(map(str, layer.shape))})" for layer in out)
         warnings.warn(
             f"{sum(prod(layer.shape) for layer in out):,} of {total:,} weights are not selected by default: "
-            f"{', '.join(names)}{more}. They stay dense; choose layers by name with select=[...]",
+            f"{listed(names, 4)}. They stay dense; choose layers by name with select=[...]",
             SparsityWarning,
             stacklevel=4,
         )
@@ -145,7 +144,6 @@ def _by_pattern(layers: dict[str, Layer], patterns: Sequence[str]) -> dict[str, 
 def _inventory(model: nn.Module) -> str:
     weights = [f"{layer.name} ({layer.kind})" for layer in all_layers(model).values()]
     if weights:
-        shown = ", ".join(weights[:12]) + (f" and {len(weights) - 12} more" if len(weights) > 12 else "")
-        return f"the model's weights are {shown}"
+        return f"the model's weights are {listed(weights, 12)}"
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     return f"the model has no weight matrix or kernel; its modules are {', '.join(kinds)}"

@@ -51,13 +51,13 @@ class Sparsifier(StepHooks):
     """
 
     WATCH_EVERY = 100
-    """Optimizer steps between two looks for layers that have lost every weight; another is at the end of the run."""
+    """Optimizer steps between two checks for layers whose weights are all zero; one more follows the last step."""
 
     UNCOUNTED = 10
     """Steps of other optimizers in a row at which to warn."""
 
     SKIPPED = 100
-    """Steps that a gradient scaler may skip in a run."""
+    """Steps that `finish` may make up for without a warning: a gradient scaler skips some."""
 
     def __init__(self, model: nn.Module, method: Method, layers: dict[str, Layer], plan: Any, clock: Clock) -> None:
         self.model, self.method, self.layers, self.plan, self.clock = model, method, layers, plan, clock
@@ -66,7 +66,7 @@ class Sparsifier(StepHooks):
         self._penalized = self._penalty_warned = self._checked = False
         self._warned: set[str] = set()
         self._doubts: set[str] = set()
-        self._introduce()
+        self._join_layers()
 
     @property
     def step(self) -> int:
@@ -89,7 +89,7 @@ class Sparsifier(StepHooks):
 
     @property
     def _last_update(self) -> int:
-        """The step after which the method does nothing that a run would miss."""
+        """The step of the last update; the end of the run if the plan has no updates."""
         if not hasattr(self.plan, "updates"):
             return self.clock.steps or 0
         return 1 if self.plan.updates is None else int(self.plan.updates.end)
@@ -174,7 +174,8 @@ class Sparsifier(StepHooks):
         With gradient accumulation, add it to one of the losses, or to each divided by their number.
         """
         self._penalized |= torch.is_grad_enabled()  # without gradients it is for a log
-        if not self.method.regularizes or not self._active():
+        self._refresh_layers()
+        if not self.method.regularizes or not self.layers:
             return torch.zeros((), device=next(self.model.parameters()).device)
         check_penalty(self.method, self.layers)
         return self.method.penalty(self)
@@ -259,7 +260,7 @@ class Sparsifier(StepHooks):
 
     def collapsed(self) -> list[str]:
         """Return the names of the sparsified layers in which every effective weight is zero."""
-        self._active()
+        self._refresh_layers()
         return collapsed(self.layers)
 
     def warn_collapsed(self) -> None:
@@ -285,20 +286,21 @@ class Sparsifier(StepHooks):
         """Return the layers of other sparsifiers."""
         return [layer for layer in sparse_layers(self.model).values() if not self._makes(layer)]
 
-    def _active(self) -> bool:
-        if self.clock.stale:  # layers were densified: the target is that of the others
-            self.clock.stale = False
-            self.layers = {name: layer for name, layer in self.layers.items() if self._makes(layer)}
-            if self.layers:
-                self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
-                rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
-                self.clock.goal, self.clock.layers = rest.goal, rest.layers
-                set_costs(self.layers, self.method, self.plan)
-        return bool(self.layers)
+    def _refresh_layers(self) -> None:
+        """Leave out layers that were densified; the target is that of the others."""
+        if not self.clock.stale:
+            return
+        self.clock.stale = False
+        self.layers = {name: layer for name, layer in self.layers.items() if self._makes(layer)}
+        if self.layers:
+            self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
+            rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
+            self.clock.goal, self.clock.layers = rest.goal, rest.layers
+            set_costs(self.layers, self.method, self.plan)
 
     def drop_lost_layers(self) -> None:
         """Drop the layers that are no longer in the model, with a warning; the target is that of the others."""
-        self._active()
+        self._refresh_layers()
         modules = {id(module) for module in self.model.modules()}
         left = {
             name: layer
@@ -310,7 +312,7 @@ class Sparsifier(StepHooks):
             return
         self.layers = left
         self.clock.stale = True
-        self._active()
+        self._refresh_layers()
         names = sorted(lost)
         warnings.warn(
             f"{self.method.name}: sparsified layers are no longer in the model, as their modules were replaced or "
@@ -321,7 +323,8 @@ class Sparsifier(StepHooks):
             stacklevel=3,
         )
 
-    def _introduce(self) -> None:
+    def _join_layers(self) -> None:
+        """Make this the sparsifier of the parametrizations, for checks that start from the model."""
         for layer in self.layers.values():
             layer.parametrization.sparsifier = (self,)  # type: ignore[union-attr]
 
@@ -332,7 +335,7 @@ class Sparsifier(StepHooks):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._introduce()
+        self._join_layers()
 
     def _accepts_step(self, optimizer: Optimizer, idle: bool) -> bool:
         if in_backward() and self.method.acts:
@@ -340,8 +343,8 @@ class Sparsifier(StepHooks):
                 f"{self.method.name} acts around a step of all parameters, and {type(optimizer).__name__}.step() was "
                 "called by a gradient hook, within the backward pass: call it after backward()"
             )
-        self._active()
-        # A parametrization may be removed between two steps; that takes no walk through the model to see.
+        self._refresh_layers()
+        # A parametrization may be removed between two steps. This check needs no walk through the model.
         if any(layer.places[0].parametrizations is None for layer in self.layers.values()):
             self.drop_lost_layers()
         if idle and self.layers:
@@ -366,8 +369,8 @@ class Sparsifier(StepHooks):
     def _end_step(self) -> None:
         clock = self.clock
         clock.step += 1
-        looks = clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps
-        if looks or not self._checked:
+        watched = clock.step % self.WATCH_EVERY == 0 or clock.step == clock.steps
+        if watched or not self._checked:
             self.drop_lost_layers()
             check_held(self.layers, self.optimizers)
             self._warn_doubts()
@@ -375,7 +378,7 @@ class Sparsifier(StepHooks):
             check_state(self._holders, self.method.resets(self, self.optimizers))
             self._checked = True
         self.method.after_step(self, self._holders)
-        if looks:
+        if watched:
             self.warn_collapsed()
         if clock.step == clock.steps:
             warn_missed_target(self.model, clock)

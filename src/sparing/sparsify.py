@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, listed
 from sparing.goal import make_clock, set_costs, start_ramp, warn_forgotten, warn_missed_target
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
@@ -107,9 +107,8 @@ def _trained(layers: dict[str, Layer]) -> dict[str, Layer]:
         )
     if frozen:
         warnings.warn(
-            f"{len(frozen)} of {len(layers)} selected layers are frozen and stay dense: {', '.join(frozen[:8])}"
-            f"{f' and {len(frozen) - 8} more' if len(frozen) > 8 else ''}. Leave them out with select=, or call "
-            "requires_grad_(True) on their weights",
+            f"{len(frozen)} of {len(layers)} selected layers are frozen and stay dense: {listed(frozen, 8)}. "
+            "Leave them out with select=, or call requires_grad_(True) on their weights",
             SparsityWarning,
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparing.data.pictures import FileData, ImageFiles, check_arguments, check_count, hash_seed, require_torchvision
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """File name extensions of images: those of torchvision's ImageFolder."""
@@ -106,8 +106,8 @@ class FolderFiles(ImageFiles):
         empty = [classes[label] for label in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
         if empty:
             hidden = [name for name in empty if not os.access(folder / name, os.R_OK | os.X_OK)]
-            why = f"; no permission to read {_first_few(hidden)}" if hidden else ""
-            raise InputError(f"images: {len(empty)} classes of {folder} have no images: {_first_few(empty)}{why}")
+            why = f"; no permission to read {listed(hidden, 3)}" if hidden else ""
+            raise InputError(f"images: {len(empty)} classes of {folder} have no images: {listed(empty, 3)}{why}")
         prefix = os.path.join(folder, "")
         return cls(np.array([os.fsencode(path.removeprefix(prefix)) for path, _ in samples]), labels, folder)
 
@@ -130,7 +130,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
     loose = sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
     if loose:
         raise InputError(
-            f"images: {folder} has {len(loose)} images outside of class folders ({_first_few(loose)}) and "
+            f"images: {folder} has {len(loose)} images outside of class folders ({listed(loose, 3)}) and "
             f"{len(classes)} class folders; move every image to {folder.name}/<class>/. For ImageNet's val, the page "
             "ImageNet of the documentation has a shell command that does this with LOC_val_solution.csv"
         )
@@ -143,7 +143,7 @@ def _check_same_classes(train: tuple[str, ...], other: tuple[str, ...], base: Pa
     for here, there, names in (("train", folder, set(train) - set(other)), (folder, "train", set(other) - set(train))):
         if names:
             raise InputError(
-                f"images: {len(names)} classes of {base}/{here}/ are not in {there}/ ({_first_few(sorted(names))}); "
+                f"images: {len(names)} classes of {base}/{here}/ are not in {there}/ ({listed(sorted(names), 3)}); "
                 "both folders must have the same classes"
             )
 
@@ -174,10 +174,6 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _contents(folder: Path) -> str:
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    return f"it contains {_first_few(names)}" if names else "it is empty"
+    return f"it contains {listed(names, 3)}" if names else "it is empty"

@@ -28,7 +28,7 @@ from sparing.engine.shapes import Count, Images, Shape
 from sparing.engine.simplify import simplify
 from sparing.errors import InputError
 from sparing.export.inputs import Inputs
-from sparing.export.network import first_line
+from sparing.export.network import root_cause
 from sparing.export.onnx import trace
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def build(network: nn.Module, inputs: Inputs) -> tuple[Program, Inputs, tuple[li
                 try:
                     traced = traced.run_decompositions({})
                 except Exception as error:  # torch raises exceptions of many types
-                    raise InputError(f"the model cannot be traced: {first_line(error)}") from error
+                    raise InputError(f"the model cannot be traced: {root_cause(error)}") from error
         program = _Builder(traced).program(network, inputs)
     structure = traced.call_spec.out_spec
     try:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sparing.errors import CheckpointError, InputError
+from sparing.errors import CheckpointError, InputError, first_line
 from sparing.files import atomic_write
 
 VERSION = 2
@@ -193,7 +193,7 @@ class Compressed(Mapping[str, Tensor]):
         try:
             return self._decode(stored)
         except DAMAGE as error:
-            raise self._error(f"tensor {name!r} is damaged ({_first_line(error)})") from error
+            raise self._error(f"tensor {name!r} is damaged ({first_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -350,7 +350,3 @@ def _checksum(arrays: Any) -> int:
 
 def _canonical(entries: Any) -> bytes:
     return json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.export.network import first_line, max_relative_error, outputs, tolerance
+from sparing.export.network import max_relative_error, outputs, root_cause, tolerance
 
 Example = Sequence[int] | Tensor | tuple[Any, ...] | Mapping[str, Any]
 """The shape of one input, batch first; or tensors: one, a tuple, or a mapping of keyword arguments, also nested."""
@@ -225,7 +225,7 @@ def _failure(network: nn.Module, inputs: Inputs) -> str | None:
     try:
         outputs(network, *inputs.sample(2))
     except Exception as error:  # a model raises exceptions of many types
-        return first_line(error)
+        return root_cause(error)
     return None
 
 

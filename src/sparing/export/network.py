@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparing.errors import InputError
+from sparing.errors import InputError, first_line
 from sparing.export.runtimes import Process, UnavailableError
 from sparing.rnn import compact_, ranks
 from sparing.sparsify import densify_
@@ -226,9 +226,8 @@ def _dtypes(network: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()}
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of the root cause."""
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the message of the error that caused this one."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparing.errors import InputError, SparsityWarning
 from sparing.export.inputs import Example, Inputs, find_inputs, output_names
-from sparing.export.network import Written, check_file, first_line, plain, require
+from sparing.export.network import Written, check_file, plain, require, root_cause
 from sparing.files import atomic_write
 
 LARGEST = 1536 * 1024**2
@@ -98,7 +98,7 @@ def export(network: nn.Module, inputs: Inputs) -> "tuple[torch.onnx.ONNXProgram,
         try:
             program = torch.onnx.export(traced, dynamo=True, optimize=True, verbose=False)
         except Exception as error:  # torch and onnxscript raise exceptions of many types
-            raise InputError(f"the model cannot be exported to ONNX: {first_line(error)}") from error
+            raise InputError(f"the model cannot be exported to ONNX: {root_cause(error)}") from error
     assert program is not None
     graph = program.model.graph
     for node in graph.all_nodes():
@@ -148,7 +148,7 @@ def trace(network: nn.Module, inputs: Inputs) -> "tuple[torch.export.ExportedPro
             raise
         fixed = inputs.with_fixed_batch()
         program = _trace(network, fixed)
-        reason = f"torch.export cannot trace the model with a dynamic batch size ({first_line(error)})"
+        reason = f"torch.export cannot trace the model with a dynamic batch size ({root_cause(error)})"
         warnings.warn(f"the batch size is fixed at that of the example: {reason}", SparsityWarning, stacklevel=4)
         return program, fixed
 
@@ -163,7 +163,7 @@ def write_program(program: "torch.export.ExportedProgram", path: Path) -> None:
         try:
             torch.export.save(program, file)
         except Exception as error:  # torch raises exceptions of many types
-            raise InputError(f"torch.export cannot write the network: {first_line(error)}") from error
+            raise InputError(f"torch.export cannot write the network: {root_cause(error)}") from error
 
 
 def _trace(network: nn.Module, inputs: Inputs) -> "torch.export.ExportedProgram":
@@ -180,7 +180,7 @@ def _trace(network: nn.Module, inputs: Inputs) -> "torch.export.ExportedProgram"
             return torch.export.export(network, args, kwargs, dynamic_shapes=shapes)  # type: ignore[arg-type]
     except Exception as error:  # torch raises exceptions of many types
         quantized = [name for name, module in network.named_modules() if "ao.nn.quantized" in type(module).__module__]
-        reason = f"{quantized[0]!r} is quantized; export before quantization" if quantized else first_line(error)
+        reason = f"{quantized[0]!r} is quantized; export before quantization" if quantized else root_cause(error)
         raise InputError(f"the model cannot be traced for export: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, first_line
 from sparing.export.inputs import Example, find_inputs
 from sparing.export.network import check, check_weights, outputs, plain, require, tolerance
 
@@ -102,7 +102,7 @@ def _remove_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 parameter.requires_grad_(True)
             graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=kwargs or args)
     except Exception as error:  # torch-pruning raises exceptions of many types
-        raise InputError(f"torch-pruning cannot trace the model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"torch-pruning cannot trace the model: {first_line(error)}") from error
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparing.errors import CheckpointError, InputError, nearest
+from sparing.errors import CheckpointError, InputError, listed, nearest
 from sparing.files import atomic_write
 from sparing.models import MODELS
 from sparing.threshold import soft_threshold
@@ -241,8 +241,7 @@ def _mismatch(tensors: dict[str, Tensor], arch: str) -> str | None:
         ("unexpected", tensors.keys() - expected.keys()),
     ):
         if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            return f"{what} key {min(keys)!r}{more}"
+            return f"{what} key {listed(map(repr, sorted(keys)), 1)}"
     for key, tensor in expected.items():
         if tensors[key].shape != tensor.shape:
             return f"{key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(tensor.shape)}"

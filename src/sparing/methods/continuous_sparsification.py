@@ -3,7 +3,7 @@
     S = W ⊙ sigmoid(β m) / sigmoid(m0)                  training; m one number per weight, from m0
     S = W ⊙ 1{m > 0}     / sigmoid(m0)                  evaluation, and training once the run is over
     β(t) = β_final^(t / steps)                          from 1; the soft mask tends to the hard one
-    loss + λ · Σ sigmoid(β m)                           pulls m below zero
+    loss + λ · Σ sigmoid(β m)                           lowers m
 
 At the start the training weight is W itself. Which weights stay is learned by gradient descent alone; as β grows, the
 sigmoid saturates and m stops moving.

@@ -1,10 +1,10 @@
 """DSR: dynamic sparse reparameterization. One threshold for all layers prunes weights; they regrow at random.
 
     after every ΔT steps until T_end; ΔT doubles after each quarter of the run:
-        prune every active |W| < H, in all layers          K of them; one stays in a layer that would empty
-        H ← 2 H    if K < (1 − δ) N                        too few: N is the number aimed for
+        prune every active |W| < H, in all layers          K of them; one stays in a layer that would be empty
+        H ← 2 H    if K < (1 − δ) N                        too few: N is the number wanted
         H ← H / 2  if K > (1 + δ) N                        too many
-        share out K in proportion to the weights that each layer has left
+        distribute K over the layers, in proportion to the weights that each layer has left
         per layer: regrow its share of the positions that were not active, drawn uniformly, at zero
     S = W ⊙ M,   dW = dS ⊙ M
 
@@ -12,8 +12,8 @@ Source: Mostafa & Wang, "Parameter Efficient Training of Deep Convolutional Neur
 Reparameterization", ICML 2019, algorithm 1, and its code (parameterized_tensors.py, main.py).
 Deviations: N is a share of the active weights, in the code a number of weights: 9 % in its ImageNet runs at 80 %
 sparsity, 18 % at 90 %. The code doubles ΔT at these quarters on ImageNet and MNIST, at epochs 25, 80 and 140 of 200 on
-CIFAR. The total is conserved exactly: shares are rounded by Hamilton's method, and what a full layer cannot take goes
-to the others. The momentum of a regrown weight is cleared; in the code it has decayed.
+CIFAR. The number of weights is exactly constant: shares are rounded by Hamilton's method, and what a full layer cannot
+take goes to the others. The momentum of a regrown weight is cleared; in the code it has decayed.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ class GMP(Ranking):
     Args:
         begin: start of the sparsity ramp, a step (int) or a fraction of the run (float).
         end: end of the ramp, likewise.
-        every: optimizer steps between two updates of the masks; shortened if the ramp is shorter.
+        every: optimizer steps between two updates of the masks; shortened if fewer than two fit into the ramp.
         score: of the weights, the largest of which are kept: "magnitude", or a function (layer, units) → score of every
             unit, such as `sparing.calibrate(model, batches)`; recipes take "magnitude" only.
 

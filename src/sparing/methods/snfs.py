@@ -4,16 +4,16 @@
     after every ΔT steps until T:
         p = p_T + (p_0 − p_T)/2 · (1 + cos(π t / T))    from p_0 = 0.5 to p_T = 0.005
         per layer: prune the p · active smallest |W| of the active weights
-        share out all that was pruned in proportion to the mean |m| of each layer's active weights
+        distribute the pruned number over the layers, in proportion to the mean |m| of their active weights
         per layer: regrow its share of the largest |m| among the others, at zero
-    S = W ⊙ M;  a pruned weight is moved by nothing
+    S = W ⊙ M;  a pruned weight is not trained
 
 Source: Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019, and
 its code (sparse_learning/core.py, funcs.py).
 Deviations: the code reads the optimizer's own momentum. Here m belongs to the layer, the same for every optimizer; the
 optimizer gets masked gradients, and its state is reset where a weight is regrown. A layer may become dense; the code
-regrows at most 99 % of its pruned weights. The total is conserved exactly. Counts are rounded down. Updates come every
-ΔT steps, in the code once an epoch.
+regrows at most 99 % of its pruned weights. The number of weights is exactly constant. Counts are rounded down. Updates
+come every ΔT steps, in the code once an epoch.
 """
 
 from dataclasses import dataclass

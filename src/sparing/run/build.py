@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparing.data import DATASETS, SplitDataset
-from sparing.errors import InputError, nearest
+from sparing.errors import InputError, first_line, nearest
 from sparing.imports import import_object
 from sparing.integrations.timm import PREFIX, timm_model
 from sparing.models import MODELS
@@ -167,5 +167,5 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("its tensors have no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device

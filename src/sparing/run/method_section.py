@@ -45,7 +45,7 @@ def check_method(spec: Spec) -> None:
     spec = dict(spec)
     if "for_sparsity" in spec:
         if spec.keys() & {"sparsity", "macs"}:
-            raise InputError("give for_sparsity, or a total (sparsity or macs), not both")
+            raise InputError("give for_sparsity, or a target (sparsity or macs), not both")
         method = find_method(_name(spec))
         if method.for_schedule.__func__ is Method.for_schedule.__func__:  # type: ignore[attr-defined]
             method.for_schedule(spec["for_sparsity"], [], 0.0)

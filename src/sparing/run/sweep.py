@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from sparing.errors import InputError
+from sparing.errors import InputError, first_line
 from sparing.files import atomic_write, write_text
 from sparing.plots import AXIS_LABELS
 from sparing.run.distributed import from_torchrun
@@ -82,7 +82,7 @@ def run_sweep(
             study.set_metric_names([sweep.objective, "validation_accuracy"])
             return _work(study, out, sweep, trials or sweep.trials, console or Console(quiet=True))
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-        raise InputError(f"the database of {out}: {_first_line(error.__cause__ or error)}") from error
+        raise InputError(f"the database of {out}: {first_line(error.__cause__ or error)}") from error
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written: {error.strerror}") from error
     finally:
@@ -112,7 +112,7 @@ def _open_study(out: Path, url: str, identity: dict[str, Any]) -> "Study":
                 time.sleep(random.uniform(0.3, 1))
     except (ArgumentError, ImportError, RuntimeError) as error:
         raise InputError(
-            f"--storage: {_first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
+            f"--storage: {first_line(error)}; use sqlite:///FILE or postgresql+psycopg://HOST/DATABASE "
             "(pip install 'psycopg[binary]')"
         ) from error
     study = optuna.create_study(
@@ -129,7 +129,7 @@ def _open_study(out: Path, url: str, identity: dict[str, Any]) -> "Study":
 
 
 def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console) -> "pd.DataFrame":
-    """Run trials until none is left, then wait for other workers and take over the trials of dead ones."""
+    """Run trials until none is left, then wait for other workers and take over the trials of those that stopped."""
     from optuna import TrialPruned
     from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
     from optuna.study import MaxTrialsCallback
@@ -152,7 +152,7 @@ def _work(study: "Study", out: Path, sweep: Sweep, total: int, console: Console)
                 metrics = train_run(sweep.recipe_of(trial), out / "trials" / f"{run:04d}", resume=True)
         except (InputError, torch.OutOfMemoryError) as error:
             # Pruned instead of failed, because the sampler learns from pruned trials.
-            trial.set_user_attr("error", f"{type(error).__name__}: {_first_line(error)}")
+            trial.set_user_attr("error", f"{type(error).__name__}: {first_line(error)}")
             raise TrialPruned from error
         except KeyboardInterrupt:
             RetryHeartbeatStaleTrialCallback()(study, study.get_trials()[trial.number])
@@ -202,7 +202,3 @@ def _write_results(study: "Study", out: Path) -> "pd.DataFrame":
             plt.savefig(temporary, format="png", dpi=120)
             plt.close()
     return table
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -94,7 +94,7 @@ class Watch:
         return int(verdict)
 
     def _collect(self, state: int) -> int:
-        """Hear all ranks, tell them the verdict, and return it."""
+        """Receive the reports of all ranks, send them the verdict, and return it."""
         reports = [(state, self.entered)]
         answering = []
         verdict = _GO_ON

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import CheckpointError, InputError
+from sparing.errors import CheckpointError, InputError, listed
 from sparing.export import compressed
 from sparing.files import atomic_write
 from sparing.sparsify import dense_state_dict
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
         ("has unexpected tensors", [key for key in state if key not in own]),
     ):
         if names:
-            raise CheckpointError(f"checkpoint {path}: does not fit the model: it {kind} {_shown(names)}")
+            raise CheckpointError(f"checkpoint {path}: does not fit the model: it {kind} {listed(map(repr, names), 5)}")
     for key, tensor in state.items():
         if tensor.shape != own[key].shape:
             shapes = f"shape {tuple(tensor.shape)}, the model needs {tuple(own[key].shape)}"
@@ -139,7 +139,3 @@ def load_fitting(model: nn.Module, state: Mapping[str, Any], path: Path) -> None
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
