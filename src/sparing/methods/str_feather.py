@@ -1,7 +1,7 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
     t_l = √‖W_l‖ · exp(s_l)                                         one s per layer
-    t_l = √‖W_l‖ · cost_l^¼ · exp(s_l)                              with a target in MACs
+    t_l = √‖W_l‖ · cost_l^½ · exp(s_l)                              with a target in MACs
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
@@ -90,8 +90,7 @@ class STRFeather(Rescaling):
         made: dict[str, Sparse] = {}
         for name, layer in layers.items():
             s, units = learned_number((1,), self.init, layer.weight), plan.units[name]
-            factor = 1.0 if self.macs is None else (plan.costs[name] / units.weights) ** 0.25
-            made[name] = FeatherLearnedThreshold(s, layer.weight, factor, theta, units)
+            made[name] = FeatherLearnedThreshold(s, layer.weight, plan.factor(name), theta, units)
         return made
 
     @torch.no_grad()
@@ -129,7 +128,7 @@ class FeatherLearnedThreshold(LearnedThreshold):
     Args:
         s: shape (1,).
         weight: W.
-        factor: cost^¼, or 1.
+        factor: of the threshold; `sparing.target.ResolvedTarget.factor`.
         theta: θ.
         units: what is pruned together.
 
