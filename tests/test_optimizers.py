@@ -731,3 +731,20 @@ def test_the_state_of_a_dense_run_goes_on_in_an_optimizer_that_was_built_before_
     train(6)
     assert [int(optimizer.state[layer.weight]["step"]) for layer in sparsifier.layers.values()] == [9, 9]
     assert sparsifier.sparsity() == 0.5
+
+
+@quiet  # the compiler calls what torch has deprecated
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_without_the_method():
+    model, sparsifier = build(GRADUAL)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    graphs = []
+    step = torch.compile(optimizer.step, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for number in range(10):
+        optimizer.zero_grad()
+        loss(model, number).backward()
+        step()
+    assert sparsifier.step == 10
+    assert len(graphs) == 1
+    assert sum(layer.nonzero() for layer in sparsifier.layers.values()) == round(0.2 * (16 * 32 + 32 * 4))

@@ -5,6 +5,8 @@ from functools import cache
 from typing import Any
 from weakref import WeakSet
 
+import torch
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -23,7 +25,8 @@ def _watching() -> WeakSet["StepHooks"]:
         for each in list(watching):
             each._notice(optimizer)
 
-    register_optimizer_step_post_hook(tell)
+    # Imports the compiler at the first step, where torch.compiler.disable() would now, which takes seconds.
+    register_optimizer_step_post_hook(_disable_dynamo(tell))
     return watching
 
 
@@ -80,9 +83,11 @@ class StepHooks(ABC):
         while self._handles:
             self._handles.pop().remove()
         self.optimizers = optimizers
+        # A compiled step() would trace the methods, which read numbers from tensors, and compile anew at each step.
+        before, after = torch.compiler.disable(self._before_step), torch.compiler.disable(self._after_step)
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_step_pre_hook(before))
+            self._handles.append(optimizer.register_step_post_hook(after))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}

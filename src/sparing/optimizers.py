@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ _INNER = ("optimizer", "base_optimizer", "_base_optimizer", "original_optimizer"
 
 _COPYING = ("lookahead", "ranger", "schedulefree")
 """Parts of the names of optimizers that keep a copy of the weights, and mix it into them later."""
+
+_RUNS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__
+"""The code of torch's wrapper around every step()."""
 
 
 def parts(optimizer: Any) -> list[Any]:
@@ -89,13 +93,8 @@ def is_nested(optimizer: Optimizer) -> bool:
     torch runs the hooks for both. What tells them apart is on the call stack: counting calls would go wrong after a
     step that ended in an exception.
     """
-    step = sys._getframe(2)  # torch's wrapper around step(), which runs the hooks
-    outer = step.f_back
-    while outer is not None:
-        if outer.f_code is step.f_code and outer.f_locals.get("self") is optimizer:
-            return True
-        outer = outer.f_back
-    return False
+    frames = (frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code is _RUNS_HOOKS)
+    return sum(frame.f_locals.get("self") is optimizer for frame in frames) > 1
 
 
 def is_skipped(optimizer: Optimizer) -> bool:
