@@ -8,8 +8,8 @@ augmentation are on the GPU, and the forward and the backward pass of a step are
 update while training: methods change masks and thresholds in place.
 
 Networks, learning rate and weight decay are those of recipes/fashion-mnist/frontier.yaml; CIFAR-10 has a ResNet-20.
-Each run writes results/gpu/<data>/<variant>-<percent>-seed<n>.json, and is not repeated. `python bench/results.py
-table` builds the tables of docs/choosing.md.
+Each run writes results/gpu/<data>/<variant>-<percent>-seed<n>.json, and is not repeated. On a CPU, networks train in
+float32 and results go to results/cpu/.
 """
 
 import argparse
@@ -379,15 +379,16 @@ def main():
     parser.add_argument("--steps", type=int, help="stop each run after so many steps, to try out the program")
     parser.add_argument("--processes", type=int, default=max(os.cpu_count() - 2, 1))
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = options.out or ROOT / "results" / ("gpu" if device == "cuda" else "cpu")
     epochs = options.epochs or (10 if options.data == "fashion_mnist" else 40)
     jobs = chosen_jobs(
         options.data, options.variants, options.sparsities, options.seeds, epochs, options.batch, options.steps
     )
     deadline = time.monotonic() + min(options.seconds, 1e6)
-    run_all(jobs, {options.data: options.data_root}, options.out, options.processes, deadline, device)
+    run_all(jobs, {options.data: options.data_root}, out, options.processes, deadline, device)
 
 
 if __name__ == "__main__":

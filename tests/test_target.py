@@ -399,24 +399,3 @@ def test_a_target_without_the_length_of_the_run_is_refused():
         InputError, match=r"STR: begin=0.2 needs the length of the run: sparsify_\(model, method, steps="
     ):
         sparing.sparsify_(nn.Linear(8, 8), STR(sparsity=0.5))
-
-
-@pytest.mark.parametrize("method", [STR, sparing.STRFeather])
-def test_thresholds_are_in_proportion_to_the_square_root_of_what_a_weight_costs_in_macs(method):
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 2, stride=2), nn.Flatten(), nn.Linear(64, 10))
-    layers = sparing.sparsify_(model, method(macs=0.1, input_size=(1, 1, 8, 8)), steps=100).layers
-    for layer in layers.values():
-        layer.parametrization.measure(layer.weight)
-    units = [layer.parametrization.unit for layer in layers.values()]
-    thresholds = [layer.parametrization.threshold().detach() for layer in layers.values()]
-    relative = torch.cat([t if unit is None else t / unit for t, unit in zip(thresholds, units, strict=True)])
-    torch.testing.assert_close(relative / relative[-1], torch.tensor([8.0, 4.0, 1.0]), rtol=1e-2, atol=0)
-    if method is STR:  # the highest starts where all start without costs
-        assert float(relative[0]) == pytest.approx(1 / (1 + math.exp(5)), rel=1e-2)
-
-
-def test_a_target_in_macs_cannot_follow_one_in_weights():
-    model = nn.Linear(16, 16)
-    sparsifier = sparing.sparsify_(model, STR(sparsity=0.5), steps=10)
-    with pytest.raises(InputError, match="cannot follow one in weights.*None and .*16"):
-        sparsifier.retarget(STR(macs=0.2, input_size=(1, 16)), steps=10)

@@ -9,7 +9,7 @@ so a smaller ρ makes all thresholds higher. ρ is found by bisection: unit i of
 value in all layers: s_l ← −ρ for ρ ≤ 0.
 
 A weight costs 1 where a sparsity is asked for, and its applications per forward pass (`sparing.macs`) where MACs
-are. With a target in MACs, thresholds have the factor cost_l^½.
+are.
 """
 
 import math
@@ -70,15 +70,6 @@ class ResolvedTarget:
     dense: int
     final: int
     updates: Updates
-
-    def factor(self, name: str) -> float:
-        """Return the factor of the thresholds of a layer: the square root of the cost of a weight, at least 1.
-
-        It is relative to the layer whose weights cost least. At rest under a weight decay, the loss of pruning a
-        weight at the threshold t is proportional to t², and should be proportional to what the weight costs.
-        """
-        per_weight = {layer: self.costs[layer] / units.weights for layer, units in self.units.items()}
-        return math.sqrt(per_weight[name] / min(per_weight.values()))
 
     def wanted(self, step: int, start: float) -> int:
         """Return the cost to have after `step` steps of a run that started at a share of the way."""
@@ -143,16 +134,6 @@ class Rescaling(Method):
             check_target(who, self.sparsity, "uniform")
         if macs is not None:
             check_macs(who, macs, self.input_size)
-
-    def check_retarget(self, new: Any) -> None:
-        super().check_retarget(new)
-        ours, theirs = (method.describe()["input_size"] for method in (self, new))
-        if ours != theirs:
-            raise InputError(
-                "retarget(): thresholds are in proportion to the square root of what weights cost in MACs, so a target "
-                f"in MACs cannot follow one in weights, nor an input_size another; here {ours} and {theirs}. Call "
-                "densify_(), and sparsify_() with the new target"
-            )
 
     def prepare(self, model: nn.Module, layers: Layers, steps: int | None) -> ResolvedTarget | None:
         units = {name: self.pattern.units(layer) for name, layer in layers.items()}

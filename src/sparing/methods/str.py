@@ -116,13 +116,13 @@ class STR(Rescaling):
             return dict.fromkeys(
                 layers, SoftThreshold(learned_number((1,), self.init, first.weight), self._map, self.scale)
             )
-        factors = {name: plan.factor(name) if plan else 1.0 for name in layers}
-        init = self.init - math.log(max(factors.values()))  # the highest threshold starts at k · g(init)
-        return {name: self._parametrization(layer, init, self.scale * factors[name]) for name, layer in layers.items()}
+        return {name: self._parametrization(layer) for name, layer in layers.items()}
 
-    def _parametrization(self, layer: Layer, init: float, scale: float) -> LearnedThreshold:
-        s, units = learned_number(self._shape(layer), init, layer.weight), self.pattern.units(layer)
-        return GroupSoftThreshold(s, self._map, scale, units) if units.dims else SoftThreshold(s, self._map, scale)
+    def _parametrization(self, layer: Layer) -> LearnedThreshold:
+        s, units = learned_number(self._shape(layer), self.init, layer.weight), self.pattern.units(layer)
+        if not units.dims:
+            return SoftThreshold(s, self._map, self.scale)
+        return GroupSoftThreshold(s, self._map, self.scale, units)
 
     @property
     def _map(self) -> Callable[[Tensor], Tensor]:

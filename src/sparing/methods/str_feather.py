@@ -1,7 +1,7 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
     t_l = √‖W_l‖ · exp(s_l)                                         one s per layer
-    t_l = √‖W_l‖ · cost_l^½ · exp(s_l)                              with a target in MACs
+    t_l = √‖W_l‖ · cost_l^¼ · exp(s_l)                              with a target in MACs
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
@@ -84,13 +84,24 @@ class STRFeather(Rescaling):
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
 
+    def check_retarget(self, new: Any) -> None:
+        super().check_retarget(new)
+        ours, theirs = (method.describe()["input_size"] for method in (self, new))
+        if ours != theirs:
+            raise InputError(
+                "retarget(): the thresholds of str_feather have the factor cost^¼ with a target in MACs, so it cannot "
+                f"follow one in weights, nor an input_size another; here {ours} and {theirs}. Call densify_(), and "
+                "sparsify_() with the new target"
+            )
+
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         pruned = 1 - plan.final / plan.dense if self.sparsity is None else self.sparsity
         theta = self.theta if self.theta is not None else 0.5 if pruned > 0.95 else 1.0
         made: dict[str, Sparse] = {}
         for name, layer in layers.items():
             s, units = learned_number((1,), self.init, layer.weight), plan.units[name]
-            made[name] = FeatherLearnedThreshold(s, layer.weight, plan.factor(name), theta, units)
+            factor = 1.0 if self.macs is None else (plan.costs[name] / units.weights) ** 0.25
+            made[name] = FeatherLearnedThreshold(s, layer.weight, factor, theta, units)
         return made
 
     @torch.no_grad()
@@ -128,7 +139,7 @@ class FeatherLearnedThreshold(LearnedThreshold):
     Args:
         s: shape (1,).
         weight: W.
-        factor: of the threshold; `sparing.target.ResolvedTarget.factor`.
+        factor: cost^¼, or 1.
         theta: θ.
         units: what is pruned together.
 
