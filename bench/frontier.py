@@ -24,8 +24,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from frontier_tables import FRONTIER, SPARSITIES
 from ledger import CLIPPED, ROOT, train_into
-from results import FRONTIER, SPARSITIES
 from sparing import InputError
 from sparing.data import DATASETS
 from sparing.run.recipe import load_recipe

@@ -1,13 +1,11 @@
 """Table and figure of the results of bench/patterns.py, for bench/results.py."""
 
 import json
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from engine_tables import FP32, best
+from entries import RESULTS, grouped, spread
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results" / "patterns"
 LABELS = {
     "dense": "dense",
     "single": "single weights",
@@ -20,13 +18,11 @@ LABELS = {
 
 def points():
     """Return accuracies, sparsity, engine rows by backend and the seeds of each pattern and percentage."""
-    found = {}
-    for path in sorted(RESULTS.glob("*-seed*.json")):
-        entry = json.loads(path.read_text())
-        found.setdefault((entry["variant"], round(100 * entry["asked"])), []).append(entry)
+    found = grouped("patterns", "variant", "asked", pattern="*-seed*.json")
+    found = {(name, round(100 * asked)): entries for (name, asked), entries in found.items()}
     timed = {}
     for pattern, percent in found:
-        path = RESULTS / "time" / f"{pattern}-{percent}.json"
+        path = RESULTS / "patterns" / "time" / f"{pattern}-{percent}.json"
         if path.is_file():
             timed[pattern, percent] = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     order = list(LABELS)
@@ -40,17 +36,14 @@ def patterns_table():
         "|---|---|---|---|---|",
     ]
     for (pattern, _), (entries, timed) in points().items():
-        accuracy = [100 * entry["accuracy"] for entry in entries]
-        spread = f" ± {stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
+        accuracy = spread([entry["accuracy"] for entry in entries], 100)
         sparsity = 100 * mean(entry["sparsity"] for entry in entries)
         if timed:
             engine, dense = timed["engine"], best(timed, FP32)
             cells = f"{engine['seconds'] / engine['batch'] * 1e6:.1f} | {dense['seconds'] / engine['seconds']:.2f}"
         else:
             cells = "not run | not run"
-        rows.append(
-            f"| {LABELS[pattern]} | {sparsity:.1f} | {mean(accuracy):.2f}{spread} ({len(accuracy)}) | {cells} |"
-        )
+        rows.append(f"| {LABELS[pattern]} | {sparsity:.1f} | {accuracy} ({len(entries)}) | {cells} |")
     return [*rows, "", "Mean ± standard deviation (seeds). Batch 64, one thread, the network of seed 0."]
 
 
@@ -73,4 +66,4 @@ def patterns_figure():
     if axes.lines:
         axes.set(xlabel="engine, µs per image (batch 64, one thread)", ylabel="test accuracy")
         axes.legend(frameon=False)
-        figure.savefig(ROOT / "docs" / "figures" / "patterns.png", dpi=110, metadata={"Software": None})
+        figure.savefig(RESULTS.parent / "docs" / "figures" / "patterns.png", dpi=110, metadata={"Software": None})

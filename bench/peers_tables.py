@@ -1,10 +1,10 @@
 """Tables of the results of bench/peers.py, bench/peers_job.py and bench/lenet.py, for bench/results.py."""
 
 import json
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-RESULTS = Path(__file__).parent.parent / "results"
+from entries import RESULTS, spread
+
 TASK = {
     "dense": "without pruning",
     "str": "STR",
@@ -41,12 +41,6 @@ def entries(folder, variants):
     return {name: group for name, group in grouped.items() if group}
 
 
-def spread(values):
-    """Return mean ± standard deviation in percent, as text."""
-    values = [100 * value for value in values]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def library(entry):
     """Return the name of the library of a result, with its version."""
     version = (entry["version"] or "").split("+")[0]
@@ -66,7 +60,7 @@ def peers_table():
         extra = first["lines"] - first["dense_lines"]
         rows.append(
             f"| {library(first)} | {TASK[name]} | {asked} | {share} | {count} | "
-            f"{spread([entry['accuracy'] for entry in group])} | {extra or ''} |"
+            f"{spread([entry['accuracy'] for entry in group], 100)} | {extra or ''} |"
         )
     seeds = sorted({len(group) for _, group in found})
     weights = f"{found[0][1][0]['weights']:,}"
@@ -122,7 +116,7 @@ def lenet_table():
 
     def cell(group, percent):
         errors = [entry["error"] for entry in group if entry["percent"] == percent]
-        return spread(errors) if errors else "not run"
+        return spread(errors, 100) if errors else "not run"
 
     rows = {
         name: " | ".join([*(cell(group, percent) for percent in PERCENTS), *_published(name)])
@@ -145,7 +139,7 @@ def _published(name):
 
 
 def _dense(found):
-    return f" Without pruning: {spread([entry['error'] for entry in found['dense']])} %." if found else ""
+    return f" Without pruning: {spread([entry['error'] for entry in found['dense']], 100)} %." if found else ""
 
 
 def bayes_table():

@@ -17,29 +17,11 @@ from pathlib import Path
 
 import engine_tables
 import peers_tables
+from entries import grouped, points_apart, ran_on, spread
+from frontier_tables import equal_macs_table, frontier_figure, frontier_table
 from pattern_tables import patterns_figure, patterns_table
 
 ROOT = Path(__file__).parent.parent
-SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
-FRONTIER = {
-    "dense": "dense",
-    "str": "STR",
-    "str_sparsity": "STR, target sparsity",
-    "str_matched": "STR, target: the sparsity that STR reached",
-    "str_feather": "STR-Feather",
-    "gmp": "GMP, uniform",
-    "gmp_str_budget": "GMP, budget learned by STR",
-    "rigl": "RigL, ERK",
-    "st3_as_released": "ST-3, as released",
-    "feather": "Feather",
-    "feather_as_released": "Feather, as released",
-    "global_magnitude": "GMP, global",
-    "acdc": "AC/DC",
-    "str_macs": "STR, target: the MACs of Feather as released",
-    "str_feather_macs": "STR-Feather, target: the MACs of Feather as released",
-    "feather_macs": "Feather, target: the MACs of Feather as released",
-}
-"""Variants that bench/frontier.py trains: name in results/ → label in the tables."""
 RENAMED = {
     "magnitude": "gmp_one_shot",
     "global_magnitude": "gmp_global",
@@ -101,12 +83,6 @@ def add(run, recipe):
     layers = json.loads(Path(run, "report.json").read_text())["layers"]
     entry = {"recipe": str(recipe), **metrics, "budget": {layer["name"]: layer["sparsity"] for layer in layers}}
     (folder / f"seed{metrics['seed']}.json").write_text(json.dumps(entry, indent=2) + "\n")
-
-
-def spread(values, scale=1.0, form=".2f"):
-    """Return the mean as text, with the standard deviation if the values differ."""
-    mean = f"{scale * statistics.mean(values):{form}}"
-    return mean if len(set(values)) == 1 else f"{mean} ± {scale * statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def recipes():
@@ -196,108 +172,6 @@ def methods_table():
     seeds = f"{min(count, default=0)} seed(s)"
     note = f"Recipe mnist5k/gmp with each method; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."
     return [*rows, "", note]
-
-
-def frontier(data):
-    """Return the runs of the frontier study on a data set: (variant, target sparsity) → entries; 0 for dense."""
-    found = {}
-    for path in sorted(ROOT.joinpath("results/frontier", data).glob("*.json")):
-        entry = json.loads(path.read_text())
-        found.setdefault((entry["variant"], entry["asked"]), []).append(entry)
-    return found
-
-
-def frontier_table():
-    """Return accuracy and MACs of each variant at each sparsity."""
-    folders = {path.name for path in ROOT.joinpath("results/frontier").glob("*/")} | {"fashion_mnist"}
-    rows = []
-    for data in sorted(folders, key=lambda name: (name != "fashion_mnist", name)):
-        found = frontier(data)
-        columns = [f"{100 * sparsity:g} %" for sparsity in SPARSITIES]
-        for title, cell in (("test accuracy, %", frontier_accuracy), ("MACs, millions", frontier_macs)):
-            rows += [f"| {data}: {title} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-            for name, label in FRONTIER.items():
-                asked = [0 if name == "dense" else sparsity for sparsity in SPARSITIES]
-                cells = [cell(found[name, a], a) if (name, a) in found else "not run" for a in asked]
-                if set(cells) != {"not run"}:
-                    rows.append(f"| {label} | {' | '.join(cells)} |")
-            rows.append("")
-        rows += [f"| {data}: differences, points | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-        rows += [*frontier_differences(found), ""]
-        entries = [entry for group in found.values() for entry in group]
-        seeds = sorted({len(group) for group in found.values()})
-        if entries:
-            count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
-            rows += [f"Mean ± standard deviation; {count} seed(s) per cell; {ran_on(entries)}.", ""]
-    return rows[:-1]
-
-
-def frontier_differences(found):
-    """Return rows with the difference in accuracy of two variants with the same seed and target."""
-    others = ("gmp", "rigl", "st3_as_released", "feather", "feather_as_released", "global_magnitude", "acdc")
-    pairs = [("str_matched", "str")]
-    pairs += [("str_sparsity", name) for name in others]
-    pairs += [("str_feather", name) for name in ("str_sparsity", "feather", "feather_as_released")]
-    pairs += [(name, "feather_as_released") for name in ("str_macs", "str_feather_macs", "feather_macs")]
-    rows = []
-    for name, other in pairs:
-        cells = [points_apart(found.get((name, asked), []), found.get((other, asked), [])) for asked in SPARSITIES]
-        if set(cells) != {"not run"}:
-            rows.append(f"| {FRONTIER[name]} − {FRONTIER[other]} | {' | '.join(cells)} |")
-    return rows
-
-
-def points_apart(entries, others):
-    """Return the difference in accuracy, in percentage points, between runs with the same seeds, as text."""
-    mine, theirs = ({entry["seed"]: entry["accuracy"] for entry in group} for group in (entries, others))
-    points = [100 * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
-    return spread(points, form="+.2f") if points else "not run"
-
-
-def frontier_accuracy(entries, asked):
-    reached = statistics.mean(entry["sparsity"] for entry in entries)
-    # Compare with the precision of the table.
-    at = f" (at {100 * reached:.2f} %)" if round(100 * reached, 2) != round(100 * asked, 2) else ""
-    return spread([entry["accuracy"] for entry in entries], 100) + at
-
-
-def frontier_macs(entries, asked):
-    return f"{statistics.mean(entry['macs'] for entry in entries) / 1e6:.3f}"
-
-
-def frontier_figure():
-    """Draw accuracy against the weights kept and against MACs, with one line per variant."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    found = frontier("fashion_mnist")
-    if not found:
-        return
-    # The lines of these variants coincide with those of other variants.
-    same = ("str_matched", "str_macs", "str_feather_macs", "feather_as_released")
-    drawn = [name for name in FRONTIER if name != "dense" and name not in same]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    costs = {"fraction of weights kept": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
-    for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
-        for index, name in enumerate(drawn):
-            groups = [entries for (variant, _), entries in found.items() if variant == name]
-            points = sorted(
-                (statistics.mean(map(cost, group)), statistics.mean(e["accuracy"] for e in group)) for group in groups
-            )
-            if points:
-                x, y = zip(*points, strict=True)
-                axes.plot(x, y, marker=".", linewidth=1, color=colormaps["tab10"](index), label=FRONTIER[name])
-        for (variant, _), group in found.items():
-            if variant == "dense":
-                dense = statistics.mean(e["accuracy"] for e in group)
-                axes.axhline(dense, color="black", linewidth=1, linestyle="--", label="dense")
-        axes.set(xlabel=title, xscale="log")
-    lowest = 0.75  # the figure omits lower accuracies
-    figure.axes[0].set(ylabel="test accuracy", ylim=(lowest, 0.92))
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="small")
-    path = ROOT / "docs" / "figures" / "frontier.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def overhead_table():
@@ -451,18 +325,7 @@ def sizes_table():
 
 def target_entries(pair):
     """Return the runs of bench/target.py on a pair of network and data: (row, percentage) → entries."""
-    found = {}
-    for path in sorted(ROOT.joinpath("results/target", pair).glob("*.json")):
-        entry = json.loads(path.read_text())
-        found.setdefault((entry["row"], entry["percent"]), []).append(entry)
-    return found
-
-
-def ran_on(entries):
-    """Return the machines and commits of runs as text."""
-    machines = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}" for e in entries}
-    commits = sorted({(e["commit"] or "none")[:7] for e in entries})
-    return f"{'; '.join(sorted(machines))}; commit {', '.join(commits)}"
+    return grouped(Path("target", pair), "row", "percent")
 
 
 def requests_table():
@@ -508,10 +371,7 @@ def high_sparsity_table():
 
 def freezing_table():
     """Return the difference in accuracy between STR with fixed thresholds at the end of the run and STR."""
-    found = {}
-    for path in sorted(ROOT.joinpath("results/freezing").glob("*.json")):
-        entry = json.loads(path.read_text())
-        found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
+    found = grouped("freezing", "variant", "percent")
     percents = sorted({percent for _, percent in found})
     rows = [f"| difference to STR in test accuracy, points | {' | '.join(f'{p} %' for p in percents)} |"]
     rows.append(f"|---|{'---|' * len(percents)}")
@@ -528,12 +388,8 @@ def freezing_table():
 
 def finetune_table(folder="finetune"):
     """Return the accuracies of fine-tuned and pruned networks, and the differences to STR-Feather at equal seeds."""
-    entries = [json.loads(path.read_text()) for path in sorted(ROOT.joinpath("results", folder).glob("*.json"))]
-    if not entries:
-        return ["Not run."]
-    found = {}
-    for entry in entries:
-        found.setdefault((entry["variant"], entry["percent"]), []).append(entry)
+    found = grouped(folder, "variant", "percent")
+    entries = [entry for group in found.values() for entry in group]
     percents = sorted({entry["percent"] for entry in entries} - {0})
     columns = [f"{percent} % sparsity" for percent in percents]
     rows = [
@@ -636,6 +492,7 @@ TABLES = {
     "wishes": wishes_table,
     "sizes": sizes_table,
     "frontier": frontier_table,
+    "equal_macs": equal_macs_table,
     "ranks": ranks_table,
     "rnn_speed": rnn_speed_table,
     "requests": requests_table,
