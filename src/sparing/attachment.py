@@ -38,7 +38,7 @@ def check_optimizers(
         raise InputError("attach() needs the optimizer that trains the model")
     check_held(layers, optimizers)
     sharded = any(is_sharded(p) for layer in layers.values() for p in layer.originals)
-    if sharded and (method.rescales or any(layer.parametrization.state() for layer in layers.values())):  # type: ignore[union-attr]
+    if sharded and (method.rescales or any(layer.parametrization.state() for layer in layers.values())):
         raise InputError(
             f"{name}: masks and targets are not supported under FSDP2, which shards neither. Use "
             "DistributedDataParallel, or STR with a weight decay on s instead of a target"
@@ -64,7 +64,7 @@ def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> 
     held = {id(parameter) for parameter in parameters_of(optimizers)}
     for layer in layers.values():
         weights = (("dense weight", p) for p in layer.originals)
-        for what, p in (*weights, *layer.parametrization.named_parameters()):  # type: ignore[union-attr]
+        for what, p in (*weights, *layer.parametrization.named_parameters()):
             if p.requires_grad and id(p) not in held:
                 raise InputError(
                     f"the optimizer does not hold the {what} of layer {layer.name!r}. Build it after calling "
@@ -93,11 +93,11 @@ def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: I
     fixed = [
         name
         for name, part in parts.items()
-        for key, p in part.named_parameters()  # type: ignore[union-attr]
-        if part.decays.get(key) == "thresholds" and p.requires_grad and not groups[id(p)].get("weight_decay")  # type: ignore[union-attr]
+        for key, p in part.named_parameters()
+        if part.decays.get(key) == "thresholds" and p.requires_grad and not groups[id(p)].get("weight_decay")
     ]
     frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad]
-    learns = any(True for part in parts.values() for _ in part.parameters())  # type: ignore[union-attr]
+    learns = any(True for part in parts.values() for _ in part.parameters())
     pruned_once = getattr(getattr(plan, "updates", None), "end", 1) == 0
     texts = []
     if fixed and method.goal(plan) is None and not method.regularizes:

@@ -61,13 +61,13 @@ class EffectiveWeight(Tensor):
             refuse_write(self, "requires_grad_(False)")
         return super().requires_grad_(requires_grad)
 
-    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:  # type: ignore[override]
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         if self.grad_fn is not None:
             raise InputError(
                 "a hook on the effective weight of a sparsified layer would be lost, because that is computed anew at "
                 "every use: register it on the dense weight, sparing.sparse_layers(model)[name].weight"
             )
-        return super().register_hook(hook)  # type: ignore[no-untyped-call]
+        return super().register_hook(hook)
 
     register_post_accumulate_grad_hook = register_hook
 

@@ -35,7 +35,7 @@ def set_costs(layers: Mapping[str, Layer], method: Method, plan: Any) -> None:
     """Tell each parametrization what one of its weights costs, in the unit of the goal."""
     _, costs = method.goal(plan) or (None, None)
     for name, layer in layers.items():
-        layer.parametrization.cost = 1 if costs is None else costs[name]  # type: ignore[union-attr]
+        layer.parametrization.cost = 1 if costs is None else costs[name]
 
 
 def goal_reached(layers: Mapping[str, Layer], goal: int | None) -> float:
@@ -136,7 +136,7 @@ def missed_targets(model: nn.Module, only: Clock | None = None) -> list[str]:
     """
     runs: dict[int, tuple[Clock, list[Layer]]] = {}
     for layer in sparse_layers(model).values():
-        clock = layer.parametrization.clock  # type: ignore[union-attr]
+        clock = layer.parametrization.clock
         if clock is not None and clock.goal is not None and not layer.weight.is_meta and only in (None, clock):
             runs.setdefault(id(clock), (clock, []))[1].append(layer)
     whole = [(clock, layers) for clock, layers in runs.values() if len(layers) == clock.layers]
@@ -165,7 +165,7 @@ def warn_unlearned(
         return
     name = clock.method["method"]
     parts = [layer.parametrization for layer in layers.values()]
-    learned = [float(part.g(part.s).mean()) for part in parts]  # type: ignore[union-attr, operator]
+    learned = [float(part.g(part.s).mean()) for part in parts]  # type: ignore[operator]
     if len(learned) > 2 and max(learned) < ALIKE * min(learned):
         warnings.warn(
             f"{name}: the thresholds of {len(learned)} layers did not part from one another: g(s) is between "
@@ -190,7 +190,7 @@ def warn_unlearned(
 def warn_forgotten(model: nn.Module) -> None:
     """Warn if a model was trained without the optimizer of its method; a missed target has been told already."""
     layers = sparse_layers(model).values()
-    runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}  # type: ignore[union-attr]
+    runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}
     for run in runs.values():
         weights = (layer.weight for layer in run.layers.values())
         trained = run.uncounted > 0 or any(weight.is_leaf and weight.grad is not None for weight in weights)
@@ -299,6 +299,6 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
 def _costs(layers: Iterable[Layer]) -> tuple[int, int]:
     """Return the cost of the layers if no weight were zero, and what they cost."""
     layers = list(layers)
-    costs = [layer.parametrization.cost for layer in layers]  # type: ignore[union-attr]
+    costs = [layer.parametrization.cost for layer in layers]
     dense = sum(cost * layer.weight.numel() for cost, layer in zip(costs, layers, strict=True))
     return dense, sum(cost * layer.nonzero() for cost, layer in zip(costs, layers, strict=True))

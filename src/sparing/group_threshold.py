@@ -96,7 +96,7 @@ class _GroupSoftThreshold(Operator):
         save(ctx, weight, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, threshold = ctx.saved_tensors
         view, dims = ctx.view, ctx.dims
         norm = group_norm(weight, view, dims)
@@ -163,7 +163,7 @@ class _FeatherThreshold(Operator):
             save(ctx, output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as checkpointing asks
         if not saved:
             return grad_output, None, None, None, None

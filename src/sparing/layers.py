@@ -92,7 +92,7 @@ class Layer:
             return self.effective_weight
         before = list(takewhile(lambda each: not isinstance(each, Sparse), made_by))
         if not before:
-            return made_by.original  # type: ignore[return-value]
+            return made_by.original
         weight: Tensor = before[0](*self.originals)
         for each in before[1:]:
             weight = each(weight)
@@ -113,7 +113,7 @@ class Layer:
         """The shape of the weight."""
         made_by = self.places[0].parametrizations
         whole = made_by.original if hasattr(made_by, "original") else self.effective_weight  # type: ignore[union-attr]
-        return tuple(whole.shape)  # type: ignore[union-attr, arg-type]
+        return tuple(whole.shape)
 
     @property
     def effective_weight(self) -> Tensor:
@@ -121,11 +121,16 @@ class Layer:
         return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
 
     @property
-    def parametrization(self) -> Sparse | None:
-        """The module that makes the effective weight; None for a layer that is not sparsified."""
+    def parametrization(self) -> Sparse:
+        """The module that makes the effective weight.
+
+        Raises:
+            InputError: the layer is not sparsified.
+        """
         found = self.find_parametrization()
-        if found is not None:
-            found.refresh()
+        if found is None:
+            raise InputError(f"layer {self.name!r} is not sparsified")
+        found.refresh()
         return found
 
     @property
@@ -134,13 +139,16 @@ class Layer:
         return self.find_parametrization() is not None
 
     def find_parametrization(self) -> Sparse | None:
-        """Return the parametrization as it is: without first values after the meta device, or the state of a model."""
+        """Return the parametrization as it is: without first values after the meta device, or the state of a model.
+
+        None for a layer that is not sparsified.
+        """
         return next((each for each in self.places[0].parametrizations or () if isinstance(each, Sparse)), None)
 
     @property
     def threshold(self) -> Tensor | None:
         """The threshold in force; None if there is none."""
-        return None if self.parametrization is None else self.parametrization.threshold()
+        return self.parametrization.threshold() if self.is_sparsified else None
 
     @torch.no_grad()
     def nonzero(self) -> int:

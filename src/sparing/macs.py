@@ -96,7 +96,7 @@ def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dic
     if not isinstance(example, Sequence) or not example or not all(type(n) is int and n > 0 for n in example):
         raise InputError(f"input_size={example!r:.200} is neither a shape such as (1, 3, 224, 224) nor tensors")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}  # type: ignore[arg-type]
+    return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}
 
 
 def _run_on_meta(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) -> Applications:
@@ -151,7 +151,7 @@ def _counting(model: nn.Module, layers: Mapping[str, Layer], counter: ProductCou
         counter.origins.mark_weight(result, made[module])
 
     def tell(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        for part, number in module.applications_of_parts(*args, **kwargs).items():  # type: ignore[operator, union-attr]
+        for part, number in module.applications_of_parts(*args, **kwargs).items():  # type: ignore[operator]
             counter.tell(names[id(part), "weight"], number)
 
     made: dict[nn.Module, str] = {

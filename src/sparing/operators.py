@@ -68,13 +68,13 @@ def apply_operator(operator: type[Operator], *inputs: Any) -> Tensor:
             # torch.jit.save() cannot save a traced call of a Function.
             return operator.forward(*inputs)  # type: ignore[no-any-return]
         function = operator.with_jvp if is_transformed() else operator.eager
-        return function.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return function.apply(*inputs)  # type: ignore[no-any-return]
     if is_transformed() and (torch.is_grad_enabled() or in_forward_mode()):
         raise InputError(
             "torch.compile ignores the gradients of the sparsified layers in grad, vmap and jvp of torch.func. Call "
             "these outside of torch.compile, or compile with fullgraph=False"
         )
-    return operator.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return operator.apply(*inputs)  # type: ignore[no-any-return]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -148,5 +148,5 @@ class _Masked(Operator):
         save(ctx, inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return masked(grad_output, *ctx.saved_tensors), None

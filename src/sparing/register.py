@@ -87,11 +87,11 @@ def register(layer: Layer, parametrization: nn.Module) -> None:
         if parametrize.is_parametrized(place.module):
             _own_class(place.module)
     parametrize.register_parametrization(first.module, first.tensor_name, parametrization)
-    shared = first.module.parametrizations[first.tensor_name]  # type: ignore[index, union-attr]
+    shared = first.module.parametrizations[first.tensor_name]  # type: ignore[index]
     shared.__class__ = ParametrizationList
     for place in others:
         parametrize.register_parametrization(place.module, place.tensor_name, parametrization)
-        place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator, union-attr]
+        place.module.parametrizations[place.tensor_name] = shared  # type: ignore[index, operator]
     if isinstance(parametrization, RunState):
         for _ in layer.places:
             parametrization.set_home(shared)  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ def _read_weights_when_run(rnn: nn.RNNBase) -> None:
     parametrized_class._update_flat_weights = lambda self: None  # type: ignore[method-assign]
     parametrized_class.flatten_parameters = lambda self: None  # type: ignore[method-assign]
     parametrized_class._flat_weights = property(current_weights, lambda self, value: None)  # type: ignore[assignment]
-    parametrized_class.forward = forward  # type: ignore[method-assign]
+    parametrized_class.forward = forward
 
 
 def _own_class(module: nn.Module) -> None:

@@ -202,7 +202,7 @@ class RunState(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.refresh()
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor.detach() for name, tensor in self.state().items()})
         if len(self._home) > 1 and not keep_vars:
             self._clone_shared(destination, prefix)

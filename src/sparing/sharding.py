@@ -10,4 +10,4 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from all ranks, if it is sharded; all ranks must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ class Sparsifier(StepHooks):
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Copy a mask into each layer, given by the layer's name; of a method with `Masked` parametrizations."""
         for name, mask in masks.items():
-            self.layers[name].parametrization.mask.copy_(mask)  # type: ignore[union-attr, operator]
+            self.layers[name].parametrization.mask.copy_(mask)  # type: ignore[operator]
 
     def attach(self, *optimizers: Any) -> None:
         """Let the method act around `optimizer.step()`, through torch's own optimizer hooks.
@@ -245,14 +245,14 @@ class Sparsifier(StepHooks):
         weights = {name: layer.weight for name, layer in self.layers.items()}
         self.clock.start = start_ramp(self.method, self.plan, weights, made)
         for name, layer in self.layers.items():
-            layer.parametrization.take_state(made[name].state())  # type: ignore[union-attr]
+            layer.parametrization.take_state(made[name].state())
 
     def skip_step(self) -> None:
         """Skip the upcoming optimizer step of the model, by clearing its gradients but for layers of other sparsifiers.
 
         Other models that the optimizers train take their step.
         """
-        others = {id(p) for layer in self._others() for p in (*layer.originals, *layer.parametrization.parameters())}  # type: ignore[union-attr]
+        others = {id(p) for layer in self._others() for p in (*layer.originals, *layer.parametrization.parameters())}
         own = {id(parameter) for parameter in self.model.parameters()} - others
         for parameter in parameters_of(self.optimizers):
             if id(parameter) in own:
@@ -326,11 +326,11 @@ class Sparsifier(StepHooks):
     def _join_layers(self) -> None:
         """Make this the sparsifier of the parametrizations, for checks that start from the model."""
         for layer in self.layers.values():
-            layer.parametrization.sparsifier = (self,)  # type: ignore[union-attr]
+            layer.parametrization.sparsifier = (self,)
 
     def _hook(self, optimizers: tuple[Optimizer, ...]) -> None:
         for layer in self.layers.values():
-            layer.parametrization.keep_state()  # type: ignore[union-attr]
+            layer.parametrization.keep_state()
         super()._hook(optimizers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

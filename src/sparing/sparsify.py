@@ -139,7 +139,7 @@ def densify_(model: nn.Module) -> nn.Module:
     warn_missed_target(model)
     warn_forgotten(model)
     for layer in sparse_layers(model).values():
-        if (clock := layer.parametrization.clock) is not None:  # type: ignore[union-attr]
+        if (clock := layer.parametrization.clock) is not None:
             clock.stale = True
         unregister(layer)
     return model

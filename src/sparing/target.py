@@ -186,7 +186,7 @@ def rescale(layers: Layers, target: ResolvedTarget, wanted: int) -> None:
             percent of all.
     """
     for layer in layers.values():
-        layer.parametrization.measure(layer.weight)  # type: ignore[union-attr, operator]
+        layer.parametrization.measure(layer.weight)  # type: ignore[operator]
     counts = {
         name: _Count(layer, target.units[name], target.costs[name], target.least[name])
         for name, layer in layers.items()

@@ -75,7 +75,7 @@ class _SoftThreshold(Operator):
         ctx.threshold_dtype = inputs[1].dtype
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[no-untyped-def]
         (effective,) = ctx.saved_tensors
         if torch.compiler.is_compiling():  # torch.compile fuses this one with what follows
             grad_weight = torch.where(effective == 0, 0.0, grad_output)

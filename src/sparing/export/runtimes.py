@@ -42,7 +42,7 @@ def onnxruntime(path: str, threads: int) -> Callable[[list[Any]], Run]:
 
     def prepare(inputs: list[Any]) -> Run:
         feed = dict(zip(names, inputs, strict=True))
-        return lambda: session.run(None, feed)  # type: ignore[no-any-return]
+        return lambda: session.run(None, feed)
 
     return prepare
 

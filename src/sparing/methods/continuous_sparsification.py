@@ -72,7 +72,7 @@ class _SigmoidMask(Operator):
         save(ctx, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, m, temperature, finished = ctx.saved_tensors
         mask = _mask(m, temperature, finished)
         grad_weight = None if weight is None else grad_output * (ctx.scale * mask).to(weight.dtype)

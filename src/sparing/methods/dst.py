@@ -64,7 +64,7 @@ class _StepMask(Operator):
         return weight * (weight.abs() - t > 0).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         weight, t = ctx.saved_tensors
         x = weight.abs() - t
         size = x.abs()

@@ -86,7 +86,7 @@ class _Probe(Operator):
         save(ctx, *inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask, probing = ctx.saved_tensors
         if plain_on_cpu(probing):  # the host knows the value, and need not combine it with the mask
             return grad_output if probing.item() else masked(grad_output, mask), None, None

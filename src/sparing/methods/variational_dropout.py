@@ -73,7 +73,7 @@ class _Noise(Operator):
         save(ctx, *inputs[:2], output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         weight, log_sigma2, effective = ctx.saved_tensors
         # Within the bounds of log α, σ depends on log σ² alone. Beyond them it depends on W alone.
         clipped = _log_alpha(weight, log_sigma2).abs_() > CLIP
@@ -92,7 +92,7 @@ class _Divergence(Operator):
         return K1 - K1 * torch.sigmoid(K2 + K3 * log_alpha) + 0.5 * F.softplus(-log_alpha)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         weight, log_sigma2 = ctx.saved_tensors
         log_alpha = _log_alpha(weight, log_sigma2)
         slope = torch.sigmoid(K2 + K3 * log_alpha)

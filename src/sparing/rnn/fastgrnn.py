@@ -97,7 +97,7 @@ class FastGRNNCell(nn.Module):
             h = x.new_zeros(len(x), self.hidden_size)
         a = self.input(x) + self.hidden(h)
         z, c = self.gate.function(a + self.bias_gate), self.update.function(a + self.bias_update)
-        return z * h + (torch.sigmoid(self.zeta) * (1 - z) + torch.sigmoid(self.nu)) * c  # type: ignore[no-any-return]
+        return z * h + (torch.sigmoid(self.zeta) * (1 - z) + torch.sigmoid(self.nu)) * c
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
@@ -274,7 +274,7 @@ class _FastGRNNFunction(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, update = ctx.gates
         states, z, c, *arguments = ctx.saved_tensors
         if torch.is_grad_enabled():  # Second derivatives: let autograd differentiate the loop.

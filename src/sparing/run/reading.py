@@ -30,12 +30,12 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not supported; write the values out")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"more than {MAX_DEPTH} nested levels")
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)  # type: ignore[no-untyped-call]
+        value = super().construct_scalar(node)
         if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in str(value)):
             raise yaml.YAMLError("a text has characters that no name of a file can have")
         return value
