@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparing
-from sparing import ST3, STR, Feather, InputError, ST3Sigma
+from sparing import ST3, STR, Feather, InputError, ST3Sigma, STRFeather
 from sparing.masks import count_kept
 from sparing.patterns import NM, Block, Filters, Unstructured
 from sparing.run.build import build_sparsifier
@@ -312,6 +312,39 @@ def test_without_a_target_nothing_acts_and_a_target_adds_nothing_to_the_model():
     targeted = small_network()
     sparing.sparsify_(targeted, STR(sparsity=0.9), steps=100)
     assert targeted.state_dict().keys() == states[0].keys()
+
+
+def test_thresholds_start_with_the_costs_of_weights_and_are_rescaled_from_there():
+    """o_l = ¼ ln(cost_l / mean cost): here a weight of the convolution is applied 16 times, one of the Linear once."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    sparsifier = sparing.sparsify_(model, STR(macs=0.2, input_size=(1, 4, 6, 6)), steps=100)
+    mean = (16 * 288 + 512) / (288 + 512)
+    offsets = torch.tensor([math.log(16 / mean) / 4, math.log(1 / mean) / 4])
+    torch.testing.assert_close(numbers(sparsifier.layers), offsets - 5)
+    with torch.no_grad():
+        sparsifier.layers["0"].parametrization.s += 1
+    before = numbers(sparsifier.layers) - offsets
+    rescale(sparsifier.layers, sparsifier.plan, sparsifier.plan.final)
+    after = numbers(sparsifier.layers) - offsets
+    torch.testing.assert_close(after / before, (after / before)[:1].expand(2))
+    assert after[0] / before[0] < 0.9
+
+
+@pytest.mark.parametrize("method", [STR, STRFeather])
+def test_a_target_in_macs_can_follow_one_in_weights(method):
+    """The costs are in the rescaling alone: a checkpoint has the same weights in a model with the new target."""
+    model, again = small_network(), small_network()
+    sparsifier = sparing.sparsify_(model, method(sparsity=0.8, every=2), steps=10)
+    train(model, sparsifier, 10)
+    in_macs = method(macs=0.1, input_size=(1, 2, 8, 8), begin=0, every=2)
+    sparsifier.retarget(in_macs, steps=10)
+    other = sparing.sparsify_(again, in_macs, steps=10)
+    again.load_state_dict(model.state_dict())
+    for name, layer in sparsifier.layers.items():
+        assert torch.equal(layer.effective_weight, other.layers[name].effective_weight)
+    train(again, other, 10)
+    total = sparing.report(again, (1, 2, 8, 8)).total
+    assert total.macs == pytest.approx(0.1 * total.dense_macs, rel=2e-3)
 
 
 def test_retarget_continues_from_the_sparsity_of_today():

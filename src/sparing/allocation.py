@@ -12,7 +12,7 @@ from sparing.budget import RULES, Budget
 from sparing.errors import InputError, SparsityWarning, nearest
 from sparing.group_threshold import wide
 from sparing.layers import Layer
-from sparing.macs_target import dense_cost
+from sparing.macs_target import COST_POWER, dense_cost
 from sparing.masks import (
     Scores,
     affordable_threshold,
@@ -185,7 +185,7 @@ class Allocation:
         if values[0].is_meta:
             return {name: torch.ones_like(value, dtype=torch.bool) for name, value in zip(scores, values, strict=True)}
         if self.costs is not None:  # the smallest threshold above which the units cost no more than that
-            worth = [(costs[name] / self.units[name].weights) ** -0.25 for name in scores]
+            worth = [(costs[name] / self.units[name].weights) ** -COST_POWER for name in scores]
             values = [wide(value) * each for value, each in zip(values, worth, strict=True)]
             threshold = affordable_threshold(values, list(costs.values()), kept)
             return {name: value > threshold for name, value in zip(scores, values, strict=True)}

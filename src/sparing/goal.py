@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from sparing.errors import InputError, SparsityWarning, listed
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
-from sparing.patterns import NM, Units
+from sparing.patterns import NM
 from sparing.sharding import gathered
+
+if TYPE_CHECKING:
+    from sparing.target import ResolvedTarget
 
 CHANCE = 0.02
 """A smaller share of zeros does not make a layer sparse: a uniform initialization in bfloat16 has 0.4 %."""
@@ -150,34 +153,32 @@ def warn_missed_target(model: nn.Module, only: Clock | None = None) -> None:
 
 
 @torch.no_grad()
-def warn_unlearned(
-    layers: Mapping[str, Layer], least: Mapping[str, int], units: Mapping[str, Units], clock: Clock
-) -> None:
+def warn_unlearned(layers: Mapping[str, Layer], target: "ResolvedTarget", clock: Clock) -> None:
     """Warn if learned thresholds did not part from one another in a run, or if layers ended on their floor.
 
     Args:
         layers: sparsified with `LearnedThreshold`.
-        least: units that stay active in any case, by layer.
-        units: of each layer.
+        target: of the run.
         clock: of the run, at its end.
     """
     if (clock.steps or 0) < LONG:
         return
     name = clock.method["method"]
-    parts = [layer.parametrization for layer in layers.values()]
-    learned = [float(part.g(part.s).mean()) for part in parts]  # type: ignore[operator]
+    parts = {each: layer.parametrization for each, layer in layers.items()}
+    learned = [float(part.g(part.s - target.offsets[each]).mean()) for each, part in parts.items()]  # type: ignore[operator]
     if len(learned) > 2 and max(learned) < ALIKE * min(learned):
+        but = ", apart from the effect of the costs" if any(target.offsets.values()) else ""
         warnings.warn(
-            f"{name}: the thresholds of {len(learned)} layers did not part from one another: g(s) is between "
-            f"{min(learned):.4g} and {max(learned):.4g}. Give them a higher learning rate: build the optimizer with "
-            "sparing.param_groups(..., threshold_lr=0.01)",
+            f"{name}: the thresholds of {len(learned)} layers did not part from one another: the largest is "
+            f"{max(learned) / min(learned) - 1:.2%} above the smallest{but}. Give them a higher learning rate: build "
+            "the optimizer with sparing.param_groups(..., threshold_lr=0.01)",
             SparsityWarning,
             stacklevel=4,
         )
-    kept = {each: layer.nonzero() // units[each].weights for each, layer in layers.items()}
-    few = [each for each in layers if kept[each] <= least[each] > 1]
+    kept = {each: layer.nonzero() // target.units[each].weights for each, layer in layers.items()}
+    few = [each for each in layers if kept[each] <= target.least[each] > 1]
     if few:
-        shown = listed((f"{each!r} ({kept[each] / units[each].count:.2%})" for each in few), 4)
+        shown = listed((f"{each!r} ({kept[each] / target.units[each].count:.2%})" for each in few), 4)
         warnings.warn(
             f"{name}: {len(few)} of {len(layers)} layers keep the least that is allowed, a tenth of the density of "
             f"all: {shown}. If their weights are smaller than those of the other "

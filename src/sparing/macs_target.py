@@ -9,6 +9,10 @@ from sparing.layers import Layer, all_layers
 from sparing.macs import Example, find_applications
 from sparing.patterns import Units
 
+COST_POWER = 0.25
+"""With a target in MACs, thresholds grow with the cost of a weight to this power: ½ would suit a loss of one weight in
+proportion to its square, 0 is one threshold for all layers."""
+
 
 def check_macs(method: str, macs: float | int, input_size: Example | None) -> None:
     """Check a target in MACs.

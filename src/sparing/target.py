@@ -1,15 +1,16 @@
 """Rescale learned thresholds to reach a target sparsity or MAC count.
 
-    s_l ← ρ · s_l        at every update; one factor ρ for all layers, such that  Σ cost_l · ‖S_l‖₀ = wanted(t)
+    s_l − o_l ← ρ · (s_l − o_l)      at every update; one ρ for all layers, such that  Σ cost_l · ‖S_l‖₀ = wanted(t)
+    o_l = ¼ ln(cost_l / mean cost)   0 for a target sparsity
 
 Weight decay does the same to s in STR, s ← (1 − ηλ) s, with a λ that has to be found by trial. Here the factor is
-solved for. What each layer makes of it stays learned: between updates its s moves by the gradient. s is negative,
+solved for. What each layer makes of it stays learned: between updates its s moves by the gradient. s − o is negative,
 so a smaller ρ makes all thresholds higher. ρ is found by bisection: unit i of layer l is active while
-‖W_i‖ > k · g(ρ · s_l), and the active ones are counted. If ρ = 0 is not enough, s goes on above zero, by the same
-value in all layers: s_l ← −ρ for ρ ≤ 0.
+‖W_i‖ > k · g(s_l) with the new s_l, and the active ones are counted. If ρ = 0 is not enough, s goes on above o:
+s_l ← o_l − ρ for ρ ≤ 0.
 
 A weight costs 1 where a sparsity is asked for, and its applications per forward pass (`sparing.macs`) where MACs
-are.
+are. With g = exp, thresholds then begin in proportion to cost_l^¼, as those of `Feather(macs=)` are.
 """
 
 import math
@@ -25,7 +26,7 @@ from sparing.errors import InputError
 from sparing.goal import warn_unlearned
 from sparing.layers import Layer
 from sparing.macs import Example
-from sparing.macs_target import check_macs, dense_cost, resolve_macs
+from sparing.macs_target import COST_POWER, check_macs, dense_cost, resolve_macs
 from sparing.masks import count_kept
 from sparing.method import Layers, Method, Optimizers
 from sparing.parametrizations import LearnedThreshold
@@ -39,7 +40,7 @@ FLOOR = 0.1
 """No layer keeps a smaller share of its weights than a tenth of the share that all of them keep together."""
 
 NEARLY_ZERO = -1e-3
-"""Upper clamp on s: scaling cannot move s = 0."""
+"""Upper clamp on s − o: scaling cannot move 0."""
 
 FARTHEST = 16.0
 """As far as s is moved either way; sigmoid(16) is within 2e-7 of one."""
@@ -59,6 +60,7 @@ class ResolvedTarget:
         units: what is pruned together, by layer.
         costs: of one unit, by layer.
         least: units that stay active whatever the other layers need, by layer.
+        offsets: o, by layer.
         dense: cost of all layers without zeros.
         final: cost at the end.
         updates: when the thresholds are rescaled.
@@ -67,6 +69,7 @@ class ResolvedTarget:
     units: Mapping[str, Units]
     costs: Mapping[str, int]
     least: Mapping[str, int]
+    offsets: Mapping[str, float]
     dense: int
     final: int
     updates: Updates
@@ -109,6 +112,11 @@ class Rescaling(Method):
     end: int | float = 0.8
     every: int = 16
     pattern: Pattern = Unstructured()
+
+    def start(self, name: str, plan: ResolvedTarget | None) -> float:
+        """Return the value that s of a layer starts from, by the field `init` of the method."""
+        init: float = self.init  # type: ignore[attr-defined]
+        return init if plan is None else init + plan.offsets[name]
 
     @property
     def rescales(self) -> bool:
@@ -157,7 +165,10 @@ class Rescaling(Method):
         least = {name: max(1, math.floor(FLOOR * final / dense * each.count)) for name, each in units.items()}
         if sum(costs[name] * count for name, count in least.items()) > final:
             least = dict.fromkeys(units, 1)  # rounded up to one, the floors of many small layers came to more
-        return ResolvedTarget(units, costs, least, dense, final, updates)
+        mean = dense / max(sum(each.count * each.weights for each in units.values()), 1)
+        relative = {name: max(costs[name] / each.weights, 1) / mean for name, each in units.items()}
+        offsets = {name: COST_POWER * math.log(cost) for name, cost in relative.items()}
+        return ResolvedTarget(units, costs, least, offsets, dense, final, updates)
 
     def goal(self, plan: Any) -> tuple[int, Mapping[str, int] | None] | None:
         if plan is None:
@@ -170,13 +181,13 @@ class Rescaling(Method):
         if target is not None and target.updates.due(sparsifier.step):
             rescale(sparsifier.layers, target, target.wanted(sparsifier.step, sparsifier.clock.start))
         if target is not None and sparsifier.step == sparsifier.steps:
-            warn_unlearned(sparsifier.layers, target.least, target.units, sparsifier.clock)
+            warn_unlearned(sparsifier.layers, target, sparsifier.clock)
 
 
 # --8<-- [start:rescale]
 @torch.no_grad()
 def rescale(layers: Layers, target: ResolvedTarget, wanted: int) -> None:
-    """Rescale all s, s_l ← ρ · s_l, so that the layers have the wanted cost.
+    """Rescale all s − o, s_l − o_l ← ρ · (s_l − o_l), so that the layers have the wanted cost.
 
     Args:
         layers: sparsified with `LearnedThreshold`, each with its own s.
@@ -188,19 +199,23 @@ def rescale(layers: Layers, target: ResolvedTarget, wanted: int) -> None:
     for layer in layers.values():
         layer.parametrization.measure(layer.weight)  # type: ignore[operator]
     counts = {
-        name: _Count(layer, target.units[name], target.costs[name], target.least[name])
+        name: _Count(layer, target.units[name], target.offsets[name], target.costs[name], target.least[name])
         for name, layer in layers.items()
     }
     factor = _last_affordable(list(counts.values()), wanted)
     for name, count in counts.items():
         # A layer on its floor is rescaled no further than to it.
-        enough = int(count.active(factor)) >= count.least
-        own = factor if enough else _last_affordable([_Count(layers[name], target.units[name])], count.least)
-        count.part.s.copy_(_moved(count.part.s, own))
+        if int(count.active(factor)) < count.least:
+            own = _last_affordable([_Count(layers[name], count.units, count.offset)], count.least)
+        else:
+            own = factor
+        count.part.s.copy_(_moved(count.part.s, own, count.offset))
 
 
-def _moved(s: Tensor, factor: float) -> Tensor:
-    return (factor * s.clamp(max=NEARLY_ZERO)).clamp(min=LOWEST) if factor > 0 else torch.full_like(s, -factor)
+def _moved(s: Tensor, factor: float, offset: float) -> Tensor:
+    if factor <= 0:
+        return torch.full_like(s, offset - factor)
+    return (factor * (s - offset).clamp(max=NEARLY_ZERO) + offset).clamp(min=LOWEST)
 
 
 # --8<-- [end:rescale]
@@ -216,14 +231,15 @@ class _Count:
     Args:
         layer: sparsified with `LearnedThreshold`.
         units: of the layer.
+        offset: o of the layer.
         cost: of one unit.
         least: how many are paid for if fewer are active.
     """
 
-    def __init__(self, layer: Layer, units: Units, cost: int = 1, least: int = 0) -> None:
+    def __init__(self, layer: Layer, units: Units, offset: float, cost: int = 1, least: int = 0) -> None:
         assert isinstance(layer.parametrization, LearnedThreshold)
         self.part, self.cost, self.least = layer.parametrization, cost, least
-        self.layer, self.units = layer, units
+        self.layer, self.units, self.offset = layer, units, offset
         self._norms: Tensor | None = None
         s = self.part.s
         self.s = s if s.numel() == 1 else s.expand(units.unit_shape).flatten()
@@ -248,7 +264,7 @@ class _Count:
 
     def _above(self, factor: float) -> Tensor:
         # As the operator has it, to the last bit.
-        threshold = self.part.threshold_at(_moved(self.s, factor))
+        threshold = self.part.threshold_at(_moved(self.s, factor, self.offset))
         norms = self.norms
         return norms > threshold.to(norms.dtype)
 
@@ -264,7 +280,7 @@ def _last_affordable(counts: Sequence[_Count], budget: int) -> float:
         budget: ≥ 0.
     """
     dearest = max(count.cost for count in counts)
-    nearest_to_zero = torch.stack([count.s.clamp(max=NEARLY_ZERO).amax() for count in counts]).amax()
+    nearest_to_zero = torch.stack([(count.s - count.offset).clamp(max=NEARLY_ZERO).amax() for count in counts]).amax()
     low, high = -FARTHEST, max(FARTHEST / -float(nearest_to_zero), 1.0)
     # More halvings than this cannot tell two float32 apart.
     for turn in range(64):

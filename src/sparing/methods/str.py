@@ -116,10 +116,10 @@ class STR(Rescaling):
             return dict.fromkeys(
                 layers, SoftThreshold(learned_number((1,), self.init, first.weight), self._map, self.scale)
             )
-        return {name: self._parametrization(layer) for name, layer in layers.items()}
+        return {name: self._parametrization(layer, self.start(name, plan)) for name, layer in layers.items()}
 
-    def _parametrization(self, layer: Layer) -> LearnedThreshold:
-        s, units = learned_number(self._shape(layer), self.init, layer.weight), self.pattern.units(layer)
+    def _parametrization(self, layer: Layer, start: float) -> LearnedThreshold:
+        s, units = learned_number(self._shape(layer), start, layer.weight), self.pattern.units(layer)
         if not units.dims:
             return SoftThreshold(s, self._map, self.scale)
         return GroupSoftThreshold(s, self._map, self.scale, units)

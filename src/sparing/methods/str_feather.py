@@ -1,13 +1,12 @@
 """STR-Feather: the learned thresholds of STR under the curve and the gradients of Feather, with a target.
 
     t_l = √‖W_l‖ · exp(s_l)                                         one s per layer
-    t_l = √‖W_l‖ · cost_l^¼ · exp(s_l)                              with a target in MACs
     S_l = sign(W) ⊙ (|W|³ − t_l³)^(1/3) ⊙ M,   M = 1{|W| > t_l}
 
     dW  = dS ⊙ (M + θ (1 − M))                                      pruned weights are trained, too
     G_l = −dt_l/ds_l · Σ dS ⊙ sign(S)                               dL/ds of STR
     s_l ← (1 − ηλ) s_l − η · (G_l − μ C_l) / rms(G)                 μ = ⟨G, C⟩ / ⟨C, C⟩,  η = 1 / steps
-    s_l ← ρ · s_l            at every update, with the one factor ρ that the target needs (`sparing.target`)
+    s_l − o_l ← ρ · (s_l − o_l)      at every update, with the one ρ that the target needs (`sparing.target`)
 
 C_l is the cost that layer l saves per unit of s_l, and G − μ C is the gradient along the directions that keep the
 total. It is zero if a saved weight costs all layers the same loss, G_l / C_l. Each G_l alone says that its threshold
@@ -18,8 +17,8 @@ learning rate η suits SGD and AdamW.
 Made for pretrained networks: weights above the threshold hardly shrink, weights below it can come back, and t_l is in
 units of the layer. With one threshold for all layers, the sizes of their weights decide how sparse each becomes. With
 thresholds in multiples of ‖W_l‖, large layers would lose nearly all of their weights. The square root is between them.
-‖W_l‖ is measured at every update; nothing is pruned before the first one. With a target in MACs, a weight of layer l is
-applied cost_l times per forward pass.
+‖W_l‖ is measured at every update; nothing is pruned before the first one. o_l is 0 for a target sparsity, and
+¼ ln(cost_l / mean cost) for one in MACs, where a weight of layer l is applied cost_l times per forward pass.
 
 Source: ours. STR is Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020;
 Feather is Glentis Georgoulakis, Retsinas & Maragos, "Feather: An Elegant Solution to Effective DNN Sparsification",
@@ -84,24 +83,13 @@ class STRFeather(Rescaling):
         if self.theta is not None:
             check_number(self, "theta", "[0, 1]")
 
-    def check_retarget(self, new: Any) -> None:
-        super().check_retarget(new)
-        ours, theirs = (method.describe()["input_size"] for method in (self, new))
-        if ours != theirs:
-            raise InputError(
-                "retarget(): the thresholds of str_feather have the factor cost^¼ with a target in MACs, so it cannot "
-                f"follow one in weights, nor an input_size another; here {ours} and {theirs}. Call densify_(), and "
-                "sparsify_() with the new target"
-            )
-
     def parametrizations(self, layers: Layers, plan: Any) -> Parametrizations:
         pruned = 1 - plan.final / plan.dense if self.sparsity is None else self.sparsity
         theta = self.theta if self.theta is not None else 0.5 if pruned > 0.95 else 1.0
         made: dict[str, Sparse] = {}
         for name, layer in layers.items():
-            s, units = learned_number((1,), self.init, layer.weight), plan.units[name]
-            factor = 1.0 if self.macs is None else (plan.costs[name] / units.weights) ** 0.25
-            made[name] = FeatherLearnedThreshold(s, layer.weight, factor, theta, units)
+            s = learned_number((1,), self.start(name, plan), layer.weight)
+            made[name] = FeatherLearnedThreshold(s, layer.weight, theta, plan.units[name])
         return made
 
     @torch.no_grad()
@@ -134,12 +122,11 @@ class STRFeather(Rescaling):
 
 
 class FeatherLearnedThreshold(LearnedThreshold):
-    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = factor · √‖W‖ · exp(s).
+    """S = sign(W) ⊙ (|W|³ − t³)^(1/3) ⊙ M with the gradients of Feather, and t = √‖W‖ · exp(s).
 
     Args:
         s: shape (1,).
         weight: W.
-        factor: cost^¼, or 1.
         theta: θ.
         units: what is pruned together.
 
@@ -149,8 +136,8 @@ class FeatherLearnedThreshold(LearnedThreshold):
 
     saving: Tensor
 
-    def __init__(self, s: nn.Parameter, weight: Tensor, factor: float, theta: float, units: Units) -> None:
-        super().__init__(s, torch.exp, factor, weight)
+    def __init__(self, s: nn.Parameter, weight: Tensor, theta: float, units: Units) -> None:
+        super().__init__(s, torch.exp, weight=weight)
         self.theta, self.units = theta, units
         self.register_state("saving", torch.zeros((), dtype=torch.float32, device=weight.device))
 
