@@ -14,8 +14,8 @@ stay under --out and are not part of the study.
 Methods with a target sparsity run with their defaults. ST-3, Feather and STR-Feather run with clipped gradients, as in
 the authors' code of the first two; ST-3 and Feather "as released" also update the threshold at every step. STR without
 a target has the weight decays in DECAY. `gmp_str_budget` uses the budgets of these runs, and `str_matched` has their
-sparsities as targets. The targets of `str_macs`, `str_feather_macs` and `feather_macs` are the MACs of Feather as
-released. recipes/sweeps/str-fashion-mnist.yaml searches for better settings of STR without a target.
+sparsities as targets. The targets of `feather_macs` are the MACs of Feather as released; bench/small_runs.py compares
+methods at equal MACs. recipes/sweeps/str-fashion-mnist.yaml searches for better settings of STR without a target.
 """
 
 import argparse
@@ -70,10 +70,8 @@ class Study:
             return {"name": "gmp", "budget": "global", "sparsity": sparsity}, []
         if variant in ("feather", "str_feather"):
             return {"name": variant, "sparsity": sparsity}, CLIPPED
-        if variant in ("str_macs", "str_feather_macs", "feather_macs"):
-            macs = self.finished("feather_as_released", sparsity, seed)["macs"]
-            name = variant.removesuffix("_macs")
-            return {"name": name, "macs": macs}, [] if name == "str" else CLIPPED
+        if variant == "feather_macs":
+            return {"name": "feather", "macs": self.finished("feather_as_released", sparsity, seed)["macs"]}, CLIPPED
         if variant == "gmp_str_budget":
             budget = self.out / f"{self.name('str', sparsity, seed)}-budget.json"
             budget.parent.mkdir(parents=True, exist_ok=True)

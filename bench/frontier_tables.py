@@ -20,8 +20,6 @@ FRONTIER = {
     "feather_as_released": "Feather, as released",
     "global_magnitude": "GMP, global",
     "acdc": "AC/DC",
-    "str_macs": "STR, target: the MACs of Feather as released",
-    "str_feather_macs": "STR-Feather, target: the MACs of Feather as released",
     "feather_macs": "Feather, target: the MACs of Feather as released",
 }
 """Variants that bench/frontier.py trains: name in results/ → label in the tables."""
@@ -65,7 +63,7 @@ def frontier_differences(found):
     pairs = [("str_matched", "str")]
     pairs += [("str_sparsity", name) for name in others]
     pairs += [("str_feather", name) for name in ("str_sparsity", "feather", "feather_as_released")]
-    pairs += [(name, "feather_as_released") for name in ("str_macs", "str_feather_macs", "feather_macs")]
+    pairs += [("feather_macs", "feather_as_released")]
     rows = []
     for name, other in pairs:
         cells = [points_apart(found.get((name, asked), []), found.get((other, asked), [])) for asked in SPARSITIES]
@@ -94,7 +92,7 @@ def frontier_figure():
     if not found:
         return
     # The lines of these variants coincide with those of other variants.
-    same = ("str_matched", "str_macs", "str_feather_macs", "feather_as_released")
+    same = ("str_matched", "feather_as_released")
     drawn = [name for name in FRONTIER if name != "dense" and name not in same]
     figure = Figure(figsize=(11, 4), layout="constrained")
     costs = {"fraction of weights kept": lambda e: e["nonzero"] / e["weights"], "MACs": lambda e: e["macs"]}
