@@ -249,7 +249,8 @@ def _make_segment(
     lowered = [lowering.lowered[node] for node in nodes]
     operations = [operation for one in lowered for operation in one.operations]
     written = {operation.output for operation in operations}
-    reads = {tensor: read for one in lowered for tensor, read in one.reads.items() if tensor not in written}
+    # Of several reads of a tensor the first counts: the others may be of a view of an input, such as pooling of one pixel.
+    reads = {tensor: read for one in reversed(lowered) for tensor, read in one.reads.items() if tensor not in written}
     targets = [node for node in nodes if node in outside]
     inputs = [_port(lowering, tensor, node, axis) for tensor, (node, axis) in reads.items()]
     places = [lowering.lowered[node].place for node in targets]
