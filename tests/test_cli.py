@@ -179,7 +179,7 @@ def test_report_writes_text_csv_html_and_json(place):
         (["train", "recipe.yaml", "--resume", "always"], "is not one of 'never', 'auto'"),
         (["eval", "absent"], "absent is not a run directory: there is no such directory"),
         (["eval", "recipe.yaml"], "recipe.yaml is a file; give its model and data with --recipe"),
-        (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is no .safetensors file"),
+        (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is not a .safetensors file"),
         (["eval", "runs/recipe", "--recipe", "recipe.yaml"], "is a run directory with its own recipe; remove --recipe"),
         (["eval", "runs/recipe", "--set", "seed=1"], "--set requires --recipe"),
         (["eval", "absent.safetensors", "--recipe", "recipe.yaml"], "absent.safetensors: unreadable or truncated"),

@@ -153,7 +153,7 @@ def warn_missed_target(model: nn.Module, only: Clock | None = None) -> None:
 def warn_unlearned(
     layers: Mapping[str, Layer], least: Mapping[str, int], units: Mapping[str, Units], clock: Clock
 ) -> None:
-    """Warn if learned thresholds did not part from one another in a run, or if layers ended on their floor.
+    """Warn if learned thresholds are nearly equal after a run, or if layers keep only the weights that always stay.
 
     Args:
         layers: sparsified with `LearnedThreshold`.
@@ -168,7 +168,7 @@ def warn_unlearned(
     learned = [float(part.g(part.s).mean()) for part in parts]  # type: ignore[union-attr, operator]
     if len(learned) > 2 and max(learned) < ALIKE * min(learned):
         warnings.warn(
-            f"{name}: the thresholds of {len(learned)} layers did not part from one another: g(s) is between "
+            f"{name}: the thresholds of {len(learned)} layers are nearly equal after the run: g(s) is between "
             f"{min(learned):.4g} and {max(learned):.4g}. Give them a higher learning rate: build the optimizer with "
             "sparing.param_groups(..., threshold_lr=0.01)",
             SparsityWarning,

@@ -43,7 +43,7 @@ def build_data(spec: DataSection) -> SplitDataset:
     except TypeError as error:
         raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {first_line(error)}") from error
     if not isinstance(data, SplitDataset):
-        raise InputError(f"data {spec.name!r} returned {type(data).__name__}, which is no sparing.data.SplitDataset")
+        raise InputError(f"data {spec.name!r} returned {type(data).__name__}, which is not a sparing.data.SplitDataset")
     return data
 
 
@@ -84,7 +84,7 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
     except (TypeError, RuntimeError, ValueError, MemoryError) as error:
         raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is no torch.nn.Module")
+        raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is not a torch.nn.Module")
     return model
 
 

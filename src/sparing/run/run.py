@@ -256,7 +256,7 @@ def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(
-            f"{path} is no .safetensors file; convert a checkpoint of the STR release with sparing convert"
+            f"{path} is not a .safetensors file; convert a checkpoint of the STR release with sparing convert"
         )
     state, data = read_weights(path), build_data(recipe.data)
     sparsified = sorted({key.partition(".parametrizations.")[0] for key in state if ".parametrizations." in key})
