@@ -170,6 +170,7 @@ def test_macs_take_tensors_tuples_and_mappings():
         ((0, 4), "neither a shape"),
         ((), "neither a shape"),
         (("a",), "neither a shape"),
+        ((10**6, 10**9), "too large"),
     ],
 )
 def test_an_input_the_model_cannot_take_is_refused(example, message):

@@ -150,6 +150,15 @@ def test_cifar10_jpeg_rejects_damaged_and_wrong_archives(tmp_path):
     assert not archive.with_name("a.tar.xz.safetensors.tmp").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashion_mnist", "cifar10", "cifar10_jpeg", "har2", "google12", "spoken_digits"]
+)
+def test_a_root_may_begin_with_the_home_directory(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}/absent"):
+        DATASETS[name]("~/absent")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_jpeg"])
 def test_missing_data_error_tells_how_to_get_it(tmp_path, name):
     with pytest.raises(InputError, match=f"data {name}: .*absent not found; .*data.root"):

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_report_writes_text_csv_html_and_json(place):
         (["train", "recipe.yaml", "--resume", "always"], "is not one of 'never', 'auto'"),
         (["eval", "absent"], "absent is not a run directory: there is no such directory"),
         (["eval", "recipe.yaml"], "recipe.yaml is a file; give its model and data with --recipe"),
-        (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is no .safetensors file"),
+        (["eval", "recipe.yaml", "--recipe", "recipe.yaml"], "recipe.yaml is not a .safetensors file"),
         (["eval", "runs/recipe", "--recipe", "recipe.yaml"], "is a run directory with its own recipe; remove --recipe"),
         (["eval", "runs/recipe", "--set", "seed=1"], "--set requires --recipe"),
         (["eval", "absent.safetensors", "--recipe", "recipe.yaml"], "absent.safetensors: unreadable or truncated"),
@@ -215,6 +216,9 @@ def test_report_writes_text_csv_html_and_json(place):
         (["bench", "absent"], "absent is not a run directory"),
         (["bench", "runs/recipe", "--batch", "0"], "Invalid value for .--batch."),
         (["explode"], "No such command 'explode'"),
+        (["eval", 300 * "a"], "sparing: a{300}: File name too long"),
+        (["convert", 300 * "a", "--arch", "resnet50", "--out", "x"], "sparing: a{300}: File name too long"),
+        (["train", "recipe.yaml", "--set", f"model.width={10**30}"], "'resnet8' cannot be built from .*Overflow"),
     ],
 )
 def test_invalid_input_prints_one_sentence_and_exits_with_status_2(place, arguments, message):
@@ -234,6 +238,12 @@ def test_invalid_input_prints_one_sentence_and_exits_with_status_2(place, argume
     assert len(done.stderr.splitlines()) == 1 or "Usage:" in done.stderr
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split())), done.stderr
     assert sorted(Path(place, "runs/recipe").rglob("*")) == before
+
+
+def test_a_full_disk_behind_standard_output_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("sparing.tables.methods_list", Mock(side_effect=OSError(28, "No space left on device")))
+    done = sparing("methods", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "sparing: No space left on device\n")
 
 
 def test_a_missing_package_of_the_command_line_is_one_sentence(monkeypatch, capsys):

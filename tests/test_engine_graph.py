@@ -531,6 +531,7 @@ def gelu(x):
             (lambda f, x: f(x).permute(0, 2, 3, 1).mean((1, 2)), C, PIXELS, "1Convolution 1Mean"),
             (lambda f, x: f(x.mean((2, 3), keepdim=True)), C, PIXELS, "1Convolution 1Mean"),  # middle of the kernel
             (lambda f, x: F.avg_pool2d(F.max_pool2d(f(x), 6), 1).mean((2, 3)), C, PIXELS, "1Convolution 1Mean 1Pool"),
+            (lambda f, x: f(F.max_pool2d(F.adaptive_avg_pool2d(x, 1), 1)), C, (1, 4, 1, 1), "1Convolution"),
         ],
         [
             (lambda f, x: f(x).squeeze(2), lambda: nn.Conv2d(4, 4, (6, 1)), PIXELS, "1Convolution"),

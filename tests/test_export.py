@@ -210,6 +210,8 @@ def test_export_errors_name_the_cause_in_one_line():
     for example in ("x", (), (torch.ones(1, 3), None), {"input": 3}, (1, 0)):
         with pytest.raises(sparing.InputError, match=r"example must be a shape such as \(1, .*\) or tensors, got "):
             onnx.save(nn.Linear(3, 3), "no.onnx", example)
+    with pytest.raises(sparing.InputError, match=r"example \(1, 10{30}\) is too large for the memory"):
+        onnx.save(nn.Linear(3, 3), "no.onnx", (1, 10**30))
     with pytest.raises(sparing.InputError, match=r"does not run on inputs of shape \[\(1, 4\)\]: mat1 and mat2 shapes"):
         onnx.save(nn.Linear(3, 3), "no.onnx", (1, 4))
     with pytest.raises(sparing.InputError, match="no.mnn: the suffix of an OpenVINO file must be .xml, got '.mnn'"):

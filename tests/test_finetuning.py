@@ -140,7 +140,7 @@ def test_units_of_the_layers_are_loaded_with_the_model():
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (1.0, r"str: the thresholds of 3 layers did not part from one another: the largest is \d\.\d+% above"),
+        (1.0, r"str: the thresholds of 3 layers are nearly equal after the run: the largest is \d\.\d+% above"),
         (1e-3, r"str: 1 of 3 layers keep the least that is allowed, a tenth of the density of all: '2' \(2.00%\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """Latency measurements: every backend has a row, ratios and sentences are right. No test asserts an absolute time."""
 
 import json
+import os
 import statistics
 import warnings
 from pathlib import Path
@@ -170,6 +171,11 @@ def test_process_uses_huge_pages_unless_glibc_tunables_is_set(tmp_path, monkeypa
         assert process.run([torch.ones(3).numpy()])[0].tolist() == [2, 2, 2]
         environment = Path(f"/proc/{process._process.pid}/environ").read_text().split("\0")
     assert f"GLIBC_TUNABLES={tunables}" in environment
+
+
+def test_more_threads_than_processors_raise():
+    with pytest.raises(sparing.InputError, match=f"threads must be from 1 to {os.cpu_count()}, .* got 5000"):
+        latency.measure(nn.Linear(4, 2), (1, 4), threads=(1, 5000))
 
 
 def test_missing_runtime_raises_unavailable_error(tmp_path, monkeypatch):

@@ -542,6 +542,19 @@ def test_a_refused_model_is_left_as_it_was():
     assert sorted(model.state_dict()) == before
 
 
+@pytest.mark.parametrize("trained", [(), ("weight",), ("bias",), ("weight", "bias")])
+def test_compact_keeps_frozen_weights_frozen(trained):
+    model = nn.Sequential(factorize_(nn.Sequential(nn.Linear(8, 8), nn.LSTM(4, 4))), LowRankLinear(8, 8, 4))
+    model.append(LowRankLinear(8, 8, learned_rank=True))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(("bias" if "bias" in name else "weight") in trained)
+        if name.endswith("diagonal.weight"):
+            parameter.data[:, 2:] = 0
+    compacted = {name: parameter.requires_grad for name, parameter in compact_(model).named_parameters()}
+    assert compacted == {name: ("bias" if "bias" in name else "weight") in trained for name in compacted}
+    assert not any("diagonal" in name for name in compacted)
+
+
 def test_a_compacted_weight_cannot_be_assigned():
     model = compact_(factorize_(nn.LSTM(3, 4)))
     with pytest.raises(InputError, match="fixed rank"):

@@ -286,10 +286,10 @@ def test_starting_weights_that_do_not_fit_are_named(tmp_path, network, change, m
 def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     with pytest.raises(CheckpointError, match="absent.pt: unreadable or truncated"):
         resolve(own(f"weights={tmp_path}/absent.pt"))
-    with pytest.raises(CheckpointError, match="/dev/zero: is not a regular file"):
+    with pytest.raises(CheckpointError, match="/dev/zero: .*not a regular file"):
         resolve(own("weights=/dev/zero"))
     (tmp_path / "w.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="w.safetensors: is not a regular file"):
+    with pytest.raises(CheckpointError, match="w.safetensors: .*not a regular file"):
         load_weights(network, tmp_path / "w.safetensors")
     sparing.export.compressed.save(network.state_dict(), tmp_path / "c.safetensors")
     damaged = (tmp_path / "c.safetensors").read_bytes().replace(b"tensors", b"tensorz")

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparing import InputError, SparsityWarning
 from sparing.data import DATASETS
 from sparing.data.pictures import decode
+from sparing.data.shards import ShardFiles
 from test_imagenet import color_numbers, concatenated, equal, imagenet, noise_image, number_to_color, one_pass
 from test_imagenet import textures as textures
 
@@ -210,6 +212,17 @@ def test_the_index_is_kept_until_a_shard_changes(shards, tmp_path, monkeypatch):
         assert equal(one_pass(load(train_examples=10).training(5, 0)), first)
     write_shard(tmp_path / "a.tar", uniform_images(0, 12))
     assert load(train_examples=12).size("train") == 12
+
+
+def test_shards_of_the_same_name_size_and_time_do_not_share_an_index(tmp_path):
+    labels = []
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        shard = tmp_path / folder / "0.tar"
+        tar_of_files(shard, a_jpg=b"", a_cls=str(number).encode())
+        os.utime(shard, (0, 0))
+        labels += ShardFiles.scan([str(shard)], str(tmp_path / "cache"), 0).labels.tolist()
+    assert labels == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ def test_a_history_is_read_without_damaged_lines(tmp_path):
             assert [line["epoch"] for line in read_history(tmp_path)] == [1, 3]
     (tmp_path / "history.jsonl").unlink()
     (tmp_path / "history.jsonl").mkdir()
-    with pytest.raises(InputError, match=r"history.jsonl: is not a regular file"):
+    with pytest.raises(InputError, match=r"history.jsonl: cannot be read \(not a regular file\)"):
         read_history(tmp_path)
 
 

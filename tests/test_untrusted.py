@@ -18,9 +18,10 @@ from PIL import Image
 from torch import nn
 
 import sparing
-from sparing import Budget, InputError
+from sparing import Budget, InputError, SparsityWarning, engine
 from sparing.data import download as servers
-from sparing.data import shards
+from sparing.data import mnist, shards
+from sparing.data.cache import cached
 from sparing.data.cifar import _read_archive, _read_binary
 from sparing.data.image import _read_idx
 from sparing.data.pictures import decode
@@ -28,6 +29,7 @@ from sparing.data.speech import read_wav
 from sparing.data.tar import read_tar
 from sparing.export import str_release
 from sparing.files import atomic_write, escape_cell, printable, unescape_cell
+from sparing.run.checkpoint import load_checkpoint
 from sparing.run.evaluate import evaluate
 
 
@@ -204,9 +206,15 @@ def test_a_small_file_of_images_that_expands_to_gigabytes_raises(tmp_path):
 
 def test_files_that_are_no_regular_files_raise(tmp_path):
     """Reading a pipe would wait, and reading a device would never end."""
-    os.mkfifo(tmp_path / "pipe.jpg")
+    pipe = tmp_path / "train-images-idx3-ubyte.gz"
+    os.mkfifo(pipe)
     with pytest.raises(ValueError, match="not a regular file"):
-        decode(str(tmp_path / "pipe.jpg"))
+        decode(str(pipe))
+    for read in (engine.load, load_checkpoint, lambda path: read_wav(path, 8000), lambda path: mnist(str(path.parent))):
+        with pytest.raises(InputError, match="not a regular file|no such file"):
+            read(pipe)
+    with pytest.warns(SparsityWarning, match="not a regular file"):
+        assert cached(pipe, "key", lambda: {"x": torch.ones(1)}) == {"x": torch.ones(1)}
     for target, read in (("b.json", Budget.load), ("b.bin", _read_binary)):
         (tmp_path / target).symlink_to("/dev/zero")
         with pytest.raises(InputError, match="not a regular file|size of 0 bytes"):

@@ -310,13 +310,19 @@ def budget_extract(
 
 
 def main() -> None:
-    """Run the command line. Print an `InputError` as one line and exit with status 2."""
+    """Run the command line. Print an `InputError` or `OSError` as one line and exit with status 2."""
     warnings.showwarning = _print_warning
     try:
         app()
     except InputError as error:
-        print(f"sparing: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:  # of a path that cannot be read, or of a full disk behind standard output
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+
+
+def _fail(message: str) -> None:
+    print(f"sparing: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _print_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

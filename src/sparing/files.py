@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -77,6 +78,18 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Other things at the path are refused: a pipe may never begin, and a device never end.
+
+    Raises:
+        OSError: the path cannot be opened, or is not a regular file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.open("rb")
+
+
 def read_text(path: str | Path, where: str, max_bytes: int = 2**25) -> str:
     """Read a text file in UTF-8, with or without a byte order mark.
 
@@ -88,11 +101,8 @@ def read_text(path: str | Path, where: str, max_bytes: int = 2**25) -> str:
     Raises:
         InputError: the file is missing, not a regular file, too large, or not a text file.
     """
-    path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{where}: cannot be read: not a regular file")  # a pipe could wait, a device never end
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise InputError(f"{where}: cannot be read: larger than {max_bytes:,} bytes")

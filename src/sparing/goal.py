@@ -154,7 +154,7 @@ def warn_missed_target(model: nn.Module, only: Clock | None = None) -> None:
 
 @torch.no_grad()
 def warn_unlearned(layers: Mapping[str, Layer], target: "ResolvedTarget", clock: Clock) -> None:
-    """Warn if learned thresholds did not part from one another in a run, or if layers ended on their floor.
+    """Warn if learned thresholds are nearly equal after a run, or if layers keep only the weights that always stay.
 
     Args:
         layers: sparsified with `LearnedThreshold`.
@@ -169,9 +169,9 @@ def warn_unlearned(layers: Mapping[str, Layer], target: "ResolvedTarget", clock:
     if len(learned) > 2 and max(learned) < ALIKE * min(learned):
         but = ", apart from the effect of the costs" if any(target.offsets.values()) else ""
         warnings.warn(
-            f"{name}: the thresholds of {len(learned)} layers did not part from one another: the largest is "
-            f"{max(learned) / min(learned) - 1:.2%} above the smallest{but}. Give them a higher learning rate: build "
-            "the optimizer with sparing.param_groups(..., threshold_lr=0.01)",
+            f"{name}: the thresholds of {len(learned)} layers are nearly equal after the run{but}: the largest is "
+            f"{max(learned) / min(learned) - 1:.2%} above the smallest. Give them a higher learning rate: build the "
+            "optimizer with sparing.param_groups(..., threshold_lr=0.01)",
             SparsityWarning,
             stacklevel=4,
         )

@@ -96,7 +96,10 @@ def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dic
     if not isinstance(example, Sequence) or not example or not all(type(n) is int and n > 0 for n in example):
         raise InputError(f"input_size={example!r:.200} is neither a shape such as (1, 3, 224, 224) nor tensors")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}
+    try:
+        return (torch.zeros(tuple(example), dtype=dtype, device="cpu"),), {}
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"input_size={example!r:.200} is too large for the memory") from error
 
 
 def _run_on_meta(model: nn.Module, layers: Mapping[str, Layer], args: Any, kwargs: Any) -> Applications:

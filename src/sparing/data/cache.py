@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparing.errors import InputError, SparsityWarning
-from sparing.files import atomic_write
+from sparing.files import atomic_write, open_regular
 
 
 def cached(path: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def cached(path: Path, key: object, compute: Callable[[], dict[str, Tensor]]) ->
     """
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     try:
-        with safe_open(path, "pt") as file:
+        with open_regular(path), safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") == digest:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError):

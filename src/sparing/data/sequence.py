@@ -130,7 +130,7 @@ def har6(root: str = "data/UCI HAR Dataset") -> SequenceData:
 
     Reference: Anguita et al., "A Public Domain Dataset for Human Activity Recognition Using Smartphones", ESANN 2013.
     """
-    train, test = _read_har(Path(root), "train"), _read_har(Path(root), "test")
+    train, test = _read_har(Path(root).expanduser(), "train"), _read_har(Path(root).expanduser(), "test")
     keep, order = len(train) - len(train) // 5, torch.arange(len(train))
     return normalized("UCI HAR", train[order[:keep]], train[order[keep:]], test, num_classes=6)
 

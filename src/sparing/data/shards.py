@@ -135,7 +135,8 @@ class ShardFiles(ImageFiles):
             raise InputError("data webdataset: set data.cache to a folder on a disk that holds the shards of the URLs")
         folder = Path(os.path.dirname(shards[0]) if cache is None else cache).expanduser()
         files = [str(download(shard, folder, _check)) if URL.match(shard) else shard for shard in shards]
-        status = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+        # Relative to the folder, so that it can be moved, and shards of the same name are not mixed up in one cache.
+        status = [(os.path.relpath(file, folder), (each := os.stat(file)).st_size, each.st_mtime_ns) for file in files]
         path = folder / f".index-{hashlib.sha256(repr(status).encode()).hexdigest()[:16]}.safetensors"
         index = cached(path, (1, status), lambda: _index(files))
         try:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from sparing.data.cache import cached
 from sparing.data.sequence import SequenceData, Sequences, normalized
 from sparing.errors import InputError
-from sparing.files import read_text
+from sparing.files import open_regular, read_text
 
 FILTERS = 32
 WINDOW, STRIDE = 0.025, 0.010
@@ -58,7 +58,7 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
     Deviation: TensorFlow's speech_commands example draws the unknown words at random; here they are those with the
     smallest SHA-1 hash of their names.
     """
-    folder = Path(root)
+    folder = Path(root).expanduser()
     if absent := [name for name in (*WORDS, NOISE) if not (folder / name).is_dir()]:
         raise InputError(
             f"data google12: {folder} has no folder {absent[0]!r} ({len(absent)} of {len(WORDS) + 1} are missing); "
@@ -81,7 +81,7 @@ def google12(root: str = "data/speech_commands", cache: str | None = None) -> Se
         chosen = sorted(others[split], key=lambda path: hashlib.sha1(_relative(path).encode()).hexdigest())[:count]
         examples += [Clip(path, UNKNOWN, 16_000) for path in chosen]
         examples += _silences(noises, split, count)
-    return _build("google12", clips, 16_000, Path(cache) if cache else folder / "google12.safetensors", 12)
+    return _build("google12", clips, 16_000, Path(cache or folder / "google12.safetensors"), 12)
 
 
 def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> SequenceData:
@@ -97,7 +97,7 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
 
     Reference: Jackson et al., https://github.com/Jakobovski/free-spoken-digit-dataset.
     """
-    folder = Path(root)
+    folder = Path(root).expanduser()
     named = re.compile(r"([0-9])_(\w+)_(\d+)\.wav")
     clips: dict[str, list[Clip]] = {"train": [], "validation": [], "test": []}
     spoken: dict[tuple[str, int], set[int]] = {}
@@ -121,7 +121,7 @@ def spoken_digits(root: str = "data/fsdd", cache: str | None = None) -> Sequence
                 f"data spoken_digits: {recordings / f'{digit}_{speaker}_{number}.wav'} is missing; download all "
                 f"recordings from {FSDD_PAGE}"
             )
-    return _build("spoken_digits", clips, 8_000, Path(cache) if cache else folder / "spoken_digits.safetensors", 10)
+    return _build("spoken_digits", clips, 8_000, Path(cache or folder / "spoken_digits.safetensors"), 10)
 
 
 def log_mel(samples: Tensor, rate: int) -> Tensor:
@@ -162,13 +162,13 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
 def read_wav(path: Path, rate: int) -> Tensor:
     """Read a 16-bit mono WAV file of a sampling rate in Hz. The samples, (n,), float32, are not scaled."""
     try:
-        with wave.open(str(path), "rb") as file:
+        with open_regular(path) as stream, wave.open(stream) as file:
             found = (file.getframerate(), file.getnchannels(), 8 * file.getsampwidth())
             expected = file.getnframes()
             # The header can promise more than the file has, and reading would allocate it.
             raw = file.readframes(min(expected, path.stat().st_size)) if found == (rate, 1, 16) else b""
     except (OSError, EOFError, wave.Error, RuntimeError, ValueError) as error:
-        raise InputError(f"data {path}: not a readable WAV file ({error or 'unexpected end of file'})") from error
+        raise InputError(f"data {path}: not a readable WAV file ({str(error) or 'unexpected end of file'})") from error
     if found != (rate, 1, 16):
         raise InputError(
             f"data {path}: must have {rate} Hz, 1 channel and 16 bits, got {found[0]} Hz, {found[1]} channel(s) and "
@@ -230,7 +230,7 @@ def _build(name: str, clips: dict[str, list[Clip]], rate: int, cache: Path, num_
         for split, examples in clips.items()
         for clip in examples
     ]
-    tensors = cached(cache, (1, rate, FILTERS, WINDOW, STRIDE, described), compute)
+    tensors = cached(cache.expanduser(), (1, rate, FILTERS, WINDOW, STRIDE, described), compute)
     splits = []
     for split, examples in clips.items():
         values, lengths = tensors[f"{split}.values"], tensors[f"{split}.lengths"]

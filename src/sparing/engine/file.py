@@ -37,7 +37,7 @@ from sparing.engine.module import Engine, check_threads
 from sparing.engine.program import INTEGER_FUNCTIONS, Call, Constant, Input, Program, Ref, Run, find_function
 from sparing.engine.shapes import Count
 from sparing.errors import InputError, SparsityWarning
-from sparing.files import atomic_write, printable
+from sparing.files import atomic_write, open_regular, printable
 
 KEY, FORMAT, VERSION = "sparing.engine", "sparing.engine", 1
 
@@ -146,9 +146,8 @@ def load(path: str | Path, threads: int | None = None) -> Engine:
     threads = check_threads(threads)
     library()
     try:
-        with open(path, "rb"):
-            pass  # safetensors raises exceptions of many types
-        with safe_open(path, "pt") as file:
+        # safetensors raises exceptions of many types if a file cannot be opened.
+        with open_regular(path), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as failure:

@@ -120,7 +120,8 @@ def _scores(graph: fx.Graph, node: Any) -> tuple[Any, Any, Any, tuple[float, flo
 def _hidden(number: Any) -> float | None:
     """Return what to add to a score in place of a number that hides it, or None if the number does not.
 
-    Scores vanish next to the smallest number, so that a query whose keys are all hidden sees all of them alike.
+    Scores are rounded away where they are added to the smallest float32 number, so a query whose keys are all hidden
+    gives all of them the same weight.
     """
     if type(number) not in (int, float) or number > HIDDEN:
         return None

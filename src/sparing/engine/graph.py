@@ -109,7 +109,7 @@ class _Builder:
             elif spec.kind.name in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
                 self._set_constant(node, tensors[str(spec.target)], str(spec.target))
             else:
-                raise InputError(f"the model uses {spec.target!r}, which is no tensor and cannot be compiled")
+                raise InputError(f"the model uses {spec.target!r}, which is not a tensor and cannot be compiled")
         for node in self.graph.nodes:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 name = node.target.name()
@@ -249,7 +249,8 @@ def _make_segment(
     lowered = [lowering.lowered[node] for node in nodes]
     operations = [operation for one in lowered for operation in one.operations]
     written = {operation.output for operation in operations}
-    reads = {tensor: read for one in lowered for tensor, read in one.reads.items() if tensor not in written}
+    # The first read of a tensor counts. Later ones may be of a view of the input, such as the pooling of one pixel.
+    reads = {tensor: read for one in reversed(lowered) for tensor, read in one.reads.items() if tensor not in written}
     targets = [node for node in nodes if node in outside]
     inputs = [_port(lowering, tensor, node, axis) for tensor, (node, axis) in reads.items()]
     places = [lowering.lowered[node].place for node in targets]

@@ -155,7 +155,10 @@ def _arguments(network: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[
     """Return the example as positional and keyword arguments, on the CPU."""
     if isinstance(example, Sequence) and example and all(type(size) is int and size > 0 for size in example):
         dtypes = [parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()]
-        example = torch.empty(tuple(example), dtype=dtypes[0] if dtypes else torch.get_default_dtype())
+        try:
+            example = torch.empty(tuple(example), dtype=dtypes[0] if dtypes else torch.get_default_dtype())
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"example {example!r:.200} is too large for the memory") from error
     if isinstance(example, Tensor):
         example = (example,)
     keywords = isinstance(example, Mapping)

@@ -62,8 +62,8 @@ def measure(
         A `Latency`; `print` shows it as a table.
 
     Raises:
-        InputError: onnx or onnxscript is missing; the model cannot be exported, is quantized, has inputs in bf16, or
-            has a fixed batch size that is not in `batches`.
+        InputError: onnx or onnxscript is missing; there are fewer processors than threads; the model cannot be
+            exported, is quantized, has inputs in bf16, or has a fixed batch size that is not in `batches`.
 
     Warns:
         SparsityWarning: the engine could not be measured at a sparsity of the sweep.
@@ -72,7 +72,10 @@ def measure(
         >>> print(measure(model, (1, 3, 224, 224), batches=[1], threads=[1]))  # doctest: +SKIP
     """
     require("onnx", "onnxscript")
-    threads = threads or sorted({1, os.cpu_count() or 1})
+    processors = os.cpu_count() or 1
+    threads = threads or sorted({1, processors})
+    if wrong := [count for count in threads if not 1 <= count <= processors]:
+        raise InputError(f"threads must be from 1 to {processors}, the number of logical processors, got {wrong[0]}")
     network = plain(model)
     check_weights(network)
     program, inputs = onnx.export(network, find_inputs(network, example))

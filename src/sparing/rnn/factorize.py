@@ -107,7 +107,7 @@ def compact_(model: nn.Module) -> nn.Module:
     - A factorized weight of `nn.LSTM`, `nn.GRU`, `nn.RNN` or their cells keeps factors of rank r. The checkpoint is
       smaller, but the layer is not faster, because torch's kernels need the dense matrix.
 
-    All other sparsified weights are made dense, as by `densify_`.
+    All other sparsified weights are made dense, as by `densify_`. Frozen weights stay frozen.
 
     Args:
         model: model with learned ranks.
@@ -134,6 +134,10 @@ def compact_(model: nn.Module) -> nn.Module:
             replacements[module] = _smaller_form(*factors, module.bias)
     for module, replacement in replacements.items():
         replacement.train(module.training)
+        weights = [parameter for parameter in module.parameters() if parameter is not module.bias]
+        replacement.requires_grad_(any(weight.requires_grad for weight in weights))
+        if module.bias is not None:
+            replacement.bias.requires_grad_(module.bias.requires_grad)  # type: ignore[arg-type, operator, union-attr]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -173,7 +177,8 @@ def _compact_parametrization(layer: Layer) -> None:
     parametrizations = layer.places[0].parametrizations  # shared by all places of the layer
     assert parametrizations is not None
     parametrizations[0].diagonal = None  # type: ignore[assignment]
-    parametrizations.original0, parametrizations.original1 = nn.Parameter(left.clone()), nn.Parameter(right.clone())
+    for name, factor in (("original0", left), ("original1", right)):
+        setattr(parametrizations, name, nn.Parameter(factor.clone(), getattr(parametrizations, name).requires_grad))
 
 
 def _smaller_form(left: Tensor, right: Tensor, bias: Tensor | None) -> nn.Module:

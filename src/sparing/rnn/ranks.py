@@ -54,8 +54,8 @@ class RankReport:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return a dictionary: name → the other fields of the row, as plain Python values."""
-        values = {row.name: {**asdict(row), "full": row.full} for row in self.rows}
-        return {name: {key: value for key, value in row.items() if key != "name"} for name, row in values.items()}
+        rows = [{**asdict(row), "full": row.full} for row in self.rows]
+        return {row.pop("name"): row for row in rows}
 
     def __str__(self) -> str:
         cells = [("matrix", "shape", "rank", "parameters", "compact", "MACs/step", "compact")]

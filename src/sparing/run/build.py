@@ -41,9 +41,9 @@ def build_data(spec: DataSection) -> SplitDataset:
     try:
         data = function(**arguments)
     except TypeError as error:
-        raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {error}") from error
+        raise InputError(f"data {spec.name!r} cannot be built from {arguments}: {first_line(error)}") from error
     if not isinstance(data, SplitDataset):
-        raise InputError(f"data {spec.name!r} returned {type(data).__name__}, which is no sparing.data.SplitDataset")
+        raise InputError(f"data {spec.name!r} returned {type(data).__name__}, which is not a sparing.data.SplitDataset")
     return data
 
 
@@ -82,9 +82,9 @@ def build_model(spec: ModelSection, from_data: Mapping[str, int]) -> nn.Module:
     try:
         model = function(**arguments)
     except (TypeError, RuntimeError, ValueError, MemoryError) as error:
-        raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {error}") from error
+        raise InputError(f"model {spec.name!r} cannot be built from {arguments}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is no torch.nn.Module")
+        raise InputError(f"model {spec.name!r} returned {type(model).__name__}, which is not a torch.nn.Module")
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparing.data import Batches
 from sparing.errors import InputError, SparsityWarning
-from sparing.files import write_text
+from sparing.files import open_regular, write_text
 
 
 class _Speed(ProgressColumn):
@@ -99,10 +99,11 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         SparsityWarning: a line is damaged, and left out.
     """
     path = run / "history.jsonl"
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a regular file")
     try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        with open_regular(path) as file:
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        text = ""
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     *complete, last = text.split("\n")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparing.budget import RULES, Budget
-from sparing.errors import InputError, nearest
+from sparing.errors import InputError, first_line, nearest
 from sparing.method import Method
 from sparing.methods import find_method
 from sparing.patterns import NM, Block, Filters, Pattern, Unstructured
@@ -33,7 +33,7 @@ def build_method(spec: Spec, input_size: tuple[int, ...] | None = None) -> Metho
     try:
         return method(**arguments)
     except (TypeError, OverflowError) as error:
-        raise InputError(f"method {spec['name']!r} cannot be built from {arguments}: {error}") from error
+        raise InputError(f"method {spec['name']!r} cannot be built from {arguments}: {first_line(error)}") from error
 
 
 def check_method(spec: Spec) -> None:

@@ -51,7 +51,7 @@ class Progress:
         if progress.best is not None:
             numbers += [progress.best["sparsity"], progress.best["validation_accuracy"] or 0.0]
         if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers):
-            raise ValueError(f"progress: {saved} has what is no number")
+            raise ValueError(f"progress: {saved} has a value that is not a finite number")
         for name, largest in (("epoch", epochs), ("step", None)):
             value = getattr(progress, name)
             if type(value) is not int or value < 0 or (largest is not None and value > largest):

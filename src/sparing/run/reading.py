@@ -5,6 +5,7 @@ aliases (`*name`), which can unfold a short file into gigabytes, deep nesting an
 """
 
 import copy
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sparing.errors import InputError, nearest
+from sparing.files import read_text
 
 Content = TypeVar("Content")
 
@@ -145,6 +147,23 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         root: class that was validated.
     """
     return "; ".join(_explain(each, root) for each in error.errors())
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Return the content of a JSON file that sparing has written.
+
+    Args:
+        path: the file.
+        remedy: how to write it again, for the message.
+
+    Raises:
+        InputError: the file cannot be read, or is not valid JSON.
+    """
+    text = read_text(path, str(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: unreadable ({error}); {remedy}") from error
 
 
 def check_content(kind: type[Content], content: Any, path: Path) -> Content:

@@ -1,6 +1,5 @@
 """Run directories: read what `sparing train` wrote. The command line and notebooks use the same class."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,7 @@ from sparing.data import SplitDataset, check_split
 from sparing.errors import CheckpointError, InputError
 from sparing.export.network import Written
 from sparing.export.shrink import shrink
-from sparing.files import atomic_write, check_writable, read_text, write_text
+from sparing.files import atomic_write, check_writable, write_text
 from sparing.formats import FORMATS
 from sparing.layers import find_layers, sparse_layers
 from sparing.plots import latency_bars
@@ -25,7 +24,7 @@ from sparing.run.build import build_data, build_model, build_sparsifier, pick_de
 from sparing.run.checkpoint import checkpoint_exists, load_checkpoint, load_newest
 from sparing.run.evaluate import Evaluation, evaluate
 from sparing.run.log import read_history
-from sparing.run.reading import check_content
+from sparing.run.reading import check_content, read_json
 from sparing.run.recipe import Recipe, ResolvedSection, load_recipe
 from sparing.run.resolve import resolve
 from sparing.run.weights import load_fitting, read_weights
@@ -116,11 +115,7 @@ class Run:
         path = self.path / "metrics.json"
         if not path.exists():
             return None
-        text = read_text(path, str(path))
-        try:
-            metrics: dict[str, Any] = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: unreadable ({error}); delete it and resume the run to write it again") from error
+        metrics: dict[str, Any] = read_json(path, "delete it and resume the run to write it again")
         check_content(Metrics, metrics, path)
         return metrics
 
@@ -261,7 +256,7 @@ def evaluate_file(path: str | Path, recipe: Recipe, part: str = "test") -> tuple
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(
-            f"{path} is no .safetensors file; convert a checkpoint of the STR release with sparing convert"
+            f"{path} is not a .safetensors file; convert a checkpoint of the STR release with sparing convert"
         )
     state, data = read_weights(path), build_data(recipe.data)
     sparsified = sorted({key.partition(".parametrizations.")[0] for key in state if ".parametrizations." in key})

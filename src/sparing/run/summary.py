@@ -1,19 +1,16 @@
 """The page of one or several runs, for `sparing report --html`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
-from sparing.errors import InputError
 from sparing.files import write_text
 from sparing.latency.timings import FP32_BASELINES, Latency, format_threads
 from sparing.page import Entry, Fact, count_facts, factor, render, short
 from sparing.page.charts import Lines, Series, lines
 from sparing.run.log import read_history
-from sparing.run.reading import check_content
+from sparing.run.reading import check_content, read_json
 from sparing.run.run import Metrics, Run, WeightsSource
 
 
@@ -107,7 +104,7 @@ def _size(metrics: Metrics) -> Fact:
 
 def _latency(path: Path) -> list[Fact]:
     """Return the latency of the fastest sparse backend against the fastest dense one in fp32; [] if not measured."""
-    measured = check_content(Latency, _read_json(path), path)
+    measured = check_content(Latency, read_json(path, "run sparing bench to write it again"), path)
     batch, threads = min(measured.groups(), default=(0, 0))
     rows = {row.name: row for row in measured.groups().get((batch, threads), [])}
     dense = {name: rows[name].speedup or 0 for name in FP32_BASELINES if name in rows and rows[name].speedup}
@@ -164,13 +161,6 @@ def _totals(history: list[Epoch]) -> Series:
 
 def _history(run: Path) -> list[Epoch]:
     return check_content(list[Epoch], read_history(run), run / "history.jsonl")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: unreadable ({error}); run sparing bench to write it again") from error
 
 
 def _percent(fraction: float) -> str:

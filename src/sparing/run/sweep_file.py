@@ -16,6 +16,9 @@ from sparing.run.resolve import resolve, what_is_computed
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
+# Values as text for `build_recipe`. YAML does not read the escapes of JSON for letters beyond 16 bits.
+_text = functools.partial(json.dumps, ensure_ascii=False)
+
 # The database stores every parameter as a double, which holds integers up to 2**53 exactly.
 Number = Annotated[int | float, Field(ge=-(2**53), le=2**53)]
 
@@ -54,11 +57,11 @@ class Sweep(Section):
 
     def recipe_of(self, trial: "BaseTrial") -> Recipe:
         """Return the recipe of a trial: the values that Optuna suggests, and no dense baseline."""
-        changes = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
+        changes = [f"{key}={_text(value)}" for key, value in self.set.items()]
         for key in sorted(self.search, key=lambda key: key.count(".")):  # `method` would overwrite `method.init`
             space = self.search[key]
             if isinstance(space, list):  # as text, because Optuna's choices are scalars
-                value: Any = trial.suggest_categorical(key, [json.dumps(choice) for choice in space])
+                value: Any = trial.suggest_categorical(key, [_text(choice) for choice in space])
             elif all(isinstance(number, int) for number in (space.low, space.high, space.step or 1)):
                 value = trial.suggest_int(key, **space.model_dump(exclude_none=True))
             else:
@@ -79,7 +82,7 @@ class Sweep(Section):
 
         build = functools.cache(lambda section: build_data(DataSection.model_validate_json(section)))
         ends = {
-            key: [space.low, space.high] if isinstance(space, Range) else [json.dumps(choice) for choice in space]
+            key: [space.low, space.high] if isinstance(space, Range) else [_text(choice) for choice in space]
             for key, space in self.search.items()
         }
         first = {key: values[0] for key, values in ends.items()}

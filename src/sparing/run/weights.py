@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparing.errors import CheckpointError, InputError, listed
 from sparing.export import compressed
-from sparing.files import atomic_write
+from sparing.files import atomic_write, open_regular
 from sparing.sparsify import dense_state_dict
 
 WRAPPERS = ("state_dict", "model")
@@ -30,13 +30,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    _check_regular(path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                is_compressed = "sparing.compressed" in (file.metadata() or {})
-            return dict(compressed.load(path)) if is_compressed else load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as stream:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    is_compressed = "sparing.compressed" in (file.metadata() or {})
+                return dict(compressed.load(path)) if is_compressed else load_file(path)
+            found: Any = torch.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:  # of a compressed file
         raise
     except (OSError, SafetensorError) as error:
@@ -93,21 +93,14 @@ def checksum(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    _check_regular(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.sha256()
             while block := file.read(2**20):
                 digest.update(block)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: unreadable or truncated ({error.strerror})") from error
     return digest.hexdigest()
-
-
-def _check_regular(path: Path) -> None:
-    """Refuse devices, which may never end, and pipes, which may never begin."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: is not a regular file")
 
 
 def write_weights(model: nn.Module, out: Path) -> None:
@@ -137,5 +130,5 @@ def load_fitting(model: nn.Module, state: Mapping[str, Any], path: Path) -> None
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

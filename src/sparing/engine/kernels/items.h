@@ -56,10 +56,4 @@ inline bool same_shape(const Layout& a, const Layout& b) {
     return a.images == b.images && a.channels == b.channels && a.height == b.height && a.width == b.width;
 }
 
-// Whether a pixel has the same place in both, apart from the number of channels.
-inline bool same_positions(const Layout& a, const Layout& b) {
-    return a.images == b.images && a.height == b.height && a.width == b.width && a.pitch == b.pitch &&
-           a.vectors == b.vectors;
-}
-
 }  // namespace sparing

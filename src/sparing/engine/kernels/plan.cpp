@@ -36,11 +36,7 @@ void check_integer(const char* name, int64_t number, int64_t least = 1, int64_t 
 }
 
 void check_shape(const char* name, const Layout& got, const Layout& expected) {
-    require(
-        got.images == expected.images && got.channels == expected.channels && got.height == expected.height &&
-            got.width == expected.width,
-        std::string(name) + " must have shape " + shape(expected) + ", got " + shape(got)
-    );
+    require(same_shape(got, expected), std::string(name) + " must have shape " + shape(expected) + ", got " + shape(got));
 }
 
 // `ceil`: the output may be larger by one, as with ceil_mode of pooling. Returns the window, with stride 1 where an

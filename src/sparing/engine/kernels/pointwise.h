@@ -27,11 +27,7 @@ class Affine : public Operation {
     const char* name() const override { return "affine"; }
 
     void prepare(const std::vector<Tensor>& tensors, int) override {
-        const Layout &from = tensors[in_].layout, &to = tensors[out_].layout;
-        require(same_shape(from, to) && same_positions(from, to),
-                "affine: out must have the shape of in, " + shape(from) + ", got " + shape(to) + ".");
-        check(scale_, to.channels, "scale");
-        check(bias_, to.channels, "bias");
+        const Layout& to = tensors[out_].layout;
         if (scale_.empty()) scale_.assign(to.channels, 1.0f);
         if (bias_.empty()) bias_.assign(to.channels, 0.0f);
         items_ = Items(to.images * to.tiles(), to.channels, to.row());
@@ -61,12 +57,6 @@ class Affine : public Operation {
         }
     }
 
-    static void check(const std::vector<float>& values, int64_t channels, const std::string& what) {
-        require(values.empty() || static_cast<int64_t>(values.size()) == channels,
-                "affine: " + what + " must have " + std::to_string(channels) + " values, one per channel, got " +
-                    std::to_string(values.size()) + ".");
-    }
-
     int in_, out_;
     std::vector<float> scale_, bias_;
     int activation_;
@@ -87,14 +77,7 @@ class Binary : public Operation {
 
     void prepare(const std::vector<Tensor>& tensors, int) override {
         const Layout &a = tensors[a_].layout, &b = tensors[b_].layout, &to = tensors[out_].layout;
-        require(kind_ == ADD || kind_ == MULTIPLY, "binary: unknown kind " + std::to_string(kind_) + ".");
-        require(same_shape(a, to) && same_positions(a, to),
-                "binary: out must have the shape of a, " + shape(a) + ", got " + shape(to) + ".");
-        per_channel_ = !(same_shape(a, b) && same_positions(a, b));
-        const bool matrix = b.images == 1 && b.channels == a.channels && b.height == 1 && b.width == a.images;
-        require(!per_channel_ || matrix,
-                "binary: b must have the shape of a, " + shape(a) + ", or one value per image and channel, got " +
-                    shape(b) + ".");
+        per_channel_ = !same_shape(a, b);
         items_ = Items(to.images * to.tiles(), to.channels, to.row());
     }
 
@@ -151,14 +134,7 @@ class Copy : public Operation {
     const char* name() const override { return "copy"; }
 
     void prepare(const std::vector<Tensor>& tensors, int) override {
-        const Layout &from = tensors[in_].layout, &to = tensors[out_].layout;
-        require(same_positions(from, to), "copy: in and out must agree in images, height and width, got " +
-                                              shape(from) + " and " + shape(to) + ".");
-        require(channels_ > 0 && in_first_ >= 0 && out_first_ >= 0 && in_first_ + channels_ <= from.channels &&
-                    out_first_ + channels_ <= to.channels,
-                "copy: cannot copy " + std::to_string(channels_) + " channels from channel " +
-                    std::to_string(in_first_) + " of " + shape(from) + " to channel " + std::to_string(out_first_) +
-                    " of " + shape(to) + ".");
+        const Layout& to = tensors[out_].layout;
         items_ = Items(to.images * to.tiles(), channels_, to.row());
     }
 
@@ -191,9 +167,6 @@ class Mean : public Operation {
 
     void prepare(const std::vector<Tensor>& tensors, int) override {
         const Layout &from = tensors[in_].layout, &to = tensors[out_].layout;
-        require(to.images == 1 && to.height == 1 && to.width == from.images && to.channels == from.channels,
-                "mean: out must have one row per image and one column per channel of " + shape(from) + ", got " +
-                    shape(to) + ".");
         mask_.assign(from.total_vectors() * LANES, 0);
         for (int64_t y = 0; y < from.height; y++)
             std::fill_n(mask_.begin() + y * from.pitch, from.width, -1);
@@ -253,14 +226,7 @@ class LayerNorm : public Operation {
     const char* name() const override { return "layer norm"; }
 
     void prepare(const std::vector<Tensor>& tensors, int) override {
-        const Layout &from = tensors[in_].layout, &to = tensors[out_].layout;
-        require(same_shape(from, to) && same_positions(from, to),
-                "layer norm: out must have the shape of in, " + shape(from) + ", got " + shape(to) + ".");
-        const int64_t weights = weight_.size(), biases = bias_.size();
-        require(weights == to.channels && biases == to.channels,
-                "layer norm: weight and bias must have " + std::to_string(to.channels) +
-                    " values, one per channel, got " + std::to_string(weights) + " and " + std::to_string(biases) +
-                    ".");
+        const Layout& to = tensors[out_].layout;
         parts_ = (to.vectors + AT_ONCE - 1) / AT_ONCE;
         items_ = to.images * to.tiles() * parts_;
     }

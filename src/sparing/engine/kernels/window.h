@@ -31,16 +31,7 @@ class WindowOperation : public Operation {
   public:
     void prepare(const std::vector<Tensor>& tensors, int) override {
         divide(tensors, least_bands);
-        // A stride to a second row or column that does not exist needs no planes.
-        if (to_.height == 1) window_.stride_y = 1;
-        if (to_.width == 1) window_.stride_x = 1;
         const SparingWindow& w = window_;
-        require(from_.images == to_.images && from_.channels == to_.channels,
-                std::string(name()) + ": out must have the images and channels of in, " + shape(from_) + ", got " +
-                    shape(to_) + ".");
-        require(w.kernel_y > 0 && w.kernel_x > 0 && w.stride_y > 0 && w.stride_x > 0 && w.dilation_y > 0 &&
-                    w.dilation_x > 0,
-                std::string(name()) + ": kernel, stride and dilation must be positive.");
         pitch_ = std::max(to_.pitch, (from_.width + w.stride_x - 1) / w.stride_x);
 
         const Axis y = axis(w.kernel_y, w.stride_y, w.padding_y, w.dilation_y);
@@ -338,11 +329,6 @@ class Depthwise : public WindowOperation {
 
     void prepare(const std::vector<Tensor>& tensors, int threads) override {
         WindowOperation::prepare(tensors, threads);
-        const int64_t weights = to_.channels * window_.kernel_y * window_.kernel_x;
-        require(static_cast<int64_t>(weight_.size()) == weights && static_cast<int64_t>(bias_.size()) == to_.channels,
-                "depthwise convolution: expected " + std::to_string(weights) + " weights and " +
-                    std::to_string(to_.channels) + " biases, got " + std::to_string(weight_.size()) + " and " +
-                    std::to_string(bias_.size()) + ".");
         // The same order as that of the offsets.
         std::vector<float> sorted;
         for (int64_t channel = 0; channel < to_.channels; channel++)

@@ -25,8 +25,8 @@ def convolution(low: Lowering, node: fx.Node) -> Place:
     if max(len(weight), weight[0, 0].numel()) > MOST_FILTERS:
         raise Cut(f"more than {MOST_FILTERS} filters, or elements of a kernel")
     stride, dilation = pair(given["stride"]), pair(given["dilation"])
-    original, numel = given["input"], weight.numel()
-    x, before, after = _unpad(low, original, dims)
+    low.dense[node] = weight.numel()
+    x, before, after = _unpad(given["input"], dims)
     if dims == 1:
         weight, stride, dilation = weight.unsqueeze(2), (1, stride[1]), (1, dilation[1])
     kernel = (weight.shape[2], weight.shape[3])
@@ -43,7 +43,6 @@ def convolution(low: Lowering, node: fx.Node) -> Place:
     source = low.shape(place)
     out = sizes(node)
     groups = given["groups"]
-    low.dense[node] = numel
     if isinstance(source, Matrix):  # images of one pixel: all but one pixel of the kernel are on padding
         if any(size != ONE for size in out[2:]):
             raise Cut("convolution that enlarges one pixel")
@@ -58,14 +57,12 @@ def convolution(low: Lowering, node: fx.Node) -> Place:
     height, width = window.output_size((source.height, source.width))
     target = Images(source.images, len(weight), height, width)
     if groups == source.channels == len(weight) and groups > 1:
-        return low.apply_window(
-            Depthwise, place, target, window=window, weight=weight[:, 0].contiguous(), bias=bias
-        )  # fmt: skip
+        return low.apply_window(Depthwise, place, target, window=window, weight=weight[:, 0].contiguous(), bias=bias)
     sparse = _compress(weight, groups)
     return low.apply_window(Convolution, place, target, residual=None, window=window, bias=bias, **sparse)
 
 
-def _unpad(low: Lowering, node: Any, dims: int) -> tuple[Any, list[int], list[int]]:
+def _unpad(node: Any, dims: int) -> tuple[Any, list[int], list[int]]:
     """Return the input of a padding with zeros, and the pixels before and after; of another node, the node itself."""
     nothing = node, [0, 0], [0, 0]
     if getattr(node, "target", None) not in (aten.pad.default, aten.constant_pad_nd.default):

@@ -202,7 +202,7 @@ class Lowering:
         """Return a float32 tensor that does not depend on the inputs."""
         value = self.constants.get(argument) if isinstance(argument, fx.Node) else None
         if value is None:
-            raise Cut("a weight that is no constant")
+            raise Cut("a weight that is not constant")
         if value.dtype != torch.float32:
             raise Cut(f"dtype {value.dtype} of a weight")
         return value.detach().contiguous()
