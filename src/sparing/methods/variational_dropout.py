@@ -47,7 +47,7 @@ class GaussianNoise(Sparse):
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives it without noise.
         if not in_training_step(self):
-            return torch.where(_log_alpha(weight, self.log_sigma2) < self.cut, weight, 0.0)
+            return torch.where(_log_alpha(weight, self.log_sigma2) >= self.cut, 0.0, weight)  # NaN stays NaN
         return apply_operator(_Noise, weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
 
 
