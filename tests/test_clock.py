@@ -581,6 +581,18 @@ def test_a_target_missed_by_weights_that_have_diverged_names_them():
         loop.step(5)
 
 
+class Shift(nn.Module):
+    def forward(self, weight):
+        return weight + 1
+
+
+def test_a_target_missed_because_of_what_was_put_on_a_weight_later_names_it():
+    loop = Loop(GMP(sparsity=SPARSITY, every=1), 6).train(range(5))
+    nn.utils.parametrize.register_parametrization(loop.model[0], "weight", Shift())
+    with pytest.warns(SparsityWarning, match=r"Shift was put on '0' after sparsify_\(\) and changes its zeros"):
+        loop.step(5)
+
+
 @pytest.mark.parametrize("name", ["variational_dropout", "dst", "continuous_sparsification"])
 def test_a_step_without_the_penalty_warns_once_in_a_row(name):
     loop = Loop(any_length(name), 12)

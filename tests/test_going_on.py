@@ -571,6 +571,17 @@ def test_a_layer_that_is_replaced_or_removed_is_named_and_the_others_reach_the_t
     assert sparing.report(model).missed == ()
 
 
+@pytest.mark.parametrize("method", [GMP(sparsity=0.8, budget="global"), ACDC(sparsity=0.8), Spartan(sparsity=0.8)])
+def test_a_target_missed_because_a_layer_left_after_the_masks_were_made_says_so(method):
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, method, steps=STEPS)
+    optimizer = train(model, STEPS - 1, sparsifier)
+    model[2] = nn.Linear(48, 24)
+    with pytest.warns(SparsityWarning) as caught:
+        train(model, 1, optimizer=optimizer)
+    assert "layers left the run after these masks were made" in str(caught[-1].message)
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -273,7 +273,7 @@ def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
     return f"{name}: the sparsity of the sparsified layers is {has}, the target {wanted}: {_reason(clock, layers)}"
 
 
-def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
+def _reason(clock: Clock, layers: Sequence[Layer]) -> str:
     if clock.step == 0:
         return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
     if clock.steps is not None and clock.step < clock.steps:
@@ -289,6 +289,18 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
         )
     if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
         return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
+    for layer in layers:
+        last = layer.places[0].parametrizations[-1]  # type: ignore[index]
+        if not isinstance(last, Sparse):
+            return (
+                f"{type(last).__name__} was put on {layer.name!r} after sparsify_() and changes its zeros; densify_() "
+                "the model first, or put it on before sparsify_()"
+            )
+    if clock.reduced and any(isinstance(layer.parametrization, Masked) for layer in layers):
+        return (
+            "layers left the run after these masks were made, so the others keep more than their share; replace "
+            "modules before sparsify_(), or call sparsifier.retarget() to go on"
+        )
     return (
         "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
         "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "

@@ -36,6 +36,7 @@ class Clock:
             from model and method, so it is not saved.
         unit: of the goal, "weights" or "MACs".
         stale: set when layers were densified, so that the sparsifier looks for its layers again.
+        reduced: whether the target has become that of fewer layers.
     """
 
     method: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Clock:
     goal: int | None = None
     unit: str = "weights"
     stale: bool = False
+    reduced: bool = False
 
     def save(self) -> Tensor:
         """Return the clock as bytes of JSON, in a uint8 tensor."""
@@ -156,7 +158,7 @@ class Sparse(RunState):
             if not tensor.is_floating_point():
                 return moved
             narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
-            # From the tensor itself, not from its rounded copy; to_empty() has no values to keep.
+            # From the tensor itself, not from its rounded copy.
             return tensor.to(moved.device) if narrower else moved
 
         if self._source is not None:

@@ -295,7 +295,7 @@ class Sparsifier(StepHooks):
         if self.layers:
             self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
             rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
-            self.clock.goal, self.clock.layers = rest.goal, rest.layers
+            self.clock.goal, self.clock.layers, self.clock.reduced = rest.goal, rest.layers, True
             set_costs(self.layers, self.method, self.plan)
 
     def drop_lost_layers(self) -> None:
