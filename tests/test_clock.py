@@ -757,6 +757,7 @@ def test_retarget_refuses_methods_that_cannot_change_their_sparsity(name):
     ("method", "steps", "message"),
     [
         (SNIP(sparsity=0.9), 10, "changes the arguments of 'gmp', not the method, to 'snip'"),
+        (0.9, 10, "changes the arguments of 'gmp', not the method, to 0.9"),
         (GMP(sparsity=0.9, begin=9, end=8), 10, "comes after"),
         (GMP(sparsity=0.9, begin=0, end=0), 10, "begin=0 and end=0 prune in sparsify_.. only; give a later end"),
         (GMP(sparsity=0.9, pattern=sparing.Block(8)), 10, "changes targets and schedules, not pattern"),

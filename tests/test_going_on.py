@@ -496,6 +496,8 @@ def test_a_dense_checkpoint_is_refused_where_masks_would_be_stale_or_nothing_can
         sparing.load_dense_state_dict(copy.deepcopy(model), state)
     with pytest.raises(InputError, match="layers '0', '2' were sparsified together"):
         sparing.load_dense_state_dict(model[4], nn.Linear(24, 8).state_dict())
+    with pytest.raises(InputError, match="the state dict must be a mapping, got str"):
+        sparing.load_dense_state_dict(model, "run.pt")
     with pytest.raises(InputError, match="'0.bias' of the model is on the meta device"):
         sparing.load_dense_state_dict(copy.deepcopy(model).to("meta"), state)
     learned = mlp()

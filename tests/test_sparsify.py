@@ -420,6 +420,9 @@ def test_nan_weights_are_refused_by_name_without_changing_the_model():
         sparing.densify_,
         sparing.report,
         lambda model: sparing.param_groups(model, 0.1),
+        lambda model: sparing.calibrate(model, []),
+        lambda model: sparing.load_dense_state_dict(model, {}),
+        lambda model: sparing.merge_(model, torch.zeros(2, 2)),
     ],
 )
 @pytest.mark.parametrize("model", [nn.Linear(2, 2).state_dict(), [nn.Linear(2, 2)], nn.Linear])
