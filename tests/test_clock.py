@@ -556,6 +556,19 @@ def test_a_run_without_attach_or_with_fewer_steps_misses_its_target_and_says_so(
     assert sparing.report(loop.model).missed == ()
 
 
+@pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY, begin=6, end=6)])
+def test_steps_and_counts_within_parametrize_cached_see_the_weights_of_now(method):
+    plain, cached = Loop(method, 6).train(range(6)), Loop(method, 6)
+    with nn.utils.parametrize.cached():
+        for number in range(6):
+            cached.sparsifier.sparsity()  # without gradients, which the forward pass needs
+            cached.step(number)
+        dense = sparing.dense_state_dict(cached.model)
+        sparing.densify_(cached.model)
+    assert all(torch.equal(value, dense[key]) for key, value in cached.model.state_dict().items())
+    assert all(torch.equal(value, dense[key]) for key, value in sparing.densify_(plain.model).state_dict().items())
+
+
 @pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY)], ids=lambda method: method.name)
 def test_a_run_of_more_steps_than_planned_warns_once(method):
     loop = Loop(method, 6).train(range(6))

@@ -128,7 +128,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # these libraries run a layer as a whole
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        inputs = _Inputs({name: layer.effective_weight for name, layer in layers.items()})
+        inputs = _Inputs({name: getattr(layer.module, layer.places[0].tensor_name) for name, layer in layers.items()})
         batch = None
         for batch in batches:
             args, kwargs = _arguments(batch)
