@@ -297,6 +297,18 @@ def in_training_step(module: nn.Module) -> bool:
     return frame is not None
 
 
+def warn_evaluation_mode(method: str, parts: Sequence[nn.Module]) -> None:
+    """Warn if the penalty of a method is computed for a training step of modules that are in evaluation mode."""
+    still = sum(not part.training for part in parts)
+    if still and torch.is_grad_enabled():
+        warnings.warn(
+            f"{method}: {still} of {len(parts)} layers are in evaluation mode, where the penalty decides what is pruned, "
+            "and the loss has no part in it: call model.train() before training",
+            SparsityWarning,
+            stacklevel=4,
+        )
+
+
 def straight_through(weight: Tensor, effective: Tensor) -> Tensor:
     """Return `effective`, with the gradient passed on to `weight` unchanged.
 
