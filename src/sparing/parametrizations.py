@@ -302,8 +302,8 @@ def warn_evaluation_mode(method: str, parts: Sequence[nn.Module]) -> None:
     still = sum(not part.training for part in parts)
     if still and torch.is_grad_enabled():
         warnings.warn(
-            f"{method}: {still} of {len(parts)} layers are in evaluation mode, where the penalty decides what is pruned, "
-            "and the loss has no part in it: call model.train() before training",
+            f"{method}: {still} of {len(parts)} layers are in evaluation mode, where the penalty decides what is "
+            "pruned, and the loss has no part in it: call model.train() before training",
             SparsityWarning,
             stacklevel=4,
         )
