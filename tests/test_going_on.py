@@ -760,6 +760,17 @@ def test_training_without_attach_is_warned_of_where_no_target_tells(method):
         sparing.densify_(model)
 
 
+@pytest.mark.parametrize("method", [RigL(sparsity=0.5), sparing.DST(alpha=0.1), sparing.StaticRandom(sparsity=0.5)])
+def test_a_copy_that_is_trained_without_its_sparsifier_is_warned_of_where_the_method_acts(method):
+    model = nn.Linear(8, 8)
+    sparing.sparsify_(model, method, steps=10)
+    sparing.densify_(copy.deepcopy(model))  # not trained: no warning, which would be an error
+    alone = copy.deepcopy(model)
+    alone(torch.randn(4, 8)).sum().backward()
+    with pytest.warns(SparsityWarning, match="trained without a sparsifier") if method.acts else nullcontext():
+        sparing.densify_(alone)
+
+
 def test_an_optimizer_that_is_built_anew_and_not_attached_is_warned_of():
     model = nn.Linear(8, 8)
     sparsifier = sparing.sparsify_(model, sparing.RigL(sparsity=0.5), steps=10)

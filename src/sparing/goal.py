@@ -28,7 +28,11 @@ def make_clock(method: Method, plan: Any, steps: int | None, layers: int, start:
     """Return the clock of a run that begins."""
     goal, costs = method.goal(plan) or (None, None)
     unit = "weights" if costs is None else "MACs"
-    return Clock(method=method.describe(), steps=steps, start=start, layers=layers, goal=goal, unit=unit)
+    updates = getattr(plan, "updates", None)
+    last = 0
+    if method.acts:
+        last = int(updates.end) if updates is not None else 1 if hasattr(plan, "updates") else steps or 0
+    return Clock(method.describe(), steps, start=start, layers=layers, goal=goal, unit=unit, last_update=last)
 
 
 def set_costs(layers: Mapping[str, Layer], method: Method, plan: Any) -> None:
@@ -192,10 +196,28 @@ def warn_forgotten(model: nn.Module) -> None:
     layers = sparse_layers(model).values()
     runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}  # type: ignore[union-attr]
     for run in runs.values():
-        weights = (layer.weight for layer in run.layers.values())
-        trained = run.uncounted > 0 or any(weight.is_leaf and weight.grad is not None for weight in weights)
+        trained = run.uncounted > 0 or any(map(_has_grad, run.layers.values()))
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
+    _warn_copied(model, layers)
+
+
+def _warn_copied(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Warn if a copy of a model was trained alone, without its sparsifier."""
+    parts = [layer.parametrization for layer in layers if _has_grad(layer)]
+    clocks = {id(part.clock): part.clock for part in parts if not part.sparsifier}  # type: ignore[union-attr]
+    for clock in clocks.values():
+        if clock is not None and clock.step < clock.last_update and not missed_targets(model, clock):
+            warnings.warn(
+                f"{clock.method['method']}: this copy of the model was trained without a sparsifier, so the method did "
+                f"nothing after step {clock.step:,}: copy them together, copy.deepcopy((model, optimizer, sparsifier))",
+                SparsityWarning,
+                stacklevel=4,
+            )
+
+
+def _has_grad(layer: Layer) -> bool:
+    return layer.weight.is_leaf and layer.weight.grad is not None
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ class Clock:
             from model and method, so it is not saved.
         unit: of the goal, "weights" or "MACs".
         stale: set when layers were densified, so that the sparsifier looks for its layers again.
+        last_update: the step of the last update; the end of the run if the plan has no updates, 0 if the method does
+            not act.
         reduced: whether the target has become that of fewer layers.
     """
 
@@ -47,6 +49,7 @@ class Clock:
     goal: int | None = None
     unit: str = "weights"
     stale: bool = False
+    last_update: int = 0
     reduced: bool = False
 
     def save(self) -> Tensor:
