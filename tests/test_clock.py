@@ -569,11 +569,14 @@ def test_steps_and_counts_within_parametrize_cached_see_the_weights_of_now(metho
     assert all(torch.equal(value, dense[key]) for key, value in sparing.densify_(plain.model).state_dict().items())
 
 
-@pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY)], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY), SNIP(sparsity=SPARSITY)], ids=lambda method: method.name
+)
 def test_a_run_of_more_steps_than_planned_warns_once(method):
     loop = Loop(method, 6).train(range(6))
-    with pytest.warns(SparsityWarning, match=rf"{method.name}: step 7 of a run of 6 steps: the schedule has ended"):
+    with pytest.warns(SparsityWarning, match=rf"{method.name}: step 7 of a run of 6 steps: the schedule") as caught:
         loop.step(6)
+    assert ("or call sparsifier.retarget()" in str(caught[0].message)) == method.retargets
     loop.step(7)  # a second warning would be an error
     loop.sparsifier.clock.goal = 10
     (sentence,) = sparing.report(loop.model).missed
@@ -592,6 +595,12 @@ def test_a_target_missed_by_weights_that_have_diverged_names_them():
     loop.sparsifier.layers["2"].weight.data[0, 0] = float("nan")
     with pytest.warns(SparsityWarning, match="the weights of '0', '2' are NaN or infinite; lower the learning rate"):
         loop.step(5)
+
+
+def test_a_target_missed_because_no_masks_were_made_says_so():
+    """GraSP makes its masks in the second step."""
+    with pytest.warns(SparsityWarning, match="the masks for it were not made in the steps that were taken"):
+        Loop(sparing.GraSP(sparsity=SPARSITY), 1).step(0)
 
 
 class Shift(nn.Module):

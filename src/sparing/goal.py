@@ -248,10 +248,11 @@ def warn_collapsed(step: int, layers: Mapping[str, Layer]) -> None:
 
 def warn_ended(method: Method, clock: Clock) -> None:
     """Warn that a step is beyond the run."""
+    go_on = ", or call sparsifier.retarget() to go on" if method.retargets else ""
     warnings.warn(
         f"{method.name}: step {clock.step:,} of a run of {clock.steps:,} steps: the schedule has ended, so masks do "
         "not change any more, and learned thresholds can leave their target. Give sparsify_() all optimizer steps of "
-        "the run as steps=, or call sparsifier.retarget() to go on",
+        f"the run as steps={go_on}",
         SparsityWarning,
         stacklevel=3,
     )
@@ -318,10 +319,16 @@ def _reason(clock: Clock, layers: Sequence[Layer]) -> str:
                 f"{type(last).__name__} was put on {layer.name!r} after sparsify_() and changes its zeros; densify_() "
                 "the model first, or put it on before sparsify_()"
             )
-    if clock.reduced and any(isinstance(layer.parametrization, Masked) for layer in layers):
+    masked = any(isinstance(layer.parametrization, Masked) for layer in layers)
+    if masked and clock.reduced:
         return (
-            "layers left the run after these masks were made, so the others keep more than their share; replace "
-            "modules before sparsify_(), or call sparsifier.retarget() to go on"
+            "layers left the run after these masks were made, so the others keep more than their share; call "
+            "densify_(), and sparsify_() with the target again"
+        )
+    if masked:
+        return (
+            "the masks for it were not made in the steps that were taken; take more of them, since finish() has no "
+            "gradients to rank by"
         )
     return (
         "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
