@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -286,8 +287,10 @@ def test_param_groups_default_to_one_decay_and_leave_out_what_is_frozen():
     model[1].requires_grad_(False)
     groups = sparing.param_groups(model, 0.5)
     assert [(g["name"], g["weight_decay"]) for g in groups] == [("weights", 0.5)]
-    for wrong in (-1, float("inf"), float("nan")):
-        with pytest.raises(InputError, match=rf"weight decay of norms must be in \[0, inf\), got {wrong}"):
+    for wrong in (-1, float("inf"), float("nan"), "0.1", torch.ones(2)):
+        with pytest.raises(
+            InputError, match=rf"weight decay of norms must be in \[0, inf\), got {re.escape(repr(wrong))}"
+        ):
             sparing.param_groups(model, 0.5, norm_weight_decay=wrong)
 
 

@@ -127,6 +127,10 @@ def test_erk_makes_up_for_layers_that_are_to_be_dense():
     assert Budget.from_sizes(shapes, "erk", 0.25, dense=["a"]) == {"a": 0.0, "b": 0.5}
 
 
+def test_erk_leaves_out_layers_without_weights():
+    assert Budget.from_sizes({"a": (4, 4), "none": (0, 4)}, "erk", 0.5) == {"a": 0.5, "none": 0.0}
+
+
 def test_uniform_by_model_and_by_sizes():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     assert Budget.uniform(model, 0.75) == {"0": 0.75, "4": 0.75}
@@ -158,6 +162,8 @@ SHAPES = {"conv1": (8, 3, 3, 3), "fc": (10, 8)}
     ("make", "message"),
     [
         (lambda: Budget({"fc": 1.5}), r"the sparsity of layer 'fc' must be in \[0, 1\], got 1.5"),
+        (lambda: Budget([0.5]), r"not a table of layer and sparsity, but \[0.5\]"),
+        (lambda: Budget.published(90), "none is published as 90; choose from"),
         (lambda: Budget({0: 0.5}), "the name of a layer must be a str, got 0"),
         (lambda: Budget({"fc": True}), r"the sparsity of layer 'fc' must be in \[0, 1\], got True"),
         (lambda: Budget({"fc": float("nan")}), r"the sparsity of layer 'fc' must be in \[0, 1\], got nan"),

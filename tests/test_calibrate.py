@@ -270,6 +270,15 @@ def test_a_layer_that_was_not_reached_is_named(name):
     assert sparing.sparse_layers(model) == {}
 
 
+@pytest.mark.parametrize("batch", [torch.zeros(3, 4), torch.ones(0, 4)])
+def test_a_layer_whose_inputs_are_all_zero_is_named_and_not_ranked_by_position(batch):
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1, bias=False))
+    model[1].weight = nn.Parameter(torch.ones(0, 2))
+    method = GMP(sparsity=0.5, score=calibrate(model, [batch]), **ONE_SHOT)
+    with pytest.raises(InputError, match="has no layer '0': .* all of its inputs were zero"):
+        sparing.sparsify_(model, method, select=["0"])
+
+
 def test_experts_that_were_all_reached_are_calibrated():
     assert "experts" in calibrate(Experts(), [(torch.randn(3, 4), 0), (torch.randn(3, 4), 1)]).norms
 

@@ -556,11 +556,27 @@ def test_a_run_without_attach_or_with_fewer_steps_misses_its_target_and_says_so(
     assert sparing.report(loop.model).missed == ()
 
 
-@pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY)], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY, begin=6, end=6)])
+def test_steps_and_counts_within_parametrize_cached_see_the_weights_of_now(method):
+    plain, cached = Loop(method, 6).train(range(6)), Loop(method, 6)
+    with nn.utils.parametrize.cached():
+        for number in range(6):
+            cached.sparsifier.sparsity()  # without gradients, which the forward pass needs
+            cached.step(number)
+        dense = sparing.dense_state_dict(cached.model)
+        sparing.densify_(cached.model)
+    assert all(torch.equal(value, dense[key]) for key, value in cached.model.state_dict().items())
+    assert all(torch.equal(value, dense[key]) for key, value in sparing.densify_(plain.model).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "method", [STR(sparsity=SPARSITY), GMP(sparsity=SPARSITY), SNIP(sparsity=SPARSITY)], ids=lambda method: method.name
+)
 def test_a_run_of_more_steps_than_planned_warns_once(method):
     loop = Loop(method, 6).train(range(6))
-    with pytest.warns(SparsityWarning, match=rf"{method.name}: step 7 of a run of 6 steps: the schedule has ended"):
+    with pytest.warns(SparsityWarning, match=rf"{method.name}: step 7 of a run of 6 steps: the schedule") as caught:
         loop.step(6)
+    assert ("or call sparsifier.retarget()" in str(caught[0].message)) == method.retargets
     loop.step(7)  # a second warning would be an error
     loop.sparsifier.clock.goal = 10
     (sentence,) = sparing.report(loop.model).missed
@@ -578,6 +594,24 @@ def test_a_target_missed_by_weights_that_have_diverged_names_them():
     loop = Loop(STR(sparsity=SPARSITY), 6).train(range(5))
     loop.sparsifier.layers["2"].weight.data[0, 0] = float("nan")
     with pytest.warns(SparsityWarning, match="the weights of '0', '2' are NaN or infinite; lower the learning rate"):
+        loop.step(5)
+
+
+def test_a_target_missed_because_no_masks_were_made_says_so():
+    """GraSP makes its masks in the second step."""
+    with pytest.warns(SparsityWarning, match="the masks for it were not made in the steps that were taken"):
+        Loop(sparing.GraSP(sparsity=SPARSITY), 1).step(0)
+
+
+class Shift(nn.Module):
+    def forward(self, weight):
+        return weight + 1
+
+
+def test_a_target_missed_because_of_what_was_put_on_a_weight_later_names_it():
+    loop = Loop(GMP(sparsity=SPARSITY, every=1), 6).train(range(5))
+    nn.utils.parametrize.register_parametrization(loop.model[0], "weight", Shift())
+    with pytest.warns(SparsityWarning, match=r"Shift was put on '0' after sparsify_\(\) and changes its zeros"):
         loop.step(5)
 
 
@@ -745,6 +779,7 @@ def test_retarget_refuses_methods_that_cannot_change_their_sparsity(name):
     ("method", "steps", "message"),
     [
         (SNIP(sparsity=0.9), 10, "changes the arguments of 'gmp', not the method, to 'snip'"),
+        (0.9, 10, "changes the arguments of 'gmp', not the method, to 0.9"),
         (GMP(sparsity=0.9, begin=9, end=8), 10, "comes after"),
         (GMP(sparsity=0.9, begin=0, end=0), 10, "begin=0 and end=0 prune in sparsify_.. only; give a later end"),
         (GMP(sparsity=0.9, pattern=sparing.Block(8)), 10, "changes targets and schedules, not pattern"),

@@ -1,5 +1,7 @@
 """Fine-tuning: which layers are pruned, units and learning rate of learned thresholds, and what is warned of."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -121,8 +123,8 @@ def test_thresholds_have_a_learning_rate_of_their_own():
     assert rates(STR(), threshold_lr=0.5) == {"weights": None, "thresholds": 0.5}
     assert rates(STRFeather(sparsity=0.5)) == {"weights": None, "thresholds": 0.1}
     assert rates(STRFeather(sparsity=0.5), threshold_lr=0.0) == {"weights": None, "thresholds": 0.0}
-    for wrong in (-1, float("inf")):
-        with pytest.raises(InputError, match=rf"threshold_lr must be in \[0, inf\), got {wrong}"):
+    for wrong in (-1, float("inf"), [0.1]):
+        with pytest.raises(InputError, match=rf"threshold_lr must be in \[0, inf\), got {re.escape(repr(wrong))}"):
             rates(STR(), threshold_lr=wrong)
 
 

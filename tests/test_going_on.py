@@ -496,6 +496,8 @@ def test_a_dense_checkpoint_is_refused_where_masks_would_be_stale_or_nothing_can
         sparing.load_dense_state_dict(copy.deepcopy(model), state)
     with pytest.raises(InputError, match="layers '0', '2' were sparsified together"):
         sparing.load_dense_state_dict(model[4], nn.Linear(24, 8).state_dict())
+    with pytest.raises(InputError, match="the state dict must be a mapping, got str"):
+        sparing.load_dense_state_dict(model, "run.pt")
     with pytest.raises(InputError, match="'0.bias' of the model is on the meta device"):
         sparing.load_dense_state_dict(copy.deepcopy(model).to("meta"), state)
     learned = mlp()
@@ -569,6 +571,17 @@ def test_a_layer_that_is_replaced_or_removed_is_named_and_the_others_reach_the_t
     assert kept <= sparsifier.clock.goal == count_kept(16 * 48, 0.8) + count_kept(48 * 24, 0.8)
     assert sparsifier.clock.goal - kept <= 1
     assert sparing.report(model).missed == ()
+
+
+@pytest.mark.parametrize("method", [GMP(sparsity=0.8, budget="global"), ACDC(sparsity=0.8), Spartan(sparsity=0.8)])
+def test_a_target_missed_because_a_layer_left_after_the_masks_were_made_says_so(method):
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, method, steps=STEPS)
+    optimizer = train(model, STEPS - 1, sparsifier)
+    model[2] = nn.Linear(48, 24)
+    with pytest.warns(SparsityWarning) as caught:
+        train(model, 1, optimizer=optimizer)
+    assert "layers left the run after these masks were made" in str(caught[-1].message)
 
 
 @pytest.mark.parametrize(
@@ -745,6 +758,17 @@ def test_training_without_attach_is_warned_of_where_no_target_tells(method):
     model(torch.randn(4, 8)).sum().backward()
     with pytest.warns(SparsityWarning, match=f"{method.name}: the method did nothing, because no optimizer step"):
         sparing.densify_(model)
+
+
+@pytest.mark.parametrize("method", [RigL(sparsity=0.5), sparing.DST(alpha=0.1), sparing.StaticRandom(sparsity=0.5)])
+def test_a_copy_that_is_trained_without_its_sparsifier_is_warned_of_where_the_method_acts(method):
+    model = nn.Linear(8, 8)
+    sparing.sparsify_(model, method, steps=10)
+    sparing.densify_(copy.deepcopy(model))  # not trained: no warning, which would be an error
+    alone = copy.deepcopy(model)
+    alone(torch.randn(4, 8)).sum().backward()
+    with pytest.warns(SparsityWarning, match="trained without a sparsifier") if method.acts else nullcontext():
+        sparing.densify_(alone)
 
 
 def test_an_optimizer_that_is_built_anew_and_not_attached_is_warned_of():

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     },
     "pretrained": {"errors", "layers"},
     "sparsify": {"errors", "goal", "layers", "method", "pretrained", "register", "schedules", "select", "sparsifier"},
-    "dense": {"errors", "goal", "parametrizations", "sharding"},
+    "dense": {"errors", "goal", "layers", "parametrizations", "sharding"},
     "growing": {
         "allocation", "budget", "goal", "layers", "masks", "method", "optimizers", "parametrizations", "patterns",
         "schedules", "sparsifier",

@@ -223,6 +223,16 @@ def test_random_scores_follow_from_seed_and_position_alone():
     assert all(map(torch.equal, draws, again))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_random_scores_do_not_depend_on_the_default_dtype(dtype):
+    expected, before = random_scores((8, 8), torch.device("cpu"), 0), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(random_scores((8, 8), torch.device("cpu"), 0), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_random_scores_are_uniform():
     values = random_scores((200, 200), torch.device("cpu"), 0, 3)
     assert values.min() >= 0

@@ -483,8 +483,9 @@ def test_a_copy_of_weights_in_the_optimizer_is_refused_by_methods_that_set_them(
     """The averages of schedule-free optimizers would undo the rescaling of thresholds."""
     model, sparsifier = build(method)
     schedule_free = type("SGDScheduleFree", (torch.optim.SGD,), {})
+    swapping = type("Averaging", (torch.optim.SGD,), {"eval": lambda self: None})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    for optimizer in (schedule_free(model.parameters(), lr=0.1), Lookahead(inner, k=2)):
+    for optimizer in (*(kind(model.parameters(), lr=0.1) for kind in (schedule_free, swapping)), Lookahead(inner, k=2)):
         expected = f"{method.name} sets weights or thresholds, and {type(optimizer).__name__} keeps a copy"
         with pytest.raises(InputError, match=expected):
             sparsifier.attach(optimizer)

@@ -420,6 +420,9 @@ def test_nan_weights_are_refused_by_name_without_changing_the_model():
         sparing.densify_,
         sparing.report,
         lambda model: sparing.param_groups(model, 0.1),
+        lambda model: sparing.calibrate(model, []),
+        lambda model: sparing.load_dense_state_dict(model, {}),
+        lambda model: sparing.merge_(model, torch.zeros(2, 2)),
     ],
 )
 @pytest.mark.parametrize("model", [nn.Linear(2, 2).state_dict(), [nn.Linear(2, 2)], nn.Linear])
@@ -966,3 +969,18 @@ def test_a_copy_made_on_the_meta_device_says_that_it_has_no_values():
     sparing.sparsify_(plain, STR(init=-3.0))
     replica.load_state_dict(plain.state_dict())
     assert replica.parametrizations.weight[0].s.tolist() == [-3.0]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "method", [STR(init=-3.0), sparing.RigL(sparsity=0.5), sparing.Feather(sparsity=0.5), sparing.DST(alpha=0.1)]
+)
+def test_to_empty_leaves_masks_and_thresholds_as_they_are(method, copied):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
+    sparing.sparsify_(model, method, steps=10)
+    kept = {key: value for key, value in copy.deepcopy(model.state_dict()).items() if "weight.0." in key}
+    emptied = (copy.deepcopy(model) if copied else model).to_empty(device="cpu")
+    for module in emptied:
+        module.reset_parameters()
+    emptied(torch.randn(2, 12))
+    assert all(torch.equal(emptied.state_dict()[key], value) for key, value in kept.items())

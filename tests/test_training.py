@@ -408,6 +408,7 @@ PENALTIES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are in evaluation mode")
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("name", PENALTIES)
 def test_the_penalty_is_added_once_and_in_full_to_the_loss(name, accumulate):

@@ -23,7 +23,7 @@ class Budget(Mapping[str, float]):
         sparsity: the mapping.
 
     Raises:
-        InputError: a name is not a str, or a value not a number in [0, 1].
+        InputError: it is no mapping, a name is not a str, or a value not a number in [0, 1].
 
     Examples:
         >>> Budget({"conv1": 0.5, "fc": 0.9})["fc"]
@@ -31,6 +31,8 @@ class Budget(Mapping[str, float]):
     """
 
     def __init__(self, sparsity: Mapping[str, float]) -> None:
+        if not isinstance(sparsity, Mapping):
+            raise InputError(f"budget: not a table of layer and sparsity, but {sparsity!r:.200}")
         for name, value in sparsity.items():
             if not isinstance(name, str):
                 raise InputError(f"budget: the name of a layer must be a str, got {name!r:.200}")
@@ -247,8 +249,8 @@ def _published() -> list[list[str]]:
 
 def _erdos_renyi_kernel(shapes: Mapping[str, Sequence[int]], sparsity: float, dense: set[str]) -> dict[str, float]:
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    raw = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
-    dense = set(dense)
+    raw = {name: sum(shape) / max(prod(shape), 1) for name, shape in shapes.items()}
+    dense = dense | {name for name, size in sizes.items() if size == 0}
     while True:
         sparse = [name for name in shapes if name not in dense]
         # ε · Σ raw_l N_l over sparse layers = weights to keep there: their share of the total, minus what

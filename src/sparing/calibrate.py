@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparing.errors import InputError
-from sparing.layers import Layer, all_layers, is_transposed
+from sparing.layers import Layer, all_layers, check_module, is_transposed
 from sparing.macs import evaluation
 from sparing.patterns import Units
 from sparing.sharding import is_sharded
@@ -63,9 +63,9 @@ class Calibration:
         norm = self.norms.get(layer.name)
         if norm is None:
             raise InputError(
-                f"the score of calibrate() has no layer {layer.name!r}: no batch reached all of its weights, or the "
-                "model multiplies by others that it computes from them. Calibrate the model that sparsify_() is called "
-                "on, with other batches, or leave the layer out with select="
+                f"the score of calibrate() has no layer {layer.name!r}: no batch reached all of its weights, all "
+                "of its inputs were zero, or the model multiplies by others that it computes from them. Calibrate the "
+                "model that sparsify_() is called on, with other batches, or leave the layer out with select="
             )
         if norm.dim() != len(layer.shape) or any(n not in (1, m) for n, m in zip(norm.shape, layer.shape, strict=True)):
             raise InputError(
@@ -100,7 +100,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
 
     Returns:
         A function (layer, units) → score, for `GMP(score=...)`. It knows the layers that the batches reach, with all
-        of their weights, and raises `InputError` for others.
+        of their weights and inputs that are not all zero, and raises `InputError` for others.
 
     Raises:
         InputError: there is no batch, or one of another type; the model is sharded, on the meta device or not
@@ -113,6 +113,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         >>> report(model).total.sparsity
         0.5
     """
+    check_module(model)
     if any(is_sharded(each) or each.is_meta or is_lazy(each) for each in model.parameters()):
         raise InputError(
             "calibrate(): the model is sharded, on the meta device, or not initialized: initialize it, and calibrate "
@@ -127,7 +128,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> Calibration:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # these libraries run a layer as a whole
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        inputs = _Inputs({name: layer.effective_weight for name, layer in layers.items()})
+        inputs = _Inputs({name: getattr(layer.module, layer.places[0].tensor_name) for name, layer in layers.items()})
         batch = None
         for batch in batches:
             args, kwargs = _arguments(batch)
@@ -217,9 +218,9 @@ class _Inputs(TorchDispatchMode):
             reached = _zeros(self._tensors[index], torch.bool)
             for view in self._sums.get(index, ()):
                 reached.as_strided(*view).fill_(True)
-            if not reached.all():
-                continue
             norm = self._total(index).sqrt_()
+            if not reached.all() or not norm.any():
+                continue
             if not norm.isfinite().all():
                 raise InputError(f"calibrate(): inputs of layer {name!r} are NaN or infinite, or too large to square")
             for dim in range(norm.dim()):

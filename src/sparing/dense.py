@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from sparing.errors import InputError, SparsityWarning, listed
 from sparing.goal import start_ramp
+from sparing.layers import check_module
 from sparing.parametrizations import Sparse
 from sparing.sharding import is_sharded
 
@@ -29,9 +30,10 @@ def load_dense_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
             the model.
 
     Raises:
-        InputError: keys are missing or unexpected; a shape or the kind of a dtype differs; a weight to sparsify is not
-            finite, or is sparser than the target; tied weights differ; the model is a copy of which the masks cannot be
-            made anew, is on the meta device, or is sharded. The model is then as it was.
+        InputError: the state dict is no mapping; keys are missing or unexpected; a shape or the kind of a dtype
+            differs; a weight to sparsify is not finite, or is sparser than the target; tied weights differ; the model
+            is a copy of which the masks cannot be made anew, is on the meta device, or is sharded. The model is then
+            as it was.
 
     Examples:
         >>> pretrained = nn.Linear(4, 2).state_dict()
@@ -41,6 +43,9 @@ def load_dense_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         >>> torch.equal(model.parametrizations.weight.original, pretrained["weight"])
         True
     """
+    check_module(model)
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"load_dense_state_dict(): the state dict must be a mapping, got {type(state_dict).__name__}")
     entries, keys = _entries(model)
     given = {**_missing_counters(entries, state_dict), **state_dict}
     _check_keys([key for key in entries if key not in given], [key for key in given if key not in entries])
@@ -173,6 +178,7 @@ def merge_(module: nn.Module, delta: Tensor, tensor_name: str = "weight") -> flo
         >>> round(merge_(layer, torch.tensor([[3.0, 4.0]])), 3), layer.weight.data
         (0.6, tensor([[0., 5.]]))
     """
+    check_module(module)
     made_by = dict(getattr(module, "parametrizations", {})).get(tensor_name)
     if made_by is None:
         weight = module._parameters.get(tensor_name)

@@ -51,7 +51,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         'choose from model, optimizer'
     """
     choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(str(name), choices, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     more = f" and {len(choices) - 50} others" if len(choices) > 50 else ""

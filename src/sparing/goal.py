@@ -31,7 +31,11 @@ def make_clock(method: Method, plan: Any, steps: int | None, layers: int, start:
     """Return the clock of a run that begins."""
     goal, costs = method.goal(plan) or (None, None)
     unit = "weights" if costs is None else "MACs"
-    return Clock(method=method.describe(), steps=steps, start=start, layers=layers, goal=goal, unit=unit)
+    updates = getattr(plan, "updates", None)
+    last = 0
+    if method.acts:
+        last = int(updates.end) if updates is not None else 1 if hasattr(plan, "updates") else steps or 0
+    return Clock(method.describe(), steps, start=start, layers=layers, goal=goal, unit=unit, last_update=last)
 
 
 def set_costs(layers: Mapping[str, Layer], method: Method, plan: Any) -> None:
@@ -193,10 +197,28 @@ def warn_forgotten(model: nn.Module) -> None:
     layers = sparse_layers(model).values()
     runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}
     for run in runs.values():
-        weights = (layer.weight for layer in run.layers.values())
-        trained = run.uncounted > 0 or any(weight.is_leaf and weight.grad is not None for weight in weights)
+        trained = run.uncounted > 0 or any(map(_has_grad, run.layers.values()))
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
+    _warn_copied(model, layers)
+
+
+def _warn_copied(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Warn if a copy of a model was trained alone, without its sparsifier."""
+    parts = [layer.parametrization for layer in layers if _has_grad(layer)]
+    clocks = {id(part.clock): part.clock for part in parts if not part.sparsifier}  # type: ignore[union-attr]
+    for clock in clocks.values():
+        if clock is not None and clock.step < clock.last_update and not missed_targets(model, clock):
+            warnings.warn(
+                f"{clock.method['method']}: this copy of the model was trained without a sparsifier, so the method did "
+                f"nothing after step {clock.step:,}: copy them together, copy.deepcopy((model, optimizer, sparsifier))",
+                SparsityWarning,
+                stacklevel=4,
+            )
+
+
+def _has_grad(layer: Layer) -> bool:
+    return layer.weight.is_leaf and layer.weight.grad is not None
 
 
 @torch.no_grad()
@@ -227,10 +249,11 @@ def warn_collapsed(step: int, layers: Mapping[str, Layer]) -> None:
 
 def warn_ended(method: Method, clock: Clock) -> None:
     """Warn that a step is beyond the run."""
+    go_on = ", or call sparsifier.retarget() to go on" if method.retargets else ""
     warnings.warn(
         f"{method.name}: step {clock.step:,} of a run of {clock.steps:,} steps: the schedule has ended, so masks do "
         "not change any more, and learned thresholds can leave their target. Give sparsify_() all optimizer steps of "
-        "the run as steps=, or call sparsifier.retarget() to go on",
+        f"the run as steps={go_on}",
         SparsityWarning,
         stacklevel=3,
     )
@@ -274,7 +297,7 @@ def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
     return f"{name}: the sparsity of the sparsified layers is {has}, the target {wanted}: {_reason(clock, layers)}"
 
 
-def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
+def _reason(clock: Clock, layers: Sequence[Layer]) -> str:
     if clock.step == 0:
         return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
     if clock.steps is not None and clock.step < clock.steps:
@@ -290,6 +313,24 @@ def _reason(clock: Clock, layers: Iterable[Layer]) -> str:
         )
     if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
         return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
+    for layer in layers:
+        last = layer.places[0].parametrizations[-1]  # type: ignore[index]
+        if not isinstance(last, Sparse):
+            return (
+                f"{type(last).__name__} was put on {layer.name!r} after sparsify_() and changes its zeros; densify_() "
+                "the model first, or put it on before sparsify_()"
+            )
+    masked = any(isinstance(layer.parametrization, Masked) for layer in layers)
+    if masked and clock.reduced:
+        return (
+            "layers left the run after these masks were made, so the others keep more than their share; call "
+            "densify_(), and sparsify_() with the target again"
+        )
+    if masked:
+        return (
+            "the masks for it were not made in the steps that were taken; take more of them, since finish() has no "
+            "gradients to rank by"
+        )
     return (
         "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
         "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "

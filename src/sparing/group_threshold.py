@@ -88,7 +88,7 @@ class _GroupSoftThreshold(Operator):
         norm = group_norm(weight, view, dims)
         t = threshold.to(norm.dtype)
         shrunk = weight.reshape(view) * (1 - t / norm)
-        return torch.where(norm > t, shrunk, 0.0).to(weight.dtype).reshape(weight.shape)
+        return torch.where(norm <= t, 0.0, shrunk).to(weight.dtype).reshape(weight.shape)  # NaN stays NaN
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,7 +153,8 @@ class _FeatherThreshold(Operator):
         norm = wide(norm)
         cube = (t.to(norm.dtype) / norm).pow_(3).neg_().add_(1).clamp_min_(0)
         factor = cube.log2_().div_(3).exp2_()  # the cube root; pow(1 / 3) takes longer on a CPU
-        return masked(weight.reshape(view) * factor.to(weight.dtype), norm > t).reshape(weight.shape)
+        active = (norm <= t).logical_not_()  # NaN stays NaN
+        return masked(weight.reshape(view) * factor.to(weight.dtype), active).reshape(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

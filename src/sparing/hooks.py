@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -131,4 +132,5 @@ class StepHooks(ABC):
         """End a step that has begun; does nothing if none has."""
         if self._stepped:
             self._stepped, self._acted, self.uncounted = set(), False, 0
+            parametrize._cache.clear()  # within parametrize.cached() it has the weights of before the step
             self._end_step()

@@ -117,8 +117,11 @@ class Layer:
 
     @property
     def effective_weight(self) -> Tensor:
-        """The effective weight, which the layer multiplies by."""
-        return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
+        """The effective weight, which the layer multiplies by; always that of now, also within parametrize.cached()."""
+        made_by = self.places[0].parametrizations
+        if made_by is None:
+            return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
+        return made_by()  # type: ignore[no-any-return]
 
     @property
     def parametrization(self) -> Sparse:

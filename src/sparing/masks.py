@@ -258,4 +258,4 @@ def random_scores(shape: Sequence[int], device: torch.device, seed: int, *positi
     for part in position:
         mixed = (mixed * 1_000_003 + part + 1) % 2**63
     generator = torch.Generator("cpu").manual_seed(mixed)
-    return torch.rand(tuple(shape), generator=generator, device="cpu").to(device)
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").to(device)

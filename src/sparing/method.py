@@ -151,8 +151,8 @@ class Method(ABC):
         """
         if type(new) is not type(self):
             raise InputError(
-                f"retarget() changes the arguments of {self.name!r}, not the method, to {new.name!r}: call densify_() "
-                "and sparsify_() for that"
+                f"retarget() changes the arguments of {self.name!r}, not the method, to "
+                f"{getattr(new, 'name', new)!r:.200}: call densify_() and sparsify_() for that"
             )
         if not self.retargets:
             raise InputError(

@@ -70,9 +70,17 @@ def holders(optimizer: Any) -> list[Any]:
 
 
 def copying(optimizers: Iterable[Any]) -> str | None:
-    """Return the name of an optimizer or wrapper that keeps a copy of the weights; None if there is none."""
-    names = [type(each).__name__ for optimizer in optimizers for each in chain(optimizer)]
-    return next((name for name in names if any(part in name.lower() for part in _COPYING)), None)
+    """Return the name of an optimizer or wrapper that keeps a copy of the weights; None if there is none.
+
+    An optimizer with a method eval() puts other weights into the model, as schedule-free ones do; accelerate's wrapper
+    only passes the call on.
+    """
+    for optimizer in optimizers:
+        for each in (found := chain(optimizer)):
+            name = type(each).__name__
+            if any(part in name.lower() for part in _COPYING) or (each is found[-1] and hasattr(each, "eval")):
+                return name
+    return None
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:

@@ -53,9 +53,9 @@ def param_groups(
         "no_decay": 0.0,
     }
     for name, decay in decays.items():
-        if not 0 <= decay < math.inf:
+        if not _is_rate(decay):
             raise InputError(f"the weight decay of {name} must be in [0, inf), got {decay!r}")
-    if threshold_lr is not None and not 0 <= threshold_lr < math.inf:
+    if threshold_lr is not None and not _is_rate(threshold_lr):
         raise InputError(f"threshold_lr must be in [0, inf), got {threshold_lr!r}")
     members: dict[tuple[str, float | None], list[nn.Parameter]] = {(name, None): [] for name in decays}
     seen: set[int] = set()
@@ -73,3 +73,11 @@ def param_groups(
         for (name, rate), parameters in members.items()
         if parameters
     ]
+
+
+def _is_rate(value: Any) -> bool:
+    """Return whether a value is a number ≥ 0 that is finite; tensors of one number are."""
+    try:
+        return bool(0 <= value < math.inf)
+    except (TypeError, RuntimeError):
+        return False

@@ -36,6 +36,9 @@ class Clock:
             from model and method, so it is not saved.
         unit: of the goal, "weights" or "MACs".
         stale: set when layers were densified, so that the sparsifier looks for its layers again.
+        last_update: the step of the last update; the end of the run if the plan has no updates, 0 if the method does
+            not act.
+        reduced: whether the target has become that of fewer layers.
     """
 
     method: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +49,8 @@ class Clock:
     goal: int | None = None
     unit: str = "weights"
     stale: bool = False
+    last_update: int = 0
+    reduced: bool = False
 
     def save(self) -> Tensor:
         """Return the clock as bytes of JSON, in a uint8 tensor."""
@@ -156,7 +161,7 @@ class Sparse(RunState):
             if not tensor.is_floating_point():
                 return moved
             narrower = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
-            # From the tensor itself, not from its rounded copy; to_empty() has no values to keep.
+            # From the tensor itself, not from its rounded copy.
             return tensor.to(moved.device) if narrower else moved
 
         if self._source is not None:
@@ -293,6 +298,18 @@ def in_training_step(module: nn.Module) -> bool:
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def warn_evaluation_mode(method: str, parts: Sequence[nn.Module]) -> None:
+    """Warn if the penalty of a method is computed for a training step of modules that are in evaluation mode."""
+    still = sum(not part.training for part in parts)
+    if still and torch.is_grad_enabled():
+        warnings.warn(
+            f"{method}: {still} of {len(parts)} layers are in evaluation mode, where the penalty decides what is "
+            "pruned, and the loss has no part in it: call model.train() before training",
+            SparsityWarning,
+            stacklevel=4,
+        )
 
 
 def straight_through(weight: Tensor, effective: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class RunState(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def tracked(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
+            moved = _moved(fn, tensor)
             self._undefined |= tensor.is_meta and not moved.is_meta
             return moved
 
@@ -293,6 +293,14 @@ def _is_mapped(tensor: Tensor) -> bool:
     return False
 
 
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return what a function of `nn.Module._apply` makes of a tensor, with its values, which to_empty() leaves out."""
+    moved = fn(tensor)
+    if moved is not tensor and not tensor.is_meta and not moved.is_meta:
+        moved.copy_(tensor)
+    return moved
+
+
 def _is_compiled_evaluation() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
@@ -328,7 +336,7 @@ class _Source:
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or convert the sample as the weight will be."""
-        self._index, self._values = fn(self._index), fn(self._values)
+        self._index, self._values = _moved(fn, self._index), _moved(fn, self._values)
 
     def is_averaged(self, weight: Tensor) -> Tensor:
         """Return whether the weight has changed since it was copied."""

@@ -83,16 +83,9 @@ class Sparsifier(StepHooks):
         """A sentence if the method could not act, because optimizer steps were not counted; None otherwise."""
         if self.clock.steps is None or not self.method.acts:
             return None
-        if self.clock.step > 0 and (self.clock.step >= self._last_update or not self.uncounted):
+        if self.clock.step > 0 and (self.clock.step >= self.clock.last_update or not self.uncounted):
             return None
         return describe_uncounted(self.method, self.clock, bool(self.optimizers), self.uncounted)
-
-    @property
-    def _last_update(self) -> int:
-        """The step of the last update; the end of the run if the plan has no updates."""
-        if not hasattr(self.plan, "updates"):
-            return self.clock.steps or 0
-        return 1 if self.plan.updates is None else int(self.plan.updates.end)
 
     def each(self, kind: type[Kind]) -> Iterator[tuple[Layer, Kind]]:
         """Iterate over the layers whose parametrization is of the class `kind`, with that parametrization."""
@@ -202,7 +195,7 @@ class Sparsifier(StepHooks):
         self.drop_lost_layers()
         if not self.layers or self.clock.steps is None or self.clock.step >= self.clock.steps:
             return
-        missing = self._last_update - self.clock.step
+        missing = self.clock.last_update - self.clock.step
         if self.forgotten is None and self.method.finishes and missing > max(self.SKIPPED, self.clock.steps // 10):
             warn_pruned_at_once(self.method, self.clock, missing)
         while self.clock.step < self.clock.steps:
@@ -295,7 +288,7 @@ class Sparsifier(StepHooks):
         if self.layers:
             self.plan = self.method.limited_to(self.layers, self.plan, self.model, self.steps)
             rest = make_clock(self.method, self.plan, self.steps, len(self.layers))
-            self.clock.goal, self.clock.layers = rest.goal, rest.layers
+            self.clock.goal, self.clock.layers, self.clock.reduced = rest.goal, rest.layers, True
             set_costs(self.layers, self.method, self.plan)
 
     def drop_lost_layers(self) -> None:

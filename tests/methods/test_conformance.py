@@ -499,3 +499,21 @@ def test_a_budget_that_leaves_a_layer_empty_warns():
     method = METHODS["gmp"](budget=Budget({"weight": 0.99}))
     with pytest.warns(sparing.SparsityWarning, match=r"no weight in 1 of 1 layers \('weight': sparsity 0.99 of 16"):
         sparing.sparsify_(torch.nn.Linear(4, 4), method, steps=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in SETTINGS),
+        *((name, {"pattern": Block(4)}) for name in ("str_sparsity", "str_feather", "st3")),
+    ],
+)
+def test_a_weight_that_is_nan_is_not_pruned(name, options):
+    """As in a dense model the loss is NaN too, so that nobody trains on a layer of zeros."""
+    run = Run("linear", make(name, **options)).train(3)
+    for layer in run.sparsifier.layers.values():
+        layer.weight.data.fill_(float("nan"))
+    x, _ = batch(run.shape, 3)
+    assert run.model(x).isnan().all()
+    with torch.no_grad():
+        assert run.model.eval()(x).isnan().all()

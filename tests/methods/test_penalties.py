@@ -6,7 +6,7 @@ from harness import batch, build
 from torch.nn import functional as F
 
 import sparing
-from sparing import DST, ContinuousSparsification, VariationalDropout
+from sparing import DST, ContinuousSparsification, SparsityWarning, VariationalDropout
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 
@@ -189,3 +189,13 @@ def test_a_step_without_the_penalty_warns(method):
     training.loss(0, penalty=False).backward()
     with pytest.warns(sparing.SparsityWarning, match="adds a term to the loss, and step 5 was taken without it"):
         training.optimizer.step()
+
+
+@pytest.mark.parametrize("method", [method for method in TERMS if method.name != "dst"], ids=lambda method: method.name)
+def test_training_in_evaluation_mode_is_warned_of(method):
+    training = Training(method, step=0)
+    training.model.eval()
+    with torch.no_grad():
+        training.sparsifier.penalty()  # for a log
+    with pytest.warns(SparsityWarning, match=f"{method.name}: 2 of 2 layers are in evaluation mode, .* model.train"):
+        training.sparsifier.penalty()

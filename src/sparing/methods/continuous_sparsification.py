@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparing.method import Layers, Method, Optimizers, Parametrizations
 from sparing.operators import Operator, apply_operator, save
-from sparing.parametrizations import Sparse, in_training_step, learned_number
+from sparing.parametrizations import Sparse, in_training_step, learned_number, warn_evaluation_mode
 from sparing.schedules import to_step
 from sparing.sparsifier import Sparsifier
 
@@ -118,6 +118,7 @@ class ContinuousSparsification(Method):
 
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         parts = [part for _, part in sparsifier.each(SigmoidMask)]
+        warn_evaluation_mode(self.name, parts)
         sums = [apply_operator(_SigmoidMask, None, part.m, part.temperature, None, 1.0).sum() for part in parts]
         return self.weight * torch.stack(sums).sum()
 

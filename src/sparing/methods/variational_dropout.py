@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sparing.method import Layers, Method, Parametrizations
 from sparing.operators import Operator, apply_operator, save
-from sparing.parametrizations import Sparse, in_training_step, learned_number
+from sparing.parametrizations import Sparse, in_training_step, learned_number, warn_evaluation_mode
 from sparing.schedules import Updates, check_positions
 from sparing.sparsifier import Sparsifier
 
@@ -47,7 +47,7 @@ class GaussianNoise(Sparse):
     def forward(self, weight: Tensor) -> Tensor:
         # Reading the weight without recording gradients (a count, densify_) gives it without noise.
         if not in_training_step(self):
-            return torch.where(_log_alpha(weight, self.log_sigma2) < self.cut, weight, 0.0)
+            return torch.where(_log_alpha(weight, self.log_sigma2) >= self.cut, 0.0, weight)  # NaN stays NaN
         return apply_operator(_Noise, weight, self.log_sigma2, torch.randn_like(self.log_sigma2))
 
 
@@ -148,7 +148,8 @@ class VariationalDropout(Method):
     def penalty(self, sparsifier: Sparsifier) -> Tensor:
         begin, end = sparsifier.plan.begin, sparsifier.plan.end
         ramp = min(max((sparsifier.step - begin) / max(end - begin, 1), 0.0), 1.0)
-        parts = sparsifier.each(GaussianNoise)
-        divergences = [apply_operator(_Divergence, layer.weight, part.log_sigma2).sum() for layer, part in parts]
+        pairs = list(sparsifier.each(GaussianNoise))
+        warn_evaluation_mode(self.name, [part for _, part in pairs])
+        divergences = [apply_operator(_Divergence, layer.weight, part.log_sigma2).sum() for layer, part in pairs]
         total: Tensor = self.kl_weight * ramp * torch.stack(divergences).sum()
         return total
