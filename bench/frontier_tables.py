@@ -127,14 +127,14 @@ def equal_macs_table():
         shares = {entry["asked"]: entry["macs"] / entry["dense_macs"] for entry in entries}
         runs = {name: [found.get((name, asked), []) for asked in sorted(shares)] for name in EQUAL_MACS}
         runs = {name: groups for name, groups in runs.items() if any(groups)}
-        ours = runs.get("str_feather_macs", [])
         tables = {
             "test accuracy, %": {EQUAL_MACS[name]: _means(groups, "accuracy") for name, groups in runs.items()},
             "sparsity, %": {EQUAL_MACS[name]: _means(groups, "sparsity") for name, groups in runs.items()},
             "differences, points": {
-                f"STR-Feather − {EQUAL_MACS[name]}": list(map(points_apart, ours, groups))
-                for name, groups in runs.items()
-                if groups is not ours
+                f"{EQUAL_MACS[learned]} − {EQUAL_MACS[name]}": list(map(points_apart, runs[learned], runs[name]))
+                for learned in ("str_macs", "str_feather_macs")
+                for name in ("feather_macs", "st3_macs")
+                if learned in runs and name in runs
             },
         }
         columns = [f"{100 * shares[asked]:.0f} % of the MACs" for asked in sorted(shares)]

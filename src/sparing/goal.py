@@ -206,7 +206,7 @@ def warn_forgotten(model: nn.Module) -> None:
 def _warn_copied(model: nn.Module, layers: Iterable[Layer]) -> None:
     """Warn if a copy of a model was trained alone, without its sparsifier."""
     parts = [layer.parametrization for layer in layers if _has_grad(layer)]
-    clocks = {id(part.clock): part.clock for part in parts if not part.sparsifier}  # type: ignore[union-attr]
+    clocks = {id(part.clock): part.clock for part in parts if not part.sparsifier}
     for clock in clocks.values():
         if clock is not None and clock.step < clock.last_update and not missed_targets(model, clock):
             warnings.warn(
