@@ -117,9 +117,13 @@ class Layer:
 
     @property
     def effective_weight(self) -> Tensor:
-        """The effective weight, which the layer multiplies by; always that of now, also within parametrize.cached()."""
+        """The effective weight, which the layer multiplies by.
+
+        Within `parametrize.cached()` it is the tensor that the model uses, unless gradients are off: to read it for a
+        count would leave a tensor without gradients to the forward pass.
+        """
         made_by = self.places[0].parametrizations
-        if made_by is None:
+        if made_by is None or torch.is_grad_enabled():
             return getattr(self.module, self.places[0].tensor_name)  # type: ignore[no-any-return]
         return made_by()  # type: ignore[no-any-return]
 
