@@ -123,6 +123,8 @@ def equal_macs_table():
     rows = []
     for folder in sorted(RESULTS.glob("[cg]pu/*/")):
         found = grouped(folder, "variant", "asked", pattern="*_macs-*.json")
+        if not found:  # a folder of another study
+            continue
         entries = [entry for group in found.values() for entry in group]
         shares = {entry["asked"]: entry["macs"] / entry["dense_macs"] for entry in entries}
         runs = {name: [found.get((name, asked), []) for asked in sorted(shares)] for name in EQUAL_MACS}
