@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from numbers import Integral
+from pickle import PicklingError
 from typing import Any
 
 
@@ -12,6 +13,10 @@ class InputError(ValueError):
     The message names the value, where it was found and the valid choices. The command line prints the
     message on one line and exits with status 2.
     """
+
+
+class UnpicklableError(InputError, PicklingError):
+    """An object that cannot be pickled. Lightning and torch try to pickle objects, and expect a PicklingError."""
 
 
 class CheckpointError(InputError):
