@@ -8,6 +8,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,28 @@ IMAGE = (1, 3, 224, 224)
 def meta(function, *args, **kwargs):
     with torch.device("meta"):
         return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *((name, {"num_classes": 0}, "num_classes must be an integer >= 1, got 0") for name in sparing.models.MODELS),
+        ("resnet8", {"width": 0}, "resnet8: width must be an integer >= 1, got 0"),
+        ("resnet20", {"in_channels": True}, "resnet20: in_channels must be an integer >= 1, got True"),
+        ("resnet20", {"stem_stride": 0}, "resnet20: stem_stride must be an integer >= 1, got 0"),
+        ("lenet_300_100", {"in_channels": -1}, "lenet_300_100: in_channels must be an integer >= 1, got -1"),
+        ("mobilenet_v1", {"width": 0.01}, "mobilenet_v1: width must be a number >= 1/32, .* got 0.01"),
+        ("mobilenet_v1", {"width": math.nan}, "mobilenet_v1: width must be a number >= 1/32, .* got nan"),
+        ("mobilenet_v1", {"width": "1"}, "mobilenet_v1: width must be a number >= 1/32, .* got '1'"),
+    ],
+)
+def test_models_of_no_size_are_refused(name, arguments, message):
+    with pytest.raises(InputError, match=message):
+        meta(sparing.models.MODELS[name], **arguments)
+
+
+def test_sizes_of_numpy_are_sizes():
+    assert meta(sparing.models.resnet8, num_classes=np.int64(3)).fc.out_features == 3
 
 
 def test_resnet50_is_the_papers():

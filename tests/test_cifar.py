@@ -6,6 +6,8 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sparing import InputError, SparsityWarning
 from sparing.data import DATASETS
@@ -89,6 +91,61 @@ def test_decoded_images_are_cached_until_the_archive_changes(tmp_path, monkeypat
     (tmp_path / "a.tar.xz.safetensors").write_bytes(b"damaged")
     assert cifar10_jpeg(str(archive)).size("test") == 20
     assert cifar10_jpeg(str(archive), shift=0, flip=False).shift == 0
+
+
+def forge_cache(path, forge):
+    """Change the tensors of a cache file and keep its key."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(forge(load_file(path)), path, metadata)
+
+
+@pytest.fixture
+def _no_checksum(monkeypatch):
+    """The checksum of a cache file that is forged with care is right."""
+    monkeypatch.setattr("sparing.data.cache.checksum", lambda key, tensors: repr(key))
+
+
+def flip(name):
+    """Return a function that changes one number of a tensor, so that its shape and range stay."""
+
+    def change(found):
+        flat = found[name].flatten()
+        return found | {name: torch.cat([1 - flat[:1], flat[1:]]).view(found[name].shape)}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda found: {"train.pixels": found["train.pixels"]},
+        lambda found: found | {"train.pixels": found["train.pixels"].float()},
+        lambda found: found | {"train.pixels": found["train.pixels"][1:].clone()},
+        lambda found: found | {"train.labels": found["train.labels"] - 1},
+        lambda found: found | {"train.labels": found["train.labels"] + 1},
+        lambda found: found | {"train.labels": found["train.labels"].double()},
+        lambda found: found | {"train.labels": found["train.labels"][None]},
+        lambda found: found | {"test.pixels": torch.empty(0), "test.labels": torch.empty(0).long()},
+    ],
+)
+@pytest.mark.usefixtures("_no_checksum")
+def test_a_forged_cache_of_images_is_written_again(tmp_path, forge):
+    archive, cache = write_archive(tmp_path / "a.tar"), tmp_path / "a.tar.safetensors"
+    cifar10_jpeg(str(archive))
+    right = cache.read_bytes()
+    forge_cache(cache, forge)
+    cifar10_jpeg(str(archive))
+    assert cache.read_bytes() == right
+
+
+def test_a_cache_with_one_wrong_pixel_is_written_again(tmp_path):
+    archive, cache = write_archive(tmp_path / "a.tar"), tmp_path / "a.tar.safetensors"
+    cifar10_jpeg(str(archive))
+    right = cache.read_bytes()
+    forge_cache(cache, flip("test.pixels"))
+    cifar10_jpeg(str(archive))
+    assert cache.read_bytes() == right
 
 
 def test_cifar10_jpeg_works_if_the_cache_cannot_be_written(tmp_path):

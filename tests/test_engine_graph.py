@@ -1319,7 +1319,7 @@ def test_copies_moves_and_modes():
     for wrong in (engine.half, engine.double, engine.train, engine.requires_grad_, lambda: engine.to("meta")):
         with pytest.raises(sparing.InputError, match="the engine"):
             wrong()
-    with pytest.raises(sparing.InputError, match="write it with sparing.engine.save"):
+    with pytest.raises(pickle.PicklingError, match="write it with sparing.engine.save"):
         pickle.dumps(engine)
 
 

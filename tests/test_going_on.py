@@ -348,7 +348,7 @@ def test_a_merge_takes_other_dtypes_other_names_and_a_copy_keeps_its_masks():
         (None, [torch.ones(16, 48)], r"delta has shape \(16, 48\), the weight \(48, 16\)"),
         (None, [torch.ones(48, 16, dtype=torch.int8)], "must be floating point, got torch.float32 and torch.int8"),
         (None, [3.0], "must be floating point, got torch.float32 and 3.0"),
-        (None, [torch.full((48, 16), torch.nan)], "delta holds values that are NaN"),
+        (None, [torch.full((48, 16), torch.nan)], "delta holds 768 values that are NaN or infinite, of 768"),
         (None, [torch.ones(48, 16), "kernel"], "'kernel' of Linear is no parameter of its own"),
         (nn.utils.parametrizations.weight_norm, [torch.ones(48, 16)], "'weight' of .*Linear is no parameter"),
         (nn.Linear.half, [torch.ones(48, 16).long()], "must be floating point, got torch.float16 and torch.int64"),

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "integrations": {"errors", "files", "layers", "method", "report", "select", "sparsifier", "sparsify"},
     "plots": {"report"},
     "rnn": {"errors", "layers", "operators", "register", "select", "sparsify"},
-    "models": {"rnn"},
+    "models": {"errors", "rnn"},
     "data": {"errors", "files"},
     "export": {"errors", "files", "layers", "macs", "models", "rnn", "select", "sparsify", "threshold"},
     "engine": {"errors", "export", "files"},

@@ -249,6 +249,38 @@ def test_lightning_goes_on_with_a_densified_module(lightning, tmp_path):
     assert (module.model[0].weight[zeros] == 0).all()
 
 
+def fit_after(lightning, folder, name, *finders):
+    """Fit a module that has a loader of its own, after these callbacks."""
+    from sparing.integrations.lightning import SparsityCallback
+
+    module, callback = lightning_module(lightning), SparsityCallback(METHODS[name])
+    module.lr, module.batch_size = 0.01, 8
+    module.train_dataloader = lambda: DataLoader(batches(), module.batch_size)
+    run = lightning.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=False, callbacks=[callback, *finders], max_epochs=2,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsityWarning)
+        run.fit(module)
+    assert callback.sparsifier.step == callback.sparsifier.steps == 2 * STEPS
+    return module
+
+
+@each_method
+def test_the_trial_steps_of_a_learning_rate_finder_are_undone(name, lightning, tmp_path):
+    finder = lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=30, update_attr=False)
+    assert_same_run(*(fit_after(lightning, tmp_path, name, *finders) for finders in ([], [finder])))
+
+
+def test_a_batch_size_finder_that_changes_the_length_is_refused(lightning, tmp_path):
+    finder = lightning.pytorch.callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=2)
+    with pytest.raises(
+        InputError, match=r"run has .* optimizer steps, and had .* when the module was sparsified: find"
+    ):
+        fit_after(lightning, tmp_path, "gmp", finder)
+
+
 def test_lightning_needs_a_length(lightning, tmp_path):
     from sparing.integrations.lightning import SparsityCallback
 

@@ -28,7 +28,7 @@ scores = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 3.0]), min_size=1, max_
 
 
 def functions(tensors):
-    return [lambda tensor=tensor: tensor for tensor in tensors]
+    return {f"layer{index}": lambda tensor=tensor: tensor for index, tensor in enumerate(tensors)}
 
 
 @st.composite
@@ -62,7 +62,7 @@ def test_the_global_threshold_is_that_of_a_sort_however_much_is_selected_at_once
         kept = keep_top_together(functions(tensors), count)
     assert threshold == ranked[count]
     assert threshold.dtype == tensors[0].dtype
-    flat = torch.cat(kept)
+    flat = torch.cat(list(kept.values()))
     assert int(flat.sum()) == count
     assert torch.equal(torch.cat(tensors)[flat].sort(descending=True).values, ranked[:count])
     # Among equal scores the first ones.
@@ -81,13 +81,12 @@ def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tenso
     def cost_above(threshold):
         return sum(cost * int((each > threshold).sum()) for cost, each in zip(costs, scores, strict=True))
 
-    threshold = affordable_threshold(scores, costs, budget)
+    named = {str(index): each for index, each in enumerate(scores)}
+    threshold = affordable_threshold(named, dict(zip(named, costs, strict=True)), budget)
     assert cost_above(threshold) <= budget
     lower = torch.cat([each[each <= threshold] for each in scores])
     if threshold > 0:  # with the largest of the scores below, and those equal to it, it would cost more
         assert cost_above(torch.nextafter(lower.amax(), lower.new_zeros(()))) > budget
-    with pytest.raises(InputError, match="1 scores are NaN or infinite: .*; lower the learning rate"):
-        affordable_threshold([*scores, torch.tensor([torch.nan]).to(scores[0].dtype)], [*costs, 1], budget)
 
 
 @pytest.mark.parametrize("few", [masks.FEW, 100])
@@ -95,9 +94,77 @@ def test_the_affordable_threshold_is_the_smallest_that_the_budget_pays_for(tenso
 def test_scores_that_are_nan_are_refused(nan, few):
     tensor = torch.randn(1000)
     tensor[:nan] = torch.nan
-    message = f"^{nan} of 1000 scores are NaN: .*; lower the learning rate"
+    message = rf"^{nan} of 1000 scores are NaN, the first at index \(0,\): .*; lower the learning rate"
     with mock.patch.object(masks, "FEW", few), pytest.raises(InputError, match=message):
-        keep_top(tensor[torch.randperm(1000)], 500)
+        keep_top(tensor, 500)
+
+
+def test_scores_that_are_nan_are_refused_with_their_layers_and_the_first_position():
+    wrong, right = torch.zeros(2, 3), torch.ones(2)
+    wrong[1, 1:] = torch.nan
+    message = r"^layer 'layer1': 2 of 6 scores are NaN, the first at index \(1, 1\), and some in 'layer3': "
+    for select in (keep_top_together, global_threshold):
+        with pytest.raises(InputError, match=message):
+            select(functions([right, wrong, right, wrong]), 3)
+    with pytest.raises(InputError, match=r"^layer 'b': 1 of 2 scores are NaN or infinite, the first at index \(1,\): "):
+        affordable_threshold({"a": right, "b": torch.tensor([1.0, torch.inf])}, {"a": 1, "b": 2}, 3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        sparing.GMP(sparsity=0.5, begin=0, budget="uniform", every=1),
+        sparing.GMP(sparsity=0.5, begin=0, budget="global", every=1),
+        sparing.GMP(sparsity=0.5, begin=0, budget="global", every=1, pattern=sparing.Filters()),  # of two sizes
+        sparing.GMP(begin=0, every=1, pattern=sparing.NM(2, 4)),
+        sparing.SET(sparsity=0.5, every=1),
+        sparing.SNFS(sparsity=0.5, every=1),
+        sparing.Spartan(sparsity=0.5, budget="uniform", every=1),
+        sparing.Feather(macs=0.5, input_size=(1, 8), every=1),
+    ],
+    ids=lambda method: f"{method.name}-{method.pattern}",
+)
+def test_weights_that_are_nan_are_refused_with_the_layer(method):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparing.sparsify_(model, method, steps=8)
+    sparsifier.attach(optimizer)
+    with torch.no_grad():
+        sparsifier.layers["2"].weight.fill_(torch.nan)
+    model(torch.ones(1, 8)).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    with pytest.raises(InputError, match=r"layer '2': \d+ of \d+ scores are NaN"):
+        optimizer.step()
+
+
+def test_momentum_that_is_infinite_is_refused_with_the_layer():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    sparsifier = sparing.sparsify_(model, sparing.SNFS(sparsity=0.5, every=1), steps=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier.attach(optimizer)
+    model(torch.full((1, 8), 1e38)).sum().backward()
+    sparsifier.layers["2"].weight.grad[0, 0] = torch.inf
+    with pytest.raises(
+        InputError, match=r"layer '2': 1 of 128 scores are NaN or infinite, the first at index \(0, 0\)"
+    ):
+        optimizer.step()
+
+
+def test_a_weight_that_is_nan_stays_under_dsr():
+    """Pruned, it would hide that the model has diverged."""
+    layer = nn.Linear(8, 16)
+    sparsifier = sparing.sparsify_(layer, sparing.DSR(sparsity=0.5, every=1), steps=8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    row, column = sparsifier.layers["weight"].parametrization.mask.nonzero()[0].tolist()
+    with torch.no_grad():
+        sparsifier.layers["weight"].weight[row, column] = torch.nan
+    layer(torch.ones(1, 8)).sum().backward()
+    layer.zero_grad()
+    layer.parametrizations.weight.original.grad = torch.zeros(16, 8)
+    optimizer.step()
+    assert layer.weight.isnan()[row, column]
 
 
 def test_all_scores_are_the_zero_threshold():
@@ -138,7 +205,8 @@ def test_keep_top_refuses_a_count_out_of_range(count):
 
 def test_meta_scores_give_masks_of_their_shapes():
     kept = keep_top_together(functions([torch.empty(2, 3, device="meta")]), 2)
-    assert (kept[0].shape, kept[0].dtype, kept[0].is_meta) == ((2, 3), torch.bool, True)
+    kept = kept["layer0"]
+    assert (kept.shape, kept.dtype, kept.is_meta) == ((2, 3), torch.bool, True)
 
 
 @laws

@@ -11,8 +11,10 @@ from torch import nn
 
 import sparing
 from sparing import STR, InputError, SparsityWarning
+from sparing.models import fastgrnn
 from sparing.rnn import (
     GATES,
+    Diagonal,
     FastGRNN,
     FastGRNNCell,
     LowRankLinear,
@@ -505,6 +507,13 @@ REFUSED = {
     "a gate": (lambda: FastGRNNCell(3, 4, gate="sigmoyd"), "did you mean 'sigmoid'"),
     "an update": (lambda: FastGRNNCell(3, 4, update="gelu"), "unknown activation update='gelu'"),
     "no size": (lambda: FastGRNNCell(3, 0), "hidden_size must be an integer >= 1, got 0"),
+    "no input": (lambda: LowRankLinear(0, 4), "LowRankLinear: in_features must be an integer >= 1, got 0"),
+    "no output": (lambda: LowRankLinear(4, -1), "LowRankLinear: out_features must be an integer >= 1, got -1"),
+    "half a size": (lambda: LowRankLinear(4.5, 4, learned_rank=True), "in_features must be an integer >= 1, got 4.5"),
+    "size as text": (lambda: FastGRNN("3", 4), "FastGRNN: input_size must be an integer >= 1, got '3'"),
+    "a diagonal of integers": (lambda: Diagonal(torch.ones(3, dtype=int)), "values must be .* got torch.int64"),
+    "a diagonal of a list": (lambda: Diagonal([1.0]), r"values must be .* got \[1.0\]"),
+    "no classes": (lambda: fastgrnn(num_classes=0), "fastgrnn: num_classes must be an integer >= 1, got 0"),
     "no steps": (lambda: FastGRNN(3, 4)(torch.zeros(2, 0, 3)), "steps >= 1"),
     "features": (lambda: FastGRNN(3, 4)(torch.zeros(2, 5, 4)), r"\(2, 5, 4\)"),
     "length zero": (

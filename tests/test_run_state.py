@@ -315,15 +315,22 @@ def test_an_average_of_the_masks_of_another_model_is_refused():
     loop = Loop(METHODS["gmp"])
     key = "0.parametrizations.weight.0.mask"
     state = {**loop.model.state_dict(), key: torch.full((16, 10), 0.5)}
-    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+    with pytest.raises(
+        InputError, match=f"{key} is an average of masks.*: 160 of 160 weights are .*; at 0 all of them"
+    ):
         loop.model.load_state_dict(state)  # nothing was trained
     loop.step()
     state = {**loop.model.state_dict(), key: torch.full((16, 10), 0.5)}
     loop.model.load_state_dict(state)
-    state[key][loop.model.state_dict()[key]] = 0.0
-    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+    mask = loop.model.state_dict()[key]
+    state[key][mask], active = 0.0, int(mask.sum())
+    with pytest.raises(
+        InputError, match=f"{key} is an .*: {160 - active} of 160 weights are .*; at {active} all of them differ"
+    ):
         loop.model.load_state_dict(state)
-    with pytest.raises(InputError, match=f"{key} is an average of masks"):
+    with pytest.raises(
+        InputError, match=f"{key} is an average .*: {160 - active} of 160 weights are active in a part of them. Load"
+    ):
         Loop(METHODS["gmp"]).model.to("meta").load_state_dict(state, assign=True)
 
 

@@ -21,6 +21,8 @@ from sparing.rnn import ranks
 from sparing.run.recipe import Recipe, load_recipe
 from sparing.run.run import Run
 from sparing.run.training import train_run
+from test_cifar import _no_checksum as _no_checksum
+from test_cifar import flip, forge_cache
 from tolerance import tolerance
 
 ROOT = Path(__file__).parent.parent
@@ -326,6 +328,48 @@ def test_the_cache_is_computed_again_if_it_is_damaged_or_the_files_change(tmp_pa
     write_wav(root / "recordings" / "0_ann_0.wav", tone(900, 300, 8000), 8_000)
     assert not torch.equal(spoken_digits(str(root), cache=str(cache)).test.values[0], first.test.values[0])
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda found: {name: found[name] for name in found if name != "train.lengths"},
+        lambda found: found | {"train.values": found["train.values"].double()},
+        lambda found: found | {"train.values": found["train.values"][1:].clone()},
+        lambda found: found | {"train.values": found["train.values"][..., 1:].clone()},
+        lambda found: found | {"train.lengths": found["train.lengths"] + 1},
+        lambda found: found | {"train.lengths": found["train.lengths"] - 1000},
+        lambda found: found | {"train.lengths": found["train.lengths"].float()},
+        lambda found: found | {"train.lengths": found["train.lengths"][1:].clone()},
+    ],
+)
+@pytest.mark.usefixtures("_no_checksum")
+def test_a_forged_cache_of_spectrograms_is_written_again(tmp_path, forge):
+    pytest.importorskip("kaldi_native_fbank")
+    root, cache = make_digits(tmp_path), tmp_path / "kept.safetensors"
+    spoken_digits(str(root), cache=str(cache))
+    right = cache.read_bytes()
+    forge_cache(cache, forge)
+    spoken_digits(str(root), cache=str(cache))
+    assert cache.read_bytes() == right
+
+
+def test_a_cache_with_one_wrong_number_is_written_again(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    root, cache = make_digits(tmp_path), tmp_path / "kept.safetensors"
+    spoken_digits(str(root), cache=str(cache))
+    right = cache.read_bytes()
+    forge_cache(cache, flip("test.values"))
+    spoken_digits(str(root), cache=str(cache))
+    assert cache.read_bytes() == right
+
+
+def test_a_recording_of_the_same_size_is_computed_again(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    root, cache = make_digits(tmp_path), tmp_path / "kept.safetensors"
+    first, path = spoken_digits(str(root), cache=str(cache)), root / "recordings" / "0_ann_0.wav"
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+    assert not torch.equal(spoken_digits(str(root), cache=str(cache)).test.values[0], first.test.values[0])
 
 
 def test_a_cache_that_cannot_be_written_warns(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -149,6 +150,18 @@ def test_densify_does_not_change_a_dense_model():
     model, x = small()
     expected = model(x)
     assert torch.equal(sparing.densify_(model)(x), expected)
+
+
+@pytest.mark.parametrize("copies", [pickle.dumps, copy.copy, lambda model: torch.save(model, io.BytesIO())])
+@pytest.mark.parametrize("change", [lambda model: sparing.sparsify_(model, HALF), sparing.rnn.factorize_])
+def test_pickling_says_what_to_do(copies, change):
+    """It raises a PicklingError, which libraries that try it expect."""
+    layer = nn.Linear(8, 4)
+    change(layer)
+    with pytest.raises(InputError, match=r"a sparsified or factorized Linear .*save model.state_dict\(\)") as error:
+        copies(layer)
+    assert isinstance(error.value, pickle.PicklingError)
+    copies(sparing.rnn.compact_(copy.deepcopy(layer)))
 
 
 def test_a_deepcopy_is_independent_and_either_can_be_densified(case):

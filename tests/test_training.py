@@ -24,7 +24,7 @@ from sparing.run.distributed import Ranks
 from sparing.run.evaluate import evaluate
 from sparing.run.log import RunLog, read_history
 from sparing.run.loop import backward
-from sparing.run.progress import is_better
+from sparing.run.progress import check_finite, is_better
 from sparing.run.recipe import Recipe
 from sparing.run.resolve import resolve
 from sparing.run.run import Run
@@ -197,7 +197,7 @@ def test_an_existing_directory_is_never_overwritten(finished, tmp_path):
         ({"model": {"name": "resnet18"}}, "takes images of 3 channels; the data has 1"),
         ({"model": {"name": "resnet8", "num_classes": 5}}, "'num_classes' follows from the data"),
         ({"model": {"name": "resnet8", "in_channels": 3}}, "'in_channels' follows from the data"),
-        ({"model": {"name": "resnet8", "width": 0}}, "has no weights"),
+        ({"model": {"name": "resnet8", "width": 0}}, "width must be an integer >= 1, got 0"),
         ({"device": "meta"}, "device 'meta' cannot be used"),
     ],
 )
@@ -218,6 +218,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     with pytest.raises(InputError, match=r"the loss became (nan|inf) in epoch 2: lower optimizer.lr"):
         train_run(dense, out, resume=True)
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["weight", "momentum_buffer"])
+def test_a_weight_or_momentum_that_is_not_finite_is_named(where):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    check_finite(Ranks(torch.device("cpu")), 0.0, model, optimizer, "epoch 1")
+    weight = model[0].weight
+    (weight.data if where == "weight" else optimizer.state[weight][where])[0, 0] = torch.inf
+    name = "'0.weight'" if where == "weight" else "'momentum_buffer of 0.weight'"
+    with pytest.raises(InputError, match=f"^{name} became NaN or infinite in epoch 1"):
+        check_finite(Ranks(torch.device("cpu")), 0.0, model, optimizer, "epoch 1")
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def test_files_that_are_no_regular_files_raise(tmp_path):
         with pytest.raises(InputError, match="not a regular file|no such file"):
             read(pipe)
     with pytest.warns(SparsityWarning, match="not a regular file"):
-        assert cached(pipe, "key", lambda: {"x": torch.ones(1)}) == {"x": torch.ones(1)}
+        assert cached(pipe, "key", lambda: {"x": torch.ones(1)}, bool) == {"x": torch.ones(1)}
     for target, read in (("b.json", Budget.load), ("b.bin", _read_binary)):
         (tmp_path / target).symlink_to("/dev/zero")
         with pytest.raises(InputError, match="not a regular file|size of 0 bytes"):

@@ -16,6 +16,7 @@ from sparing.macs_target import COST_POWER, dense_cost
 from sparing.masks import (
     Scores,
     affordable_threshold,
+    check_scores,
     count_kept,
     global_threshold,
     keep_top_together,
@@ -149,7 +150,7 @@ class Allocation:
         if isinstance(kept, int):
             chosen = self._together(scores, kept)
         else:
-            chosen = {name: self.units[name].keep_top(each(), kept[name]) for name, each in scores.items()}
+            chosen = {name: self.units[name].keep_top(each(), kept[name], name) for name, each in scores.items()}
         return {name: _like(self.layers[name].weight, self.units[name].expand(mask)) for name, mask in chosen.items()}
 
     @torch.no_grad()
@@ -162,10 +163,10 @@ class Allocation:
         """
         kept, scores = self.at(progress), self._scores(score)
         if not isinstance(kept, int):
-            return {name: global_threshold([each], kept[name]) for name, each in scores.items()}
+            return {name: global_threshold({name: each}, kept[name]) for name, each in scores.items()}
         costs = set(self.unit_costs.values())
         if len(costs) == 1:
-            return dict.fromkeys(scores, global_threshold(list(scores.values()), kept // costs.pop()))
+            return dict.fromkeys(scores, global_threshold(scores, kept // costs.pop()))
         masks = self._together(scores, kept)
         left_out = {name: each().masked_fill(masks[name], 0).amax() for name, each in scores.items()}
         if self.costs is not None:  # each layer has its own
@@ -178,25 +179,23 @@ class Allocation:
     def _together(self, scores: Mapping[str, Scores], kept: int) -> dict[str, Tensor]:
         costs = self.unit_costs
         if len(set(costs.values())) == 1:
-            masks = keep_top_together(list(scores.values()), kept // next(iter(costs.values())))
-            return dict(zip(scores, masks, strict=True))
+            return keep_top_together(scores, kept // next(iter(costs.values())))
         # In the order of their scores, as many as fit.
-        values = [each() for each in scores.values()]
-        if values[0].is_meta:
-            return {name: torch.ones_like(value, dtype=torch.bool) for name, value in zip(scores, values, strict=True)}
+        values = {name: each() for name, each in scores.items()}
+        if any(value.is_meta for value in values.values()):
+            return {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
         if self.costs is not None:  # the smallest threshold above which the units cost no more than that
-            worth = [(costs[name] / self.units[name].weights) ** -COST_POWER for name in scores]
-            values = [wide(value) * each for value, each in zip(values, worth, strict=True)]
-            threshold = affordable_threshold(values, list(costs.values()), kept)
-            return {name: value > threshold for name, value in zip(scores, values, strict=True)}
-        weights = torch.cat(
-            [torch.full_like(v, costs[n], dtype=torch.int64).flatten() for n, v in zip(scores, values, strict=True)]
-        )
-        order = torch.cat([value.flatten() for value in values]).argsort(descending=True, stable=True)
+            worth = {name: (costs[name] / self.units[name].weights) ** -COST_POWER for name in scores}
+            values = {name: wide(value) * worth[name] for name, value in values.items()}
+            threshold = affordable_threshold(values, costs, kept)
+            return {name: value > threshold for name, value in values.items()}
+        check_scores({name: value.detach for name, value in values.items()})
+        weights = torch.cat([torch.full_like(v, costs[n], dtype=torch.int64).flatten() for n, v in values.items()])
+        order = torch.cat([value.flatten() for value in values.values()]).argsort(descending=True, stable=True)
         fits = torch.empty_like(order, dtype=torch.bool)
         fits[order] = weights[order].cumsum(0) <= kept
-        split = fits.split([value.numel() for value in values])
-        return {name: part.reshape(value.shape) for name, part, value in zip(scores, split, values, strict=True)}
+        split = fits.split([value.numel() for value in values.values()])
+        return {name: part.reshape(values[name].shape) for name, part in zip(values, split, strict=True)}
 
 
 def _like(weight: Tensor, mask: Tensor) -> Tensor:

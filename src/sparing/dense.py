@@ -196,8 +196,8 @@ def merge_(module: nn.Module, delta: Tensor, tensor_name: str = "weight") -> flo
             f"merge_(): delta has shape {tuple(delta.shape)}, the weight {tuple(weight.shape)}; give the product of "
             "the low-rank factors"
         )
-    if not bool(torch.isfinite(delta).all()):
-        raise InputError("merge_(): delta holds values that are NaN or infinite")
+    if bad := delta.numel() - int(torch.isfinite(delta).sum()):
+        raise InputError(f"merge_(): delta holds {bad} values that are NaN or infinite, of {delta.numel()}")
     delta = delta.to(weight.device, torch.promote_types(delta.dtype, torch.float32))
     update = torch.where(getattr(module, tensor_name) != 0, delta, 0.0)
     weight.add_(update)

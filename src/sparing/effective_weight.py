@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, UnpicklableError
 
 _VIEWS = (
     "__getitem__", "as_strided", "chunk", "diagonal", "dsplit", "expand", "expand_as", "flatten", "hsplit", "movedim",
@@ -114,6 +114,15 @@ def refuse_write(tensor: Tensor, what: str) -> NoReturn:
         "computed anew at every use: initialize weights before sparsify_(), call densify_() first, or change the dense "
         "weight, sparing.sparse_layers(model)[name].weight. sparing.merge_() adds an update of low rank, and "
         "load_dense_state_dict() loads a checkpoint"
+    )
+
+
+def refuse_pickling(module: nn.Module) -> NoReturn:
+    """Raise the error for pickling a module whose class torch has replaced by one of its own."""
+    raise UnpicklableError(
+        f"a sparsified or factorized {type(module).__bases__[0].__name__} cannot be pickled, as torch.save(model), "
+        "copy.copy() and the start of another process do: save model.state_dict(), or call sparing.densify_(model) or "
+        "sparing.rnn.compact_(model) first"
     )
 
 

@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from pickle import PicklingError
+from typing import Any
 
 
 class InputError(ValueError):
@@ -10,6 +13,10 @@ class InputError(ValueError):
     The message names the value, where it was found and the valid choices. The command line prints the
     message on one line and exits with status 2.
     """
+
+
+class UnpicklableError(InputError, PicklingError):
+    """An object that cannot be pickled. Lightning and torch try to pickle objects, and expect a PicklingError."""
 
 
 class CheckpointError(InputError):
@@ -22,6 +29,20 @@ class SparsityWarning(UserWarning):
     Examples: all weights of a layer are pruned, so that it receives no gradient; the settings of a run
     cannot prune any weight; a training image cannot be read and another one is used in its place.
     """
+
+
+def check_sizes(where: str, **sizes: Any) -> None:
+    """Check that sizes, such as numbers of features, are integers of at least 1.
+
+    Raises:
+        InputError: one is not.
+
+    Examples:
+        >>> check_sizes("LowRankLinear", in_features=4, out_features=2)
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+            raise InputError(f"{where}: {name} must be an integer >= 1, got {size!r:.200}")
 
 
 def listed(names: Iterable[str], most: int) -> str:

@@ -113,11 +113,12 @@ class MaskUpdate(Generic[Kind]):
 
     def largest(self, count: int) -> Tensor:
         """Return a mask of the `count` active units of largest norm."""
-        return keep_top(self.norm().masked_fill(~self.active, -1), count)
+        return keep_top(self.norm().masked_fill(~self.active, -1), count, self.layer.name)
 
     def prune_and_regrow(self, share: float, scores: Tensor, optimizers: Optimizers) -> None:
         """Prune a share of the active units, those of smallest norm, and regrow as many of the largest score."""
-        self.replace(prune_and_regrow(self.active, self.norm(), scores, int(share * self.count)), optimizers)
+        count = int(share * self.count)
+        self.replace(prune_and_regrow(self.active, self.norm(), scores, count, self.layer.name), optimizers)
 
     @torch.no_grad()
     def replace(self, chosen: Tensor, optimizers: Optimizers) -> None:

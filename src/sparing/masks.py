@@ -4,13 +4,13 @@ A mask keeps exactly the count that is asked for, ties included. Selection over 
 scores of one layer in memory at a time, not of all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import floor
 
 import torch
 from torch import Tensor
 
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 
 Scores = Callable[[], Tensor]
 """Computes the scores of one layer, of any shape; it is called several times."""
@@ -32,12 +32,42 @@ def count_kept(weights: int, sparsity: float) -> int:
     return weights - round(weights * sparsity)
 
 
-def keep_top(scores: Tensor, count: int) -> Tensor:
+def check_scores(scores: Mapping[str, Scores], finite: bool = False) -> None:
+    """Check that scores can be ranked.
+
+    Args:
+        scores: by name of the layer, "" if it is not known.
+        finite: refuse infinite scores, too.
+
+    Raises:
+        InputError: scores are NaN; the message has the names of their layers, and the index of the first.
+    """
+
+    def wrong(name: str) -> Tensor:
+        return ~scores[name]().isfinite() if finite else scores[name]().isnan()
+
+    counts = [wrong(name).count_nonzero() for name in scores]
+    counts = torch.stack([each.to(counts[0].device) for each in counts]).tolist()  # waits for a GPU once
+    bad = {name: count for name, count in zip(scores, counts, strict=True) if count}
+    if not bad:
+        return
+    first, *others = bad
+    found = wrong(first)
+    more = f", and some in {listed(map(repr, others), 3)}" if others else ""
+    raise InputError(
+        f"{f'layer {first!r}: ' if first else ''}{bad[first]} of {found.numel()} scores are "
+        f"{'NaN or infinite' if finite else 'NaN'}, the first at index {tuple(found.nonzero()[0].tolist())}{more}: the "
+        "weights or their gradients have diverged; lower the learning rate"
+    )
+
+
+def keep_top(scores: Tensor, count: int, layer: str = "") -> Tensor:
     """Return a mask of the `count` largest scores, exactly; among equal scores the first ones.
 
     Args:
         scores: any shape.
         count: 0 to the number of scores.
+        layer: its name, for messages.
 
     Returns:
         A boolean tensor of the shape of `scores` with `count` True.
@@ -49,61 +79,59 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
         >>> keep_top(torch.tensor([0.1, 0.5, 0.5, 0.3]), 2)
         tensor([False,  True,  True, False])
     """
-    return keep_top_together([lambda: scores], count)[0]
+    return keep_top_together({layer: lambda: scores}, count)[layer]
 
 
-def keep_top_together(scores: Sequence[Scores], count: int) -> list[Tensor]:
+def keep_top_together(scores: Mapping[str, Scores], count: int) -> dict[str, Tensor]:
     """Return masks of the `count` largest scores over all layers, exactly; among equal scores the first ones.
 
     Raises:
         InputError: the count is out of range; scores are NaN.
 
     Examples:
-        >>> keep_top_together([lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([2.0])], 2)
-        [tensor([ True, False]), tensor([True])]
+        >>> keep_top_together({"a": lambda: torch.tensor([3.0, 1.0]), "b": lambda: torch.tensor([2.0])}, 2)
+        {'a': tensor([ True, False]), 'b': tensor([True])}
     """
-    if scores and scores[0]().is_meta:  # shapes without values: nothing to rank
-        return [torch.ones_like(each(), dtype=torch.bool) for each in scores]
-    total = sum(each().numel() for each in scores)
+    if scores and next(iter(scores.values()))().is_meta:  # shapes without values: nothing to rank
+        return {name: torch.ones_like(each(), dtype=torch.bool) for name, each in scores.items()}
+    total = sum(each().numel() for each in scores.values())
     if not 0 <= count <= total:
         raise InputError(f"cannot keep {count} of {total} weights")
     if count in (0, total):
-        return [torch.full_like(each(), count > 0, dtype=torch.bool) for each in scores]
+        return {name: torch.full_like(each(), count > 0, dtype=torch.bool) for name, each in scores.items()}
     threshold = global_threshold(scores, count)
-    masks = [each() > threshold for each in scores]
-    missing = count - int(sum(mask.count_nonzero() for mask in masks))
-    for mask, each in zip(masks, scores, strict=True):
+    masks = {name: each() > threshold for name, each in scores.items()}
+    missing = count - int(sum(mask.count_nonzero() for mask in masks.values()))
+    for name, mask in masks.items():
         if missing > 0:
-            first = (each() == threshold).reshape(-1).nonzero()[:missing, 0]
+            first = (scores[name]() == threshold).reshape(-1).nonzero()[:missing, 0]
             mask[torch.unravel_index(first, mask.shape)] = True
             missing -= len(first)
     return masks
 
 
-def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
+def global_threshold(layers: Mapping[str, Scores], count: int) -> Tensor:
     """Return the threshold above which `count` of all scores lie: the largest of the others.
 
     Fewer lie above it where scores are equal to it. If `count` is all of them it is zero.
 
     Args:
-        scores: of the layers.
+        layers: scores of the layers, by name.
         count: 0 to the number of scores.
 
     Raises:
         InputError: scores are NaN.
 
     Examples:
-        >>> global_threshold([lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([2.0])], 2)
+        >>> global_threshold({"a": lambda: torch.tensor([3.0, 1.0]), "b": lambda: torch.tensor([2.0])}, 2)
         tensor(1.)
     """
+    scores = list(layers.values())
     total = sum(each().numel() for each in scores)
     rank = total - count  # of the threshold, from the smallest, counted from 1
     if rank == 0:
         return scores[0]().new_zeros(())
-    if nan := int(sum(each().isnan().count_nonzero() for each in scores)):
-        raise InputError(
-            f"{nan} of {total} scores are NaN: the weights or their gradients have diverged; lower the learning rate"
-        )
+    check_scores(layers)
     low, high, below, inside, margin = -torch.inf, torch.inf, 0, total, 0.01
     while inside > FEW and low < high:
         stride = max(inside // SAMPLE, 1)
@@ -133,11 +161,11 @@ def global_threshold(scores: Sequence[Scores], count: int) -> Tensor:
     return left.kthvalue(rank - below).values
 
 
-def affordable_threshold(scores: Sequence[Tensor], costs: Sequence[int], budget: int) -> Tensor:
+def affordable_threshold(scores: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> Tensor:
     """Return the smallest threshold above which all scores together cost at most a budget, by bisection.
 
     Args:
-        scores: of the layers, ≥ 0.
+        scores: of the layers, ≥ 0, by name.
         costs: of each score of a layer, > 0.
         budget: ≥ 0.
 
@@ -145,14 +173,13 @@ def affordable_threshold(scores: Sequence[Tensor], costs: Sequence[int], budget:
         InputError: scores are NaN or infinite.
 
     Examples:
-        >>> affordable_threshold([torch.tensor([4.0, 1.0]), torch.tensor([3.0, 2.0])], [10, 1], 12)
+        >>> affordable_threshold({"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([3.0])}, {"a": 10, "b": 1}, 12)
         tensor(1.)
     """
-    left = [each.reshape(-1) for each in scores]
-    if wrong := int(sum((~each.isfinite()).count_nonzero() for each in left)):
-        raise InputError(f"{wrong} scores are NaN or infinite: the weights have diverged; lower the learning rate")
-    low, high, spent = scores[0].new_zeros(()), torch.stack([each.amax() for each in left]).amax(), 0
-    if sum(cost * int((each > low).count_nonzero()) for cost, each in zip(costs, left, strict=True)) <= budget:
+    check_scores({name: each.detach for name, each in scores.items()}, finite=True)
+    left, price = [each.reshape(-1) for each in scores.values()], [costs[name] for name in scores]
+    low, high, spent = left[0].new_zeros(()), torch.stack([each.amax() for each in left]).amax(), 0
+    if sum(cost * int((each > low).count_nonzero()) for cost, each in zip(price, left, strict=True)) <= budget:
         return low
     # The threshold is above `low` and at most `high`; what lies above `high` costs `spent`, and `left` lies between.
     while any(len(each) for each in left):
@@ -160,7 +187,7 @@ def affordable_threshold(scores: Sequence[Tensor], costs: Sequence[int], budget:
         if not low < middle < high:
             break  # no number lies between them
         above = [each > middle for each in left]
-        cost = sum(cost * int(each.count_nonzero()) for cost, each in zip(costs, above, strict=True))
+        cost = sum(cost * int(each.count_nonzero()) for cost, each in zip(price, above, strict=True))
         if spent + cost <= budget:
             high, spent = middle, spent + cost
             left = [each[~mask] for each, mask in zip(left, above, strict=True)]
@@ -176,7 +203,7 @@ def _between(scores: Tensor, low: float, high: float) -> Tensor:
     return scores[(scores >= low) & (scores <= high)]
 
 
-def prune_and_regrow(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int) -> Tensor:
+def prune_and_regrow(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, count: int, layer: str = "") -> Tensor:
     """Prune `count` active positions and regrow as many, so that the number of active ones stays.
 
     The active positions of the smallest `keep_scores` are pruned, then the positions of the largest `grow_scores`
@@ -187,6 +214,7 @@ def prune_and_regrow(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, cou
         keep_scores: of every position; only those of active ones matter.
         grow_scores: of every position; only those of positions not active matter.
         count: at most the number of active positions.
+        layer: its name, for messages.
 
     Returns:
         The new mask, with exactly as many True as `mask`.
@@ -197,8 +225,8 @@ def prune_and_regrow(mask: Tensor, keep_scores: Tensor, grow_scores: Tensor, cou
         tensor([False,  True, False,  True])
     """
     active = int(mask.sum())
-    kept = keep_top(keep_scores.masked_fill(~mask, torch.finfo(keep_scores.dtype).min), active - count)
-    regrown = keep_top(grow_scores.masked_fill(kept, torch.finfo(grow_scores.dtype).min), count)
+    kept = keep_top(keep_scores.masked_fill(~mask, torch.finfo(keep_scores.dtype).min), active - count, layer)
+    regrown = keep_top(grow_scores.masked_fill(kept, torch.finfo(grow_scores.dtype).min), count, layer)
     return kept | regrown
 
 

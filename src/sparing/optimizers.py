@@ -154,24 +154,25 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
 
     A regrown weight starts without momentum: what is stored belongs to the weight that was pruned there. State of the
     shape of the weight is taken for one number per weight. State of fewer numbers, such as the factors of Adafactor,
-    and the preconditioners of Shampoo stay as they are. A quantized tensor is rounded again, and a code without a zero
-    becomes the smallest.
+    the preconditioners of Shampoo, the step sizes of Rprop and the averages of ASGD stay as they are. A quantized
+    tensor is rounded again, and a code without a zero becomes the smallest.
 
     Args:
         optimizers: those that may hold the parameter.
         parameter: the weight.
-        where: boolean, of its shape; None for all of it.
+        where: boolean, of its shape; None for all of it, but for what equals the weight: a copy of higher precision.
 
     Raises:
         InputError: the state is stored in a form in which the number of one weight cannot be set to zero.
     """
-    where = torch.ones_like(parameter, dtype=torch.bool) if where is None else where
+    whole, where = where is None, torch.ones_like(parameter, dtype=torch.bool) if where is None else where
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             try:
-                # A preconditioner of a square matrix has the shape of the weight too: only its name tells them apart.
-                part = None if "precond" in str(key).replace("_", "") else _per_weight(value, parameter)
-                if part is not None:
+                # These have the shape of the weight too, as a preconditioner of a square matrix: only names tell.
+                kept = key in ("step_size", "ax") or "precond" in str(key).replace("_", "")
+                part = None if kept else _per_weight(value, parameter)
+                if part is not None and not (whole and _is_copy(part, parameter)):
                     _zero(part, where.to(part.device))
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 stored = (
@@ -182,6 +183,12 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
                     f"{stored}, in which regrown weights cannot be set to zero: {error}. Use an optimizer that stores "
                     "a floating-point number for each weight, such as torch.optim.AdamW"
                 ) from error
+
+
+def _is_copy(part: Tensor, parameter: Tensor) -> bool:
+    """Return whether a state is the weight itself in a higher precision, which the optimizer rounds to the weight."""
+    plain = type(part) in (Tensor, torch.nn.Parameter) and part.shape == parameter.shape
+    return plain and torch.equal(part.to(parameter), parameter)
 
 
 def _zero(part: Tensor, where: Tensor) -> None:

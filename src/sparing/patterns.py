@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparing.errors import InputError
 from sparing.group_threshold import Shape, group_norm
 from sparing.layers import CONVOLUTIONS, Layer, is_transposed
-from sparing.masks import count_kept, keep_top
+from sparing.masks import check_scores, count_kept, keep_top
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,17 @@ class Units(ABC):
         """Return how many units stay at a sparsity in [0, 1]."""
 
     @abstractmethod
-    def keep_top(self, scores: Tensor, kept: int) -> Tensor:
-        """Return a boolean mask of the `kept` units of largest score, with the shape of `scores`."""
+    def keep_top(self, scores: Tensor, kept: int, layer: str = "") -> Tensor:
+        """Return a boolean mask of the `kept` units of largest score, with the shape of `scores`.
+
+        Args:
+            scores: of the units.
+            kept: how many to keep.
+            layer: its name, for messages.
+
+        Raises:
+            InputError: scores are NaN.
+        """
 
     @abstractmethod
     def norm(self, tensor: Tensor) -> Tensor:
@@ -101,8 +110,8 @@ class Groups(Units):
     def kept(self, sparsity: float) -> int:
         return count_kept(self.count, sparsity)
 
-    def keep_top(self, scores: Tensor, kept: int) -> Tensor:
-        return keep_top(scores, kept)
+    def keep_top(self, scores: Tensor, kept: int, layer: str = "") -> Tensor:
+        return keep_top(scores, kept, layer)
 
     def norm(self, tensor: Tensor) -> Tensor:
         return group_norm(tensor, self.view, self.dims)
@@ -132,7 +141,9 @@ class NOfM(Units):
     def kept(self, sparsity: float) -> int:
         return self.count // self.group_size * count_kept(self.group_size, sparsity)
 
-    def keep_top(self, scores: Tensor, kept: int) -> Tensor:
+    def keep_top(self, scores: Tensor, kept: int, layer: str = "") -> Tensor:
+        if not scores.is_meta:
+            check_scores({layer: lambda: scores})
         each = kept * self.group_size // self.count
         grouped = scores.reshape(self.view)
         best = grouped.topk(each, dim=self.dims[0], sorted=False).indices

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparing.effective_weight import EffectiveWeight, guarded, refuse_write
+from sparing.effective_weight import EffectiveWeight, guarded, refuse_pickling, refuse_write
 from sparing.errors import InputError, SparsityWarning
 from sparing.layers import EMBEDDINGS, Layer, Place, check_module, sparse_layers
 from sparing.run_state import RunState
@@ -191,7 +191,7 @@ def _with_dense_weights(method: Callable[[nn.Module], None]) -> Callable[[nn.Mod
 
 
 def _refuse_replacement(module: nn.Module) -> None:
-    """Make the assignment of a Parameter to a sparsified weight, as for quantization, an error that says what to do."""
+    """Make pickling, and the assignment of a Parameter, as for quantization, errors that say what to do."""
     parametrized_class = type(module)
     if "register_parameter" in vars(parametrized_class):
         return
@@ -207,6 +207,7 @@ def _refuse_replacement(module: nn.Module) -> None:
         register_other(self, name, parameter)
 
     parametrized_class.register_parameter = register_parameter  # type: ignore[assignment, method-assign]
+    parametrized_class.__getstate__ = refuse_pickling  # type: ignore[method-assign]
 
 
 def unregister(layer: Layer) -> None:
@@ -234,9 +235,6 @@ def _read_weights_when_run(rnn: nn.RNNBase) -> None:
         return
     run = parametrized_class.forward
 
-    def current_weights(self: nn.RNNBase) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
-
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         with parametrize.cached():
             return run(self, *args, **kwargs)
@@ -244,7 +242,9 @@ def _read_weights_when_run(rnn: nn.RNNBase) -> None:
     # They would refresh and copy that list at every call.
     parametrized_class._update_flat_weights = lambda self: None  # type: ignore[method-assign]
     parametrized_class.flatten_parameters = lambda self: None  # type: ignore[method-assign]
-    parametrized_class._flat_weights = property(current_weights, lambda self, value: None)  # type: ignore[assignment]
+    parametrized_class._flat_weights = property(  # type: ignore[assignment]
+        lambda self: [getattr(self, name) for name in self._flat_weights_names], lambda self, value: None
+    )
     parametrized_class.forward = forward
 
 

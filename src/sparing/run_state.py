@@ -250,11 +250,15 @@ class RunState(nn.Module):
         if averaged.is_meta or bool(((averaged == 0) | (averaged == 1)).all()):
             return averaged
         known = not mask.is_meta and not self._undefined and (self._source is not None or self.is_trained())
+        some = int(((averaged != 0) & (averaged != 1)).sum())
         averaged = averaged.to(mask.device)
-        if not known or bool((mask & (averaged == 0)).any() | (~mask & (averaged == 1)).any()):
+        others = (mask & (averaged == 0)) | (~mask & (averaged == 1))
+        if not known or bool(others.any()):
+            ours = "" if mask.is_meta else f"; at {int(others.sum())} all of them differ from the mask of this model"
             raise InputError(
-                f"{key} is an average of masks, and not of this model's: load the average into the model that was "
-                "trained, or a copy of it"
+                f"{key} is an average of masks, and not of this model's: {some} of {mask.numel()} weights are active "
+                f"in a part of them{ours}. Load the average into the model that was trained, or a copy of it, or "
+                "average dense_state_dict() of the models and call load_dense_state_dict()"
             )
         return mask
 

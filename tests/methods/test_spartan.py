@@ -42,7 +42,7 @@ def sparsified(weights, steps=10, **settings):
 @pytest.mark.parametrize(("count", "beta"), [(10, 1.0), (100, 1.0), (100, 20.0)])
 def test_the_soft_mask_sums_to_k(count, beta):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs().double()
-    soft = torch.sigmoid(beta * values + soft_top_k([lambda: values], count, beta))
+    soft = torch.sigmoid(beta * values + soft_top_k({"": lambda: values}, count, beta))
     assert float(soft.sum()) == pytest.approx(count, rel=0.03)
     assert torch.allclose(soft, torch.sigmoid(beta * values + solved(values, count, beta)), atol=0.06)
 
@@ -51,10 +51,10 @@ def test_the_shift_is_that_of_all_layers_together_and_infinite_where_all_or_none
     first, second = torch.tensor([[0.1, 0.9]]), torch.tensor([0.5, 0.7, 0.2])
     together = torch.cat([first.flatten(), second])
     torch.testing.assert_close(
-        soft_top_k([lambda: first, lambda: second], 2, 10.0), soft_top_k([lambda: together], 2, 10.0)
+        soft_top_k({"a": lambda: first, "b": lambda: second}, 2, 10.0), soft_top_k({"": lambda: together}, 2, 10.0)
     )
-    assert soft_top_k([lambda: second], 3, 10.0) == torch.inf
-    assert soft_top_k([lambda: second], 0, 10.0) == -torch.inf
+    assert soft_top_k({"": lambda: second}, 3, 10.0) == torch.inf
+    assert soft_top_k({"": lambda: second}, 0, 10.0) == -torch.inf
 
 
 @pytest.mark.parametrize("budget", ["global", "uniform"])

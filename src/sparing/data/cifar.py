@@ -67,7 +67,7 @@ def cifar10_jpeg(root: str = "data/cifar10-jpeg.tar.xz", shift: int = 4, flip: b
             "official files"
         )
     key = ("cifar10_jpeg", archive.stat().st_size, archive.stat().st_mtime_ns)
-    found = cached(archive.with_name(f"{archive.name}.safetensors"), key, lambda: _read_archive(archive))
+    found = cached(archive.with_name(f"{archive.name}.safetensors"), key, lambda: _read_archive(archive), _is_valid)
     train, test = (Images(found[f"{split}.pixels"], found[f"{split}.labels"]) for split in ("train", "test"))
     # Mean and std of the decoded training images. The std is lower than in cifar10 as JPEG removes some noise.
     mean, std = (0.4913, 0.4821, 0.4465), (0.2452, 0.2428, 0.2606)
@@ -131,6 +131,18 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # A damaged image can raise almost any type of exception.
         raise InputError(f"data {path}: damaged, or not an archive of JPEG files ({error})") from error
     return {name: tensor for split, images in found.items() for name, tensor in _stack(split, images)}
+
+
+def _is_valid(found: dict[str, Tensor]) -> bool:
+    """Return whether tensors have the shapes and values of what `_read_archive` returns."""
+    splits = [(found[f"{split}.pixels"], found[f"{split}.labels"]) for split in ("train", "test")]
+    return all(
+        (pixels.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        and pixels.shape == (labels.numel(), 3, 32, 32)
+        and labels.dim() == 1
+        and 0 <= int(labels.min()) <= int(labels.max()) < len(CLASSES)
+        for pixels, labels in splits
+    )
 
 
 def _stack(split: str, images: dict[tuple[int, str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -138,18 +138,10 @@ class ShardFiles(ImageFiles):
         # Relative to the folder, so that it can be moved, and shards of the same name are not mixed up in one cache.
         status = [(os.path.relpath(file, folder), (each := os.stat(file)).st_size, each.st_mtime_ns) for file in files]
         path = folder / f".index-{hashlib.sha256(repr(status).encode()).hexdigest()[:16]}.safetensors"
-        index = cached(path, (1, status), lambda: _index(files))
-        try:
-            names, rows = index["names"].numpy(), index["rows"].numpy()
-            least, most = rows.min(axis=0).tolist(), rows.max(axis=0).tolist()
-            if min(least) < 0 or most[0] >= len(files) or most[2] > MAX_MEMBER_BYTES:
-                raise ValueError
-            if (str(names.dtype), str(rows.dtype)) != ("uint8", "int64"):
-                raise TypeError
-            places, labels = np.ascontiguousarray(rows[:, :3]), np.ascontiguousarray(rows[:, 3])
-            return cls(names.view(f"S{names.shape[1]}").reshape(len(rows)), labels, places, files, shuffle)
-        except (LookupError, ValueError, TypeError) as error:  # it was forged
-            raise InputError(f"data webdataset: {path} is not an index of shards; delete it") from error
+        index = cached(path, (1, status), lambda: _index(files), lambda found: _is_index(found, len(files)))
+        names, rows = index["names"].numpy(), index["rows"].numpy()
+        places, labels = np.ascontiguousarray(rows[:, :3]), np.ascontiguousarray(rows[:, 3])
+        return cls(names.view(f"S{names.shape[1]}").reshape(len(rows)), labels, places, files, shuffle)
 
     def path(self, index: int) -> str:
         return f"{self.shards[self.places[index, 0]]}: {os.fsdecode(bytes(self.names[index]))}"
@@ -178,6 +170,20 @@ def _index(files: list[str]) -> dict[str, Tensor]:
         raise InputError(f"data webdataset: no examples in {', '.join(files[:3])}")
     rows = torch.from_numpy(np.concatenate([rows for _, rows in found]))
     return {"names": torch.from_numpy(names.view(np.uint8).reshape(len(names), -1)), "rows": rows}
+
+
+def _is_index(found: dict[str, Tensor], shards: int) -> bool:
+    """Return whether tensors can be what `_index` returns for that many shards."""
+    names, rows = found["names"], found["rows"]
+    most = rows.amax(0).tolist()
+    return (
+        (names.dtype, rows.dtype) == (torch.uint8, torch.int64)
+        and names.shape == (len(rows), max(names.shape[1], 1))
+        and rows.shape == (len(rows), 4)
+        and int(rows.min()) >= 0
+        and most[0] < shards
+        and most[2] <= MAX_MEMBER_BYTES
+    )
 
 
 def scan_shard(number: int, file: str) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:

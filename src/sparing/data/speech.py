@@ -225,12 +225,22 @@ def _build(name: str, clips: dict[str, list[Clip]], rate: int, cache: Path, num_
             tensors[f"{split}.lengths"] = torch.tensor([len(spectrogram) for spectrogram in spectrograms])
         return tensors
 
+    def is_valid(found: dict[str, Tensor]) -> bool:
+        pairs = [(found[f"{split}.values"], found[f"{split}.lengths"], len(clips[split])) for split in clips]
+        return all(
+            (values.dtype, lengths.dtype) == (torch.float32, torch.int64)
+            and values.shape == (count, values.shape[1], FILTERS)
+            and lengths.shape == (count,)
+            and 1 <= int(lengths.min()) <= int(lengths.max()) == values.shape[1]
+            for values, lengths, count in pairs
+        )
+
     described = [
-        (split, _relative(clip.path), clip.path.stat().st_size, *clip[1:])
+        (split, _relative(clip.path), (found := clip.path.stat()).st_size, found.st_mtime_ns, *clip[1:])
         for split, examples in clips.items()
         for clip in examples
     ]
-    tensors = cached(cache.expanduser(), (1, rate, FILTERS, WINDOW, STRIDE, described), compute)
+    tensors = cached(cache.expanduser(), (1, rate, FILTERS, WINDOW, STRIDE, described), compute, is_valid)
     splits = []
     for split, examples in clips.items():
         values, lengths = tensors[f"{split}.values"], tensors[f"{split}.lengths"]

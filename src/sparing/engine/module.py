@@ -15,7 +15,7 @@ from sparing.engine.graph import build
 from sparing.engine.library import library
 from sparing.engine.plan import Plans
 from sparing.engine.program import Input, Program, Ref, Run, find_constants, find_function, resolve
-from sparing.errors import InputError, SparsityWarning
+from sparing.errors import InputError, SparsityWarning, UnpicklableError
 from sparing.export.inputs import Example, Inputs, find_inputs
 from sparing.export.network import check_values, check_weights, max_relative_error, outputs, plain, tolerance
 
@@ -217,7 +217,7 @@ class Engine(nn.Module):
         return copy.copy(self)  # the program does not change
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InputError("a compiled network cannot be pickled; write it with sparing.engine.save")
+        raise UnpicklableError("a compiled network cannot be pickled; write it with sparing.engine.save")
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the input tensors of a call in the order of the program."""

@@ -25,7 +25,8 @@ class SparsityCallback(Callback):
         steps: length of the run in optimizer steps; None takes the Trainer's.
 
     Raises:
-        InputError: layers of the module are sparsified already; the length of the Trainer's run is not known.
+        InputError: layers of the module are sparsified already; the length of the Trainer's run is not known, or has
+            changed.
 
     Examples:
         >>> from sparing.integrations.lightning import SparsityCallback
@@ -47,9 +48,18 @@ class SparsityCallback(Callback):
             )
         steps = self.steps or _length(trainer.estimated_stepping_batches)
         self.sparsifier = sparsify_(pl_module, self.method, self.select, steps)
+        # Trial steps of LearningRateFinder, before on_train_start, are undone: no warning that they are not counted.
+        self.sparsifier.uncounted = self.sparsifier.UNCOUNTED
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the optimizers."""
+        """Attach the optimizers, and check that the run has the length it had in `setup`."""
+        steps = self.steps or _length(trainer.estimated_stepping_batches)
+        if steps != self._sparsifier.steps:
+            raise InputError(
+                f"the Trainer's run has {steps:,} optimizer steps, and had {self._sparsifier.steps:,} when the module "
+                "was sparsified: find the batch size (BatchSizeFinder) with a Trainer without SparsityCallback, and "
+                "make module, callback and Trainer anew with it"
+            )
         self._sparsifier.attach(*trainer.optimizers)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -97,6 +97,6 @@ class DSR(Growing):
 
 
 def _stays(update: MaskUpdate[AdaptiveMask]) -> Tensor:
-    """Return the active units that are not pruned: those of norm ≥ H, but at least one."""
-    stays = update.active & (update.norm() >= update.part.cut)
+    """Return the active units that are not pruned: those of norm ≥ H, or NaN, but at least one."""
+    stays = update.active & ~(update.norm() < update.part.cut)
     return stays if bool(stays.any()) else update.largest(min(update.count, 1))

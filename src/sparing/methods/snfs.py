@@ -25,7 +25,7 @@ from torch import Tensor
 from sparing.budget import Budget
 from sparing.errors import InputError
 from sparing.growing import Growing, MaskUpdate
-from sparing.masks import apportion, keep_top
+from sparing.masks import apportion, check_scores, keep_top
 from sparing.method import Optimizers
 from sparing.operators import masked
 from sparing.parametrizations import Masked, straight_through
@@ -98,6 +98,7 @@ class SNFS(Growing):
         decay = cosine(step, sparsifier.plan.updates.end, self.fraction - self.final_fraction)
         rate = self.final_fraction + decay
         updates = list(MaskUpdate.each(sparsifier, MomentumMask))
+        check_scores({each.layer.name: each.part.momentum.detach for each in updates}, finite=True)
         shares = [_mean_momentum(each.part) for each in updates]
         pruned = []
         for each, share in zip(updates, shares, strict=True):
@@ -111,7 +112,7 @@ class SNFS(Growing):
         for each, keep, regrow in zip(updates, kept, regrown, strict=True):
             stays = each.largest(keep)
             momentum = each.units.norm(each.part.momentum).masked_fill(stays, -1)  # −1 is below every momentum
-            each.replace(stays | keep_top(momentum, regrow), optimizers)
+            each.replace(stays | keep_top(momentum, regrow, each.layer.name), optimizers)
 
 
 def _mean_momentum(part: MomentumMask) -> float:

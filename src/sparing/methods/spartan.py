@@ -130,9 +130,9 @@ class Spartan(Ranking):
         norms = {layer.name: partial(_norm, layer, units[layer.name]) for layer, _ in sparsifier.each(SoftTopK)}
         if isinstance(kept, int):
             size = next(iter(units.values())).weights
-            mu = dict.fromkeys(norms, soft_top_k(list(norms.values()), kept // size, beta))
+            mu = dict.fromkeys(norms, soft_top_k(norms, kept // size, beta))
         else:
-            mu = {name: soft_top_k([norm], kept[name], beta) for name, norm in norms.items()}
+            mu = {name: soft_top_k({name: norm}, kept[name], beta) for name, norm in norms.items()}
         for layer, part in sparsifier.each(SoftTopK):
             soft = torch.sigmoid(beta * norms[layer.name]() + mu[layer.name])
             part.soft.copy_(units[layer.name].expand(soft))
@@ -156,24 +156,25 @@ class SoftTopK(Masked):
         return straight_through(weight, masked(weight.detach() * self.soft.to(weight.dtype), self.mask))
 
 
-def soft_top_k(values: Sequence[Scores], count: int, beta: float) -> Tensor:
+def soft_top_k(layers: Mapping[str, Scores], count: int, beta: float) -> Tensor:
     """Return μ such that Σ σ(β v + μ) = `count` over all values, by Sinkhorn's iteration.
 
     Args:
-        values: functions that return v ≥ 0, layer by layer.
+        layers: functions that return v ≥ 0, by layer.
         count: k, from 0 to the number of values.
         beta: β > 0.
 
     Examples:
         >>> v = torch.linspace(0, 1, 100)
-        >>> round(float(torch.sigmoid(20.0 * v + soft_top_k([lambda: v], 20, beta=20.0)).sum()))
+        >>> round(float(torch.sigmoid(20.0 * v + soft_top_k({"": lambda: v}, 20, beta=20.0)).sum()))
         20
     """
+    values = list(layers.values())
     number = sum(value().numel() for value in values)
     if count in (0, number):
         return values[0]().new_tensor(math.inf if count else -math.inf)
     # Shifted by the smallest value that is kept, so that μ = 0 is a good start.
-    left_out = global_threshold(values, count)
+    left_out = global_threshold(layers, count)
     kept = [value().masked_fill(value() <= left_out, math.inf).amin() for value in values]
     shift = beta * torch.minimum(torch.stack(kept).amin(), torch.stack([value().amax() for value in values]).amax())
     mu = torch.zeros_like(shift)

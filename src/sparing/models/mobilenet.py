@@ -10,6 +10,7 @@ Applications", 2017.
 
 from torch import Tensor, nn
 
+from sparing.errors import InputError, check_sizes
 from sparing.models.resnet import initialize_
 
 # (output channels, stride) of each of the 13 depthwise-separable blocks.
@@ -27,6 +28,9 @@ def mobilenet_v1(num_classes: int = 1000, width: float = 1.0, in_channels: int =
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
+    Raises:
+        InputError: an argument is out of range.
+
     Examples:
         >>> mobilenet_v1(num_classes=10).fc
         Linear(in_features=1024, out_features=10, bias=False)
@@ -39,6 +43,9 @@ class MobileNetV1(nn.Module):
 
     def __init__(self, num_classes: int, width: float, in_channels: int) -> None:
         super().__init__()
+        check_sizes("mobilenet_v1", num_classes=num_classes, in_channels=in_channels)
+        if isinstance(width, bool) or not isinstance(width, (int, float)) or not 1 / 32 <= width < float("inf"):
+            raise InputError(f"mobilenet_v1: width must be a number >= 1/32, so that no layer is empty, got {width!r}")
         inputs = int(32 * width)
         layers = [_convolution(in_channels, inputs, 3, stride=2)]
         for channels, stride in BLOCKS:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from sparing.errors import check_sizes
 from sparing.rnn import FastGRNN
 
 
@@ -35,12 +36,13 @@ def fastgrnn(
         (N, num_classes).
 
     Raises:
-        InputError: an argument is invalid, see `FastGRNNCell`.
+        InputError: an argument is out of range, see `FastGRNNCell`.
 
     Examples:
         >>> fastgrnn().fc
         Linear(in_features=100, out_features=12, bias=True)
     """
+    check_sizes("fastgrnn", num_classes=num_classes)
     rnn = FastGRNN(
         input_size,
         hidden_size,

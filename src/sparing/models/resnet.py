@@ -9,6 +9,8 @@ Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, section 
 
 from torch import Tensor, nn
 
+from sparing.errors import check_sizes
+
 
 def resnet18(num_classes: int = 1000) -> nn.Module:
     """Build a ResNet-18: four stages of 2 basic blocks.
@@ -18,6 +20,9 @@ def resnet18(num_classes: int = 1000) -> nn.Module:
 
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
+
+    Raises:
+        InputError: an argument is out of range.
 
     Examples:
         >>> sum(p.numel() for p in resnet18(num_classes=10).fc.parameters())
@@ -34,6 +39,9 @@ def resnet50(num_classes: int = 1000) -> nn.Module:
 
     Returns:
         A module from images (N, 3, H, W) to logits (N, num_classes).
+
+    Raises:
+        InputError: an argument is out of range.
 
     Examples:
         >>> resnet50().layer1[0].conv2.weight.shape
@@ -91,6 +99,7 @@ class ResNet(nn.Module):
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
+        check_sizes("resnet", num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)

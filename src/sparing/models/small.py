@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from sparing.errors import check_sizes
 from sparing.models.resnet import BasicBlock, initialize_
 
 
@@ -22,10 +23,14 @@ def lenet_300_100(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
     Returns:
         A module from images (N, in_channels, 28, 28) to logits (N, num_classes).
 
+    Raises:
+        InputError: an argument is out of range.
+
     Examples:
         >>> lenet_300_100().fc2
         Linear(in_features=300, out_features=100, bias=True)
     """
+    check_sizes("lenet_300_100", num_classes=num_classes, in_channels=in_channels)
     layers = OrderedDict[str, nn.Module](
         flatten=nn.Flatten(),
         fc1=nn.Linear(in_channels * 28 * 28, 300),
@@ -49,6 +54,9 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_s
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
+    Raises:
+        InputError: an argument is out of range.
+
     Examples:
         >>> resnet8().fc
         Linear(in_features=64, out_features=10, bias=False)
@@ -58,6 +66,9 @@ def resnet8(num_classes: int = 10, in_channels: int = 1, width: int = 16, stem_s
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16, stem_stride: int = 1) -> nn.Module:
     """Build a ResNet-20: three stages of 3 basic blocks. The arguments are those of `resnet8`.
+
+    Raises:
+        InputError: an argument is out of range.
 
     Examples:
         >>> len(resnet20().layer1)
@@ -71,6 +82,8 @@ class SmallResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_channels: int, width: int, stem_stride: int) -> None:
         super().__init__()
+        name = f"resnet{6 * depth + 2}"
+        check_sizes(name, num_classes=num_classes, in_channels=in_channels, width=width, stem_stride=stem_stride)
         self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, check_sizes
 from sparing.operators import is_transformed
 from sparing.rnn.gates import Gate, find_gate
 from sparing.rnn.low_rank import LowRankLinear, linear_from
@@ -71,9 +71,7 @@ class FastGRNNCell(nn.Module):
         update: str = "tanh",
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InputError(f"FastGRNN: {name} must be an integer >= 1, got {size!r}")
+        check_sizes("FastGRNN", input_size=input_size, hidden_size=hidden_size)
         self.gate, self.update = find_gate("gate", gate), find_gate("update", update)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.input = _matrix("input_rank", hidden_size, input_size, input_rank, learned_rank)

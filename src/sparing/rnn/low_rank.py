@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparing.errors import InputError
+from sparing.errors import InputError, check_sizes
 
 
 class Diagonal(nn.Module):
@@ -30,6 +30,9 @@ class Diagonal(nn.Module):
     Args:
         values: initial value of m, (features,). The parameter has shape (1, features).
 
+    Raises:
+        InputError: values is not a floating-point tensor.
+
     Examples:
         >>> Diagonal(torch.tensor([2.0, 0.0]))(torch.ones(1, 2)).detach()
         tensor([[2., 0.]])
@@ -37,6 +40,9 @@ class Diagonal(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else repr(values)
+            raise InputError(f"Diagonal: values must be a floating-point tensor of shape (features,), got {got}")
         self.weight = nn.Parameter(values.detach().reshape(1, -1).clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class LowRankLinear(nn.Module):
         learned_rank: add m, which `sparsify_(model, ..., select=is_diagonal)` sparsifies.
 
     Raises:
-        InputError: the rank is not an integer from 0 to min(in, out).
+        InputError: a size is less than 1; the rank is not an integer from 0 to min(in, out).
 
     Examples:
         >>> layer = LowRankLinear(32, 100, rank=9, bias=False)
@@ -97,6 +103,7 @@ class LowRankLinear(nn.Module):
         learned_rank: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes("LowRankLinear", in_features=in_features, out_features=out_features)
         full = min(in_features, out_features)
         rank = full if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= full:

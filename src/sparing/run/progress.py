@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.data.base import content_hash
-from sparing.errors import InputError
+from sparing.errors import InputError, listed
 from sparing.run.distributed import Ranks
 
 OPTIMIZER_STATE = {frozenset(names) for names in ((), ("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))}
@@ -99,15 +99,20 @@ def check_finite(ranks: Ranks, loss: float, model: nn.Module, optimizer: torch.o
         where: part of the message.
 
     Raises:
-        InputError: the loss or a weight is NaN or infinite. It is raised on all ranks.
+        InputError: the loss, a weight or its optimizer state is NaN or infinite. It is raised on all ranks.
     """
     (loss,) = ranks.sum(loss)
-    tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tensors += [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
+    for parameter, state in optimizer.state.items():
+        owner = names.get(parameter, "a parameter")
+        tensors |= {f"{key} of {owner}": each for key, each in state.items() if isinstance(each, Tensor)}
     # Compared on the device: reading each result would synchronize with the GPU for each tensor.
-    finite = bool(torch.stack([each.isfinite().all().to(ranks.device) for each in tensors]).all())
-    if ranks.max(not finite or not math.isfinite(loss))[0]:
-        what = "a weight became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
+    finite = torch.stack([each.isfinite().all().to(ranks.device) for each in tensors.values()]).tolist()
+    bad = [name for name, each in zip(tensors, finite, strict=True) if not each]
+    if ranks.max(bool(bad) or not math.isfinite(loss))[0]:
+        found = listed(map(repr, bad), 3) or "a weight of another rank"
+        what = f"{found} became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
         raise InputError(f"{what} in {where} or set clip_grad_norm. The last checkpoint, if any, is kept")
 
 
