@@ -363,6 +363,14 @@ def test_a_step_that_calls_the_step_of_its_base_class_is_one_step():
 
 
 @every_method
+def test_a_shallow_copy_of_a_sparsifier_counts_no_step_twice(name):
+    loop = Loop(any_length(name), 12)
+    assert copy.copy(loop.sparsifier).layers is loop.sparsifier.layers
+    assert loop.train(range(12)).sparsifier.step == 12
+    assert_same(loop.state(), Loop(any_length(name), 12).train(range(12)).state())
+
+
+@every_method
 def test_copies_of_model_optimizer_and_sparsifier_go_on_by_themselves(name):
     loop = Loop(any_length(name), 12).train(range(6))
     twin = copy.copy(loop)
