@@ -363,6 +363,14 @@ def test_a_step_that_calls_the_step_of_its_base_class_is_one_step():
 
 
 @every_method
+def test_a_shallow_copy_of_a_sparsifier_counts_no_step_twice(name):
+    loop = Loop(any_length(name), 12)
+    assert copy.copy(loop.sparsifier).layers is loop.sparsifier.layers
+    assert loop.train(range(12)).sparsifier.step == 12
+    assert_same(loop.state(), Loop(any_length(name), 12).train(range(12)).state())
+
+
+@every_method
 def test_copies_of_model_optimizer_and_sparsifier_go_on_by_themselves(name):
     loop = Loop(any_length(name), 12).train(range(6))
     twin = copy.copy(loop)
@@ -590,6 +598,41 @@ def test_a_target_outgrown_by_the_last_step_warns_at_that_step():
         loop.step(5)
 
 
+@quiet
+@pytest.mark.parametrize("change", [lambda p: p.clamp_(-0.02, 0.02), lambda p: p.mul_(0.5)], ids=["clamp", "decay"])
+@pytest.mark.parametrize("name", ["str_sparsity", "str_feather", "feather", "gmp"])
+def test_thresholds_that_were_changed_after_the_last_step_are_warned_of_with_both_numbers(name, change):
+    """Clamping all parameters, as for a Wasserstein critic, raises s; decay by hand makes weights smaller."""
+    loop = Loop(any_length(name), 12).train(range(12))
+    assert sparing.report(loop.model).missed == ()
+    with torch.no_grad():
+        for parameter in loop.model.parameters():
+            change(parameter)
+    now = sum(loop.active().values())
+    if now == TOTAL:
+        assert sparing.report(loop.model).missed == ()
+        return
+    assert name != "gmp"
+    expected = rf"\({now} of 240 weights\), the target 75.00 % \(60 of 240 weights\): all steps were taken, but weights"
+    with pytest.warns(SparsityWarning, match=expected):
+        sparing.densify_(loop.model)
+
+
+def test_an_average_that_is_sparser_than_the_target_is_reported():
+    loop, weights = Loop(any_length("feather"), 12), []
+    average = copy.deepcopy(loop.model)
+    for number in range(12):
+        loop.step(number)
+        weights.append([p.detach().clone() for p in loop.model.parameters()])
+    assert sparing.report(loop.model).missed == ()
+    with torch.no_grad():
+        for p, values in zip(average.parameters(), zip(*weights, strict=True), strict=True):
+            p.copy_(sum(values) / len(values))
+    assert sparing.report(average).total.nonzero < 0.95 * TOTAL - 1
+    (sentence,) = sparing.report(average).missed
+    assert "or this is an average of several steps" in sentence
+
+
 def test_a_target_missed_by_weights_that_have_diverged_names_them():
     loop = Loop(STR(sparsity=SPARSITY), 6).train(range(5))
     loop.sparsifier.layers["2"].weight.data[0, 0] = float("nan")
@@ -645,6 +688,17 @@ def test_a_layer_that_loses_every_weight_is_named_once(steps, told):
 
 
 @quiet
+def test_layers_that_lost_every_weight_between_two_looks_are_named_by_densify():
+    """Without steps= a run has no last step at which to look."""
+    loop = Loop(STR(), None).train(range(3))
+    with torch.no_grad():
+        for layer in loop.sparsifier.layers.values():
+            layer.parametrization.s.fill_(0.0)
+    loop.step(3)
+    with pytest.warns(SparsityWarning, match="step 4: every weight of '0' .*, '2' .* is zero, so only biases pass"):
+        sparing.densify_(loop.model)
+
+
 def test_after_densify_the_hooks_do_nothing():
     loop = Loop(RigL(sparsity=0.5, every=2, end=0.9), 100)
     sparing.densify_(loop.model)

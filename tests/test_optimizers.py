@@ -493,6 +493,64 @@ def test_a_copy_of_weights_in_the_optimizer_is_refused_by_methods_that_set_them(
     sparsifier.attach(schedule_free(sparing.param_groups(model, 1e-3), lr=0.1))
 
 
+class Master(torch.optim.Optimizer):
+    """Steps of a float32 copy of the weights, from which the weights are set."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    master = state.setdefault("master", p.float().flatten())
+                    p.copy_(master.sub_(p.grad.float().flatten(), alpha=group["lr"]).view(p.shape))
+
+
+class DualAveraging(Master):
+    """Steps toward the first weights minus the sum of the gradients, as those of MADGRAD."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                first = state.setdefault("x0", p.clone())
+                state["s"] = state.get("s", 0) + group["lr"] * p.grad
+                p.lerp_(first - state["s"], 0.1)
+
+
+@pytest.mark.parametrize("kind", [Master, DualAveraging])
+@pytest.mark.parametrize("method", [REGROWING["acdc"], STR(sparsity=0.8), sparing.STRFeather(sparsity=0.8)])
+def test_a_copy_of_weights_in_the_state_is_refused_by_methods_that_set_them(kind, method):
+    """It would undo the rescaling of thresholds, and AC/DC would set it to zero."""
+    model, sparsifier = build(method)
+    optimizer = kind(model.parameters())
+    sparsifier.attach(optimizer)
+    expected = f"{method.name} sets weights or thresholds, and the state '(master|x0)' of {kind.__name__} keeps a copy"
+    for _ in range(2):  # a loop that swallows the error hears it again
+        with pytest.raises(InputError, match=expected):
+            train(model, optimizer, [0])
+    with pytest.raises(InputError, match=expected):
+        sparsifier.attach(optimizer)
+
+
+@quiet
+@pytest.mark.parametrize("method", [GRADUAL, REGROWING["rigl"], sparing.Feather(sparsity=0.8)], ids=lambda m: m.name)
+def test_a_copy_of_weights_in_the_state_is_taken_where_nothing_else_sets_them(method):
+    """Regrown weights start at zero in the copy as well."""
+    result = []
+    for kind in (Master, torch.optim.SGD):
+        model, sparsifier = build(method)
+        optimizer = kind(model.parameters(), lr=0.1)
+        sparsifier.attach(optimizer)
+        train(model, optimizer, range(10))
+        result.append(sparing.densify_(model).state_dict())
+    torch.testing.assert_close(*result)
+
+
 def test_a_wrapper_and_its_optimizer_are_one():
     model, sparsifier = build(GRADUAL)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,7 +1,7 @@
 """Whether a method can work with the optimizers that it is attached to."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch.optim import Optimizer
 from sparing.errors import InputError, listed
 from sparing.layers import Layer
 from sparing.method import Method
-from sparing.optimizers import copying, parameters_of
+from sparing.optimizers import copying, parameters_of, reset_state
 from sparing.sharding import is_sharded
+
+CLOSE = 0.1
+"""State that differs from the weight by less than this share of its norm is a copy of it."""
 
 
 def check_optimizers(
@@ -49,10 +52,7 @@ def check_optimizers(
         what = "works on the gradients of a step" if method.edits_gradients else "resets the state of single weights"
         raise InputError(f"{name} {what} and does not support LBFGS")
     if (copies := copying(given)) and (method.sets_weights or method.rescales):
-        raise InputError(
-            f"{name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into them later: use "
-            "another optimizer, or a method that only masks weights, such as GMP"
-        )
+        _refuse_copy(method, copies)
 
 
 def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> None:
@@ -71,6 +71,49 @@ def check_held(layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> 
                     "sparsify_(): torch.optim.SGD(sparing.param_groups(model, weight_decay=1e-4), lr=0.1), and after "
                     "load_state_dict(assign=True) or anything else that replaces parameters; then call attach() again"
                 )
+
+
+@torch.no_grad()
+def check_state(
+    method: Method, layers: Mapping[str, Layer], optimizers: Iterable[Any], resets: Iterable[Tensor]
+) -> None:
+    """Check that a method can work with the state that optimizers have.
+
+    Args:
+        method: of the layers.
+        layers: the sparsified layers by name.
+        optimizers: those that may hold state.
+        resets: the parameters whose state the method sets to zero.
+
+    Raises:
+        InputError: the state of single weights cannot be set to zero; or the method sets weights or thresholds, and
+            the state has a copy of the weights, as fp32 master weights are.
+    """
+    optimizers = list(optimizers)
+    for parameter in resets:
+        reset_state(optimizers, parameter, torch.zeros_like(parameter, dtype=torch.bool))
+    if not (method.sets_weights or method.rescales):
+        return
+    for weight in (weight for layer in layers.values() for weight in layer.originals):
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(weight, {}).items():
+                if _is_copy(value, weight):
+                    _refuse_copy(method, f"the state {key!r} of {type(optimizer).__name__}")
+
+
+def _is_copy(value: Any, weight: Tensor) -> bool:
+    """Return whether a state is close to the weight itself; momenta and second moments are not."""
+    if type(value) is not Tensor or not value.is_floating_point() or not 1 < value.numel() == weight.numel():
+        return False
+    value = value.to(weight.device).reshape(weight.shape)
+    return bool(torch.linalg.vector_norm(value - weight) < CLOSE * torch.linalg.vector_norm(weight))
+
+
+def _refuse_copy(method: Method, copies: str) -> NoReturn:
+    raise InputError(
+        f"{method.name} sets weights or thresholds, and {copies} keeps a copy of them that it mixes into them later: "
+        "use another optimizer, or a method that only masks weights, such as GMP"
+    )
 
 
 def check_penalty(method: Method, layers: Mapping[str, Layer]) -> None:

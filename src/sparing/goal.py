@@ -1,7 +1,7 @@
-"""The target of a run, whether it was reached, and layers that were lost on the way."""
+"""The start and the target of a run, and warnings of what went wrong in it."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparing.errors import InputError, SparsityWarning, listed
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
+from sparing.missed import costs_of, missed_targets
 from sparing.parametrizations import Clock, Mask, Masked, Sparse
 from sparing.patterns import NM
 from sparing.sharding import gathered
@@ -49,7 +50,7 @@ def goal_reached(layers: Mapping[str, Layer], goal: int | None) -> float:
     """Return the share of the way from dense to the goal that the layers have gone, in [0, 1]; 0 without a goal."""
     if goal is None:
         return 0.0
-    dense, now = _costs(layers.values())
+    dense, now = costs_of(layers.values())
     return min(max((dense - now) / max(dense - goal, 1), 0.0), 1.0)
 
 
@@ -132,30 +133,6 @@ def _sum(mask: Tensor) -> int:
     return int(gathered(mask.sum()))
 
 
-def missed_targets(model: nn.Module, only: Clock | None = None) -> list[str]:
-    """Return a sentence for each run in a model that has not reached its target, with both numbers.
-
-    A target holds for all layers of a run together, so a part of them is not judged.
-
-    Args:
-        model: the whole model.
-        only: the clock of the one run to look at; None looks at all of them.
-    """
-    runs: dict[int, tuple[Clock, list[Layer]]] = {}
-    for layer in sparse_layers(model).values():
-        clock = layer.parametrization.clock
-        if clock is not None and clock.goal is not None and not layer.weight.is_meta and only in (None, clock):
-            runs.setdefault(id(clock), (clock, []))[1].append(layer)
-    whole = [(clock, layers) for clock, layers in runs.values() if len(layers) == clock.layers]
-    return [text for clock, layers in whole if (text := _missed(clock, layers))]
-
-
-def warn_missed_target(model: nn.Module, only: Clock | None = None) -> None:
-    """Warn if a run in the model has not reached its target."""
-    for text in missed_targets(model, only):
-        warnings.warn(text, SparsityWarning, stacklevel=3)
-
-
 @torch.no_grad()
 def warn_unlearned(layers: Mapping[str, Layer], target: "ResolvedTarget", clock: Clock) -> None:
     """Warn if learned thresholds are nearly equal after a run, or if layers keep only the weights that always stay.
@@ -192,11 +169,15 @@ def warn_unlearned(layers: Mapping[str, Layer], target: "ResolvedTarget", clock:
         )
 
 
-def warn_forgotten(model: nn.Module) -> None:
-    """Warn if a model was trained without the optimizer of its method; a missed target has been told already."""
+def warn_at_end(model: nn.Module) -> None:
+    """Warn of layers without weights, and of training without the optimizer of a method, before a model is densified.
+
+    A missed target has been told already.
+    """
     layers = sparse_layers(model).values()
     runs = {id(run): run for layer in layers for run in layer.parametrization.sparsifier}
     for run in runs.values():
+        run.warn_collapsed()
         trained = run.uncounted > 0 or any(map(_has_grad, run.layers.values()))
         if trained and run.forgotten is not None and not missed_targets(model, run.clock):
             warnings.warn(run.forgotten, SparsityWarning, stacklevel=3)
@@ -283,64 +264,3 @@ def describe_uncounted(method: Method, clock: Clock, attached: bool, uncounted: 
         f"{method.name}: {uncounted:,} steps of another optimizer followed the last step that was counted, which is "
         f"step {clock.step:,} of {clock.steps:,}; call sparsifier.attach() again whenever the optimizer is replaced"
     )
-
-
-def _missed(clock: Clock, layers: Sequence[Layer]) -> str | None:
-    assert clock.goal is not None
-    dense, now = _costs(layers)
-    if now <= clock.goal:
-        return None
-    wanted, has = (
-        f"{100 * (1 - cost / dense):.2f} % ({cost:,} of {dense:,} {clock.unit})" for cost in (clock.goal, now)
-    )
-    name = clock.method["method"]
-    return f"{name}: the sparsity of the sparsified layers is {has}, the target {wanted}: {_reason(clock, layers)}"
-
-
-def _reason(clock: Clock, layers: Sequence[Layer]) -> str:
-    if clock.step == 0:
-        return "no optimizer step was counted; call sparsifier.attach(optimizer) before training"
-    if clock.steps is not None and clock.step < clock.steps:
-        return (
-            f"{clock.step:,} of {clock.steps:,} optimizer steps were counted, or a checkpoint of that step was loaded; "
-            "give sparsify_() the optimizer steps of the run as steps= (not its batches), call sparsifier.attach() "
-            "again if the optimizer was replaced, and sparsifier.finish() if a gradient scaler skipped some"
-        )
-    if clock.steps is not None and clock.step > clock.steps:
-        return (
-            f"{clock.step:,} optimizer steps were taken, more than the {clock.steps:,} of the run; give sparsify_() "
-            "all of them as steps=, or call sparsifier.retarget() to go on"
-        )
-    if diverged := [layer.name for layer in layers if not bool(torch.isfinite(layer.weight).all())]:
-        return f"the weights of {', '.join(map(repr, diverged[:3]))} are NaN or infinite; lower the learning rate"
-    for layer in layers:
-        last = layer.places[0].parametrizations[-1]  # type: ignore[index]
-        if not isinstance(last, Sparse):
-            return (
-                f"{type(last).__name__} was put on {layer.name!r} after sparsify_() and changes its zeros; densify_() "
-                "the model first, or put it on before sparsify_()"
-            )
-    masked = any(isinstance(layer.parametrization, Masked) for layer in layers)
-    if masked and clock.reduced:
-        return (
-            "layers left the run after these masks were made, so the others keep more than their share; call "
-            "densify_(), and sparsify_() with the target again"
-        )
-    if masked:
-        return (
-            "the masks for it were not made in the steps that were taken; take more of them, since finish() has no "
-            "gradients to rank by"
-        )
-    return (
-        "all steps were taken, but weights are larger than the threshold can become, or have become larger than it, or "
-        "this is an average of several steps; clip the gradients or lower the learning rate (STR: raise scale, or "
-        "g='exp')"
-    )
-
-
-def _costs(layers: Iterable[Layer]) -> tuple[int, int]:
-    """Return the cost of the layers if no weight were zero, and what they cost."""
-    layers = list(layers)
-    costs = [layer.parametrization.cost for layer in layers]
-    dense = sum(cost * layer.weight.numel() for cost, layer in zip(costs, layers, strict=True))
-    return dense, sum(cost * layer.nonzero() for cost, layer in zip(costs, layers, strict=True))

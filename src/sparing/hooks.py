@@ -90,6 +90,10 @@ class StepHooks(ABC):
             self._handles.append(optimizer.register_step_pre_hook(before))
             self._handles.append(optimizer.register_step_post_hook(after))
 
+    def __copy__(self) -> Any:
+        """Return the object itself: another one with the same optimizers would count each of their steps again."""
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}
 

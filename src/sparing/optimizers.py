@@ -142,12 +142,6 @@ def with_hook(closure: Callable[[], Any], hook: Callable[[], None]) -> Callable[
     return run
 
 
-def check_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None:
-    """Raise the errors that `reset_state` would raise for single weights of these parameters."""
-    for parameter in parameters:
-        reset_state(optimizers, parameter, torch.zeros_like(parameter, dtype=torch.bool))
-
-
 @torch.no_grad()
 def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | None = None) -> None:
     """Zero the state of the optimizers for some weights, momentum and second moments alike.

@@ -14,9 +14,9 @@ from torch import nn
 
 from sparing.errors import SparsityWarning, listed
 from sparing.files import escape_cell, printable, write_text
-from sparing.goal import missed_targets
 from sparing.layers import Layer, all_layers
 from sparing.macs import Example, find_applications
+from sparing.missed import missed_targets
 from sparing.page import Entry, count_facts, render
 from sparing.products import Applications
 

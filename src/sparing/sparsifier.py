@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.attachment import check_held, check_optimizers, check_penalty, doubts
+from sparing.attachment import check_held, check_optimizers, check_penalty, check_state, doubts
 from sparing.errors import InputError, SparsityWarning
 from sparing.goal import (
     collapsed,
@@ -19,13 +19,13 @@ from sparing.goal import (
     start_ramp,
     warn_collapsed,
     warn_ended,
-    warn_missed_target,
     warn_pruned_at_once,
 )
 from sparing.hooks import StepHooks
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
-from sparing.optimizers import chain, check_state, gradient_scale, holders, in_backward, parameters_of, parts
+from sparing.missed import warn_missed_target
+from sparing.optimizers import chain, gradient_scale, holders, in_backward, parameters_of, parts
 from sparing.parametrizations import Clock, Sparse
 from sparing.schedules import check_steps
 
@@ -143,8 +143,8 @@ class Sparsifier(StepHooks):
             InputError: no optimizer is given; they do not hold a threshold or dense weight of a sparsified layer; the
                 model is sharded by FSDP2, and the method has masks or a target; the method changes gradients or
                 optimizer state, and the optimizer is LBFGS; the method sets weights of which the optimizer keeps a
-                copy, as Lookahead does. The first step raises it if the method cannot reset the state, such as the
-                8-bit codes of bitsandbytes, or if the step is taken by a gradient hook, within the backward pass.
+                copy, as Lookahead does. The first step raises it if the state has such a copy, or cannot be reset, as
+                the 8-bit codes of bitsandbytes, or if a gradient hook takes the step, within the backward pass.
 
         Warns:
             SparsityWarning: the optimizer gives no weight decay to thresholds that nothing else raises.
@@ -156,7 +156,7 @@ class Sparsifier(StepHooks):
         check_optimizers(self.method, self.layers, optimizers, inner, resets)
         self._checked = False
         self._holders = tuple(each for optimizer in optimizers for each in holders(optimizer))
-        check_state(self._holders, resets)
+        check_state(self.method, self.layers, self._holders, resets)
         self._hook(inner)
         self._doubts = set()
         self._warn_doubts()
@@ -368,7 +368,7 @@ class Sparsifier(StepHooks):
             check_held(self.layers, self.optimizers)
             self._warn_doubts()
         if not self._checked:  # the first step has created the state
-            check_state(self._holders, self.method.resets(self, self.optimizers))
+            check_state(self.method, self.layers, self._holders, self.method.resets(self, self.optimizers))
             self._checked = True
         self.method.after_step(self, self._holders)
         if watched:

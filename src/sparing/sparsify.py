@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparing.errors import InputError, SparsityWarning, listed
-from sparing.goal import make_clock, set_costs, start_ramp, warn_forgotten, warn_missed_target
+from sparing.goal import make_clock, set_costs, start_ramp, warn_at_end
 from sparing.layers import Layer, sparse_layers
 from sparing.method import Method
+from sparing.missed import warn_missed_target
 from sparing.pretrained import check_saved, save_effective_weights
 from sparing.register import check_gathered, check_held_once, check_not_wrapped, check_weight, register, unregister
 from sparing.schedules import check_steps
@@ -119,7 +120,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """Put the effective weights, zeros included, in place of the dense ones; plain modules remain.
 
     Outputs stay equal to the last bit. Each weight keeps its Parameter object. A model without sparsified layers is
-    left as it is. Warnings tell of a target that was not met, with both numbers, and of training without `attach`.
+    left as it is. Warnings tell of a missed target, with both numbers, empty layers, and training without `attach`.
 
     Returns:
         The same model.
@@ -137,7 +138,7 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     check_gathered(model)
     warn_missed_target(model)
-    warn_forgotten(model)
+    warn_at_end(model)
     for layer in sparse_layers(model).values():
         if (clock := layer.parametrization.clock) is not None:
             clock.stale = True
