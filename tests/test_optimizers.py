@@ -551,6 +551,22 @@ def test_a_copy_of_weights_in_the_state_is_taken_where_nothing_else_sets_them(me
     torch.testing.assert_close(*result)
 
 
+@quiet
+def test_first_weights_that_only_measure_a_distance_are_taken():
+    class Prodigy(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p].setdefault("p0", p.detach().flatten().clone())
+            return super().step(closure)
+
+    model, sparsifier = build(STR(sparsity=0.8))
+    optimizer = Prodigy(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, range(10))
+    assert sparsifier.sparsity() == pytest.approx(0.8, abs=0.01)
+
+
 def test_a_wrapper_and_its_optimizer_are_one():
     model, sparsifier = build(GRADUAL)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

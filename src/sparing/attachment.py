@@ -16,6 +16,9 @@ from sparing.sharding import is_sharded
 CLOSE = 0.1
 """State that differs from the weight by less than this share of its norm is a copy of it."""
 
+ASIDE = ("p0", "ax")
+"""State with weights that never come back into the model: the first ones of Prodigy, the averages of ASGD."""
+
 
 def check_optimizers(
     method: Method,
@@ -97,7 +100,7 @@ def check_state(
     for weight in (weight for layer in layers.values() for weight in layer.originals):
         for optimizer in optimizers:
             for key, value in optimizer.state.get(weight, {}).items():
-                if _is_copy(value, weight):
+                if key not in ASIDE and _is_copy(value, weight):
                     _refuse_copy(method, f"the state {key!r} of {type(optimizer).__name__}")
 
 

@@ -154,19 +154,19 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
     Args:
         optimizers: those that may hold the parameter.
         parameter: the weight.
-        where: boolean, of its shape; None for all of it, but for what equals the weight: a copy of higher precision.
+        where: boolean, of its shape; None for all of it.
 
     Raises:
         InputError: the state is stored in a form in which the number of one weight cannot be set to zero.
     """
-    whole, where = where is None, torch.ones_like(parameter, dtype=torch.bool) if where is None else where
+    where = torch.ones_like(parameter, dtype=torch.bool) if where is None else where
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             try:
                 # These have the shape of the weight too, as a preconditioner of a square matrix: only names tell.
                 kept = key in ("step_size", "ax") or "precond" in str(key).replace("_", "")
                 part = None if kept else _per_weight(value, parameter)
-                if part is not None and not (whole and _is_copy(part, parameter)):
+                if part is not None:
                     _zero(part, where.to(part.device))
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 stored = (
@@ -177,12 +177,6 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
                     f"{stored}, in which regrown weights cannot be set to zero: {error}. Use an optimizer that stores "
                     "a floating-point number for each weight, such as torch.optim.AdamW"
                 ) from error
-
-
-def _is_copy(part: Tensor, parameter: Tensor) -> bool:
-    """Return whether a state is the weight itself in a higher precision, which the optimizer rounds to the weight."""
-    plain = type(part) in (Tensor, torch.nn.Parameter) and part.shape == parameter.shape
-    return plain and torch.equal(part.to(parameter), parameter)
 
 
 def _zero(part: Tensor, where: Tensor) -> None:

@@ -80,37 +80,6 @@ def test_decompression_sets_pruned_weights_and_the_momentum_of_every_parameter_t
     assert all(layer.effective_weight[~mask].any() for layer, mask in zip(layers, compressed, strict=True))
 
 
-class WithMaster(torch.optim.SGD):
-    """SGD that keeps the weights in float64, and rounds them."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state.setdefault("master", p.detach().double())
-                state.setdefault("momentum", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
-                state["master"].sub_(group["lr"] * state["momentum"])
-                p.data.copy_(state["master"])
-
-
-def test_decompression_keeps_the_weights_that_an_optimizer_has_in_a_higher_precision():
-    model = nn.Linear(8, 4)
-    sparsifier = sparing.sparsify_(model, METHOD, steps=20)
-    optimizer = WithMaster(model.parameters(), lr=0.1)
-    sparsifier.attach(optimizer)
-    for _ in range(5):  # the fifth step ends the phase
-        mask = sparsifier.layers["weight"].parametrization.mask.clone()
-        optimizer.zero_grad()
-        model(torch.randn(2, 8)).square().sum().backward()
-        optimizer.step()
-    for parameter, state in optimizer.state.items():
-        assert torch.equal(state["master"].float(), parameter)
-        assert not state["momentum"].any()
-    master = optimizer.state[sparsifier.layers["weight"].weight]["master"]
-    assert not master[~mask].any()
-    assert master[mask].all()
-
-
 @pytest.mark.parametrize(("kind", "key"), [(torch.optim.Rprop, "step_size"), (torch.optim.ASGD, "ax")])
 def test_decompression_leaves_what_is_no_momentum(kind, key):
     model = nn.Linear(8, 4)

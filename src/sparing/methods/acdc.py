@@ -103,7 +103,6 @@ class ACDC(Ranking):
         if before and not now:
             for layer, part in sparsifier.each(Mask):
                 layer.weight.masked_fill_(~part.mask, 0)
-                reset_state(optimizers, layer.weight, ~part.mask)  # a copy of higher precision, too
                 part.mask.fill_(True)
             for parameter in self.resets(sparsifier, sparsifier.optimizers):
                 reset_state(optimizers, parameter)
