@@ -234,6 +234,16 @@ def test_a_weight_or_momentum_that_is_not_finite_is_named(where):
         check_finite(Ranks(torch.device("cpu")), 0.0, model, optimizer, "epoch 1")
 
 
+def test_state_of_parameters_that_are_not_in_the_model_is_checked_one_by_one():
+    others = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(others, lr=0.1, momentum=0.9)
+    sum(other.sum() for other in others).backward()
+    optimizer.step()
+    optimizer.state[others[0]]["momentum_buffer"][0] = torch.nan
+    with pytest.raises(InputError, match="'momentum_buffer of a parameter' became NaN or infinite"):
+        check_finite(Ranks(torch.device("cpu")), 0.0, torch.nn.Linear(3, 2), optimizer, "epoch 1")
+
+
 @pytest.mark.slow
 def test_training_warns_if_all_weights_of_a_layer_are_zero_and_continues(tmp_path):
     too_sparse = recipe(optimizer={"lr": 0.1, "threshold_weight_decay": 1.0})

@@ -103,13 +103,13 @@ def check_finite(ranks: Ranks, loss: float, model: nn.Module, optimizer: torch.o
     """
     (loss,) = ranks.sum(loss)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
+    tensors = [(name, parameter) for parameter, name in names.items() if parameter.requires_grad]
     for parameter, state in optimizer.state.items():
         owner = names.get(parameter, "a parameter")
-        tensors |= {f"{key} of {owner}": each for key, each in state.items() if isinstance(each, Tensor)}
+        tensors += [(f"{key} of {owner}", each) for key, each in state.items() if isinstance(each, Tensor)]
     # Compared on the device: reading each result would synchronize with the GPU for each tensor.
-    finite = torch.stack([each.isfinite().all().to(ranks.device) for each in tensors.values()]).tolist()
-    bad = [name for name, each in zip(tensors, finite, strict=True) if not each]
+    finite = torch.stack([each.isfinite().all().to(ranks.device) for _, each in tensors]).tolist()
+    bad = [name for (name, _), each in zip(tensors, finite, strict=True) if not each]
     if ranks.max(bool(bad) or not math.isfinite(loss))[0]:
         found = listed(map(repr, bad), 3) or "a weight of another rank"
         what = f"{found} became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
