@@ -29,8 +29,15 @@ def points_apart(entries, others):
     return spread(points, form="+.2f") if points else "not run"
 
 
+def number_of_seeds(groups):
+    """Return how many runs the cells of a table have, as text: "1 seed", "3 seeds", "2 to 3 seeds"."""
+    counts = sorted({len(group) for group in groups if group}) or [0]
+    fewest, most = counts[0], counts[-1]
+    return f"{f'{fewest} to ' if fewest < most else ''}{most} seed{'s' * (most != 1)}"
+
+
 def ran_on(entries):
     """Return the machines and commits of runs as text."""
-    machines = {f"{e['device']}, {e['threads']} thread(s), torch {e['torch']}" for e in entries}
+    machines = {f"{e['device']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}" for e in entries}
     commits = sorted({(e["commit"] or "none")[:7] for e in entries})
     return f"{'; '.join(sorted(machines))}; commit {', '.join(commits)}"

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from entries import RESULTS, grouped, points_apart, ran_on, spread
+from entries import RESULTS, grouped, number_of_seeds, points_apart, ran_on, spread
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 FRONTIER = {
@@ -50,10 +50,9 @@ def frontier_table():
         rows += [f"| {data}: differences, points | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
         rows += [*frontier_differences(found), ""]
         entries = [entry for group in found.values() for entry in group]
-        seeds = sorted({len(group) for group in found.values()})
         if entries:
-            count = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
-            rows += [f"Mean ± standard deviation; {count} seed(s) per cell; {ran_on(entries)}.", ""]
+            count = number_of_seeds(found.values())
+            rows += [f"Mean ± standard deviation; {count} per cell; {ran_on(entries)}.", ""]
     return rows[:-1]
 
 
@@ -143,8 +142,8 @@ def equal_macs_table():
         for title, lines in tables.items():
             rows += [f"| {folder.name}: {title} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
             rows += [*(f"| {label} | {' | '.join(cells)} |" for label, cells in lines.items()), ""]
-        count = " or ".join(map(str, sorted({len(group) for group in found.values()})))
-        rows += [f"Mean ± standard deviation; {count} seed(s) per cell; {ran_on(entries)}.", ""]
+        count = number_of_seeds(found.values())
+        rows += [f"Mean ± standard deviation; {count} per cell; {ran_on(entries)}.", ""]
     return rows[:-1]
 
 

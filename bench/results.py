@@ -17,7 +17,7 @@ from pathlib import Path
 
 import engine_tables
 import peers_tables
-from entries import grouped, points_apart, ran_on, spread
+from entries import grouped, number_of_seeds, points_apart, ran_on, spread
 from frontier_tables import equal_macs_table, frontier_figure, frontier_table
 from pattern_tables import patterns_figure, patterns_table
 
@@ -168,8 +168,7 @@ def methods_table():
             f"| {spread(values['sparsity'], 100)} | {round(statistics.mean(values['macs'])):,} | {above} | {time} |"
         )
     notes = {f"{e['device']}, torch {e['torch']}, commit {(e['commit'] or 'none')[:7]}" for e in entries}
-    count = {len(runs) for runs in by_method.values()}
-    seeds = f"{min(count, default=0)} seed(s)"
+    seeds = number_of_seeds(by_method.values())
     note = f"Recipe mnist5k/gmp with each method; {seeds}; {'; '.join(sorted(notes))}. Step time: {model}."
     return [*rows, "", note]
 
@@ -256,7 +255,7 @@ def rnn_speed_table():
         result = json.loads(path.read_text())
         rounds = " or ".join(map(str, sorted({row["rounds"] for row in result["rows"]})))
         notes.add(
-            f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}, "
+            f"{result['device']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, torch {result['torch']}, "
             f"{rounds} interleaved rounds, commit {result['commit'][:7]}"
         )
         for row in result["rows"]:
