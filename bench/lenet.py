@@ -25,7 +25,7 @@ bench/results.py table` builds the table of docs/libraries.md.
 """
 
 import argparse
-import json
+import os
 import time
 from functools import cache, partial
 
@@ -35,10 +35,9 @@ from torch.nn import functional as F
 
 import sparing
 from finetune import Job
-from ledger import ROOT
-from small_runs import Step, side_by_side
+from ledger import ROOT, write_entry
+from small_runs import Step, side_by_side, versions
 from sparing.data.image import mnist
-from sparing.files import write_text
 from sparing.models import lenet_300_100
 
 BATCH, RATE, DECAY, DROP = 100, 0.1, 5e-4, 25_000
@@ -138,8 +137,9 @@ def train(job, device="cpu", epochs=None):
         wrong = int((model(test_inputs).argmax(1) != test_labels).sum())
     report, seconds = sparing.report(model), time.perf_counter() - begin
     return {
-        "recipe": "bench/lenet.py", **job._asdict(), "epochs": epochs, "device": torch.device(device).type,
-        "torch": torch.__version__, "seconds": seconds, "error": wrong / len(test_labels),
+        "recipe": "bench/lenet.py", **job._asdict(), "epochs": epochs,
+        "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else f"{os.uname().machine} CPU",
+        "seconds": seconds, "error": wrong / len(test_labels),
         "sparsity": report.total.sparsity, "weights": report.total.weights, "nonzero": report.total.nonzero,
         "budget": {row.name: row.sparsity for row in report.layers},
     }  # fmt: skip
@@ -165,8 +165,7 @@ def main():
             print(f"{job.name}: {result}", flush=True)
             continue
         if options.epochs is None:
-            entry(job).parent.mkdir(parents=True, exist_ok=True)
-            write_text(entry(job), json.dumps(result, indent=2) + "\n")
+            write_entry(entry(job), result | versions())
         line = f"{job.name}: error {100 * result['error']:.2f} % at {100 * result['sparsity']:.3f} % zeros"
         print(f"{line}, {result['seconds']:.0f} s", flush=True)
 
