@@ -216,7 +216,9 @@ def train_network(job, data, device, factory, clip, select=sparing.select.defaul
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: sparing.schedules.warmup_cosine(step, steps, warmup)
     )
-    # On a CPU a compiled step takes two thirds of the time; a trial of few steps is too short for it.
+    # On a CPU a compiled step takes two thirds of the time; a trial of few steps is too short for it. A process may
+    # compile eight networks of one class; reset() forgets the last one.
+    torch.compiler.reset()
     forward = torch.compile(model) if device.type == "cpu" and job.steps is None else model
     run, start = None, time.perf_counter()
     for step in range(steps):
