@@ -702,6 +702,25 @@ def test_layers_that_are_frozen_during_the_run_are_named_at_its_end():
         train(model, 5, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("method", [GMP(sparsity=0.9, every=1), STR(sparsity=0.9)], ids=lambda method: method.name)
+def test_layers_that_are_frozen_for_the_step_of_another_optimizer_are_not_warned_of(method, recwarn):
+    """So do GANs, and `toggle_optimizer` of Lightning."""
+    model = mlp()
+    sparsifier = sparing.sparsify_(model, method, steps=10)
+    parts = [model[:2], model[2:]]
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+    sparsifier.attach(*optimizers)
+    for _ in range(10):
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            model.requires_grad_(False)
+            part.requires_grad_(True)
+            model(torch.randn(16, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sparsifier.step == 10
+    assert not [warning for warning in recwarn if "are frozen" in str(warning.message)]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_dense_checkpoint_is_refused_by_load_state_dict_with_the_name_of_the_right_call(strict):
     pretrained, model = mlp().state_dict(), mlp()

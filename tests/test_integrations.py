@@ -249,6 +249,19 @@ def test_lightning_goes_on_with_a_densified_module(lightning, tmp_path):
     assert (module.model[0].weight[zeros] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_an_average_of_lightning_that_is_made_before_the_module_is_sparsified_is_refused(kind, lightning):
+    from sparing.integrations.lightning import SparsityCallback
+
+    average = getattr(lightning.pytorch.callbacks, kind)(**({"swa_lrs": 0.1} if "Stochastic" in kind else {}))
+    run = lightning.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[average, SparsityCallback(METHODS["gmp"])],
+    )  # fmt: skip
+    with pytest.raises(InputError, match=f"{kind} has copied the dense module: put SparsityCallback before it"):
+        run.fit(lightning_module(lightning), DataLoader(batches(), 8))
+
+
 def fit_after(lightning, folder, name, *finders):
     """Fit a module that has a loader of its own, after these callbacks."""
     from sparing.integrations.lightning import SparsityCallback

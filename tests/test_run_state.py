@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -435,6 +436,26 @@ def test_distributed_checkpoints_of_wrapped_models_have_the_masks(wrap):
     set_model_state_dict(wrapped, saved)
     inner = wrapped.module if isinstance(wrapped, AveragedModel) else again.model
     assert same(masks(inner), masks(loop.model))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_replicas_of_data_parallel_have_the_masks_on_their_device(name, monkeypatch):
+    """On the meta device, which stands for a second GPU."""
+    broadcast = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(broadcast, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(
+        broadcast,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor.to(device) for tensor in tensors] for device in devices],
+    )
+    loop = Loop(METHODS[name])
+    train(loop, steps=STEPS // 2)
+    before = masks(loop.model)
+    first, second = nn.parallel.replicate(loop.model, [torch.device("cpu"), torch.device("meta")])
+    inputs = torch.randn(8, 10)
+    assert second(inputs.to("meta")).is_meta
+    assert torch.equal(first.eval()(inputs), loop.model.eval()(inputs))
+    assert same(masks(loop.model), before)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -132,8 +132,18 @@ def check_penalty(method: Method, layers: Mapping[str, Layer]) -> None:
         )
 
 
-def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: Iterable[Optimizer]) -> list[str]:
-    """Return a sentence for whatever keeps a method from reaching its aim: thresholds without decay, frozen layers."""
+def doubts(
+    method: Method,
+    plan: Any,
+    layers: Mapping[str, Layer],
+    optimizers: Iterable[Optimizer],
+    stepping: Optimizer | None = None,
+) -> list[str]:
+    """Return a sentence for whatever keeps a method from reaching its aim: thresholds without decay, frozen layers.
+
+    Before the step of one of several optimizers, layers of the others may be frozen for just this step, as in a GAN.
+    """
+    others = {id(p) for p in parameters_of(each for each in optimizers if stepping not in (None, each))}
     groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parts = {name: layer.parametrization for name, layer in layers.items()}
     fixed = [
@@ -142,7 +152,11 @@ def doubts(method: Method, plan: Any, layers: Mapping[str, Layer], optimizers: I
         for key, p in part.named_parameters()
         if part.decays.get(key) == "thresholds" and p.requires_grad and not groups[id(p)].get("weight_decay")
     ]
-    frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad]
+    frozen = [
+        name
+        for name, layer in layers.items()
+        if not layer.weight.requires_grad and others.isdisjoint(map(id, layer.originals))
+    ]
     learns = any(True for part in parts.values() for _ in part.parameters())
     pruned_once = getattr(getattr(plan, "updates", None), "end", 1) == 0
     texts = []

@@ -116,6 +116,8 @@ class RunState(nn.Module):
     def __call__(self, weight: Tensor) -> Any:
         if isinstance(weight, torch.fx.Proxy):  # a leaf of the graph that torch.fx traces
             return weight.tracer.create_proxy("call_module", weight.tracer.path_of_module(self), (weight,), {})
+        if "_is_replica" in vars(self):  # of nn.DataParallel, which copies only parameters and buffers to other GPUs
+            vars(self).update({name: own.to(weight.device) for name, own in self.state().items()})
         # A plain tensor in place of the parameter is a trial, as of functional_call, and says nothing of this module.
         if isinstance(self._weight(), nn.Parameter):
             self.refresh()

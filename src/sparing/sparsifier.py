@@ -64,8 +64,7 @@ class Sparsifier(StepHooks):
         super().__init__()
         self._holders: tuple[Any, ...] = ()  # of optimizer state: the optimizers and those around or within them
         self._penalized = self._penalty_warned = self._checked = False
-        self._warned: set[str] = set()
-        self._doubts: set[str] = set()
+        self._warned, self._doubts = set[str](), set[str]()
         self._join_layers()
 
     @property
@@ -263,9 +262,9 @@ class Sparsifier(StepHooks):
         if new:
             warn_collapsed(self.step, {name: self.layers[name] for name in new})
 
-    def _warn_doubts(self) -> None:
-        """Warn of what keeps the method from reaching its aim, once in the same words."""
-        for text in doubts(self.method, self.plan, self.layers, self.optimizers):
+    def _warn_doubts(self, optimizer: Optimizer | None = None) -> None:
+        """Warn of what keeps the method from reaching its aim, once in the same words, before an optimizer's step."""
+        for text in doubts(self.method, self.plan, self.layers, self.optimizers, optimizer):
             if text not in self._doubts:
                 warnings.warn(text, SparsityWarning, stacklevel=3)
             self._doubts.add(text)
@@ -342,6 +341,8 @@ class Sparsifier(StepHooks):
             self.drop_lost_layers()
         if idle and self.layers:
             check_held(self.layers, self.optimizers)
+        if not self._checked or self.step % self.WATCH_EVERY == 0 or self.step + 1 == self.steps:
+            self._warn_doubts(optimizer)
         return bool(self.layers)
 
     def _is_trained_by(self, optimizer: Optimizer) -> bool:
@@ -366,7 +367,6 @@ class Sparsifier(StepHooks):
         if watched or not self._checked:
             self.drop_lost_layers()
             check_held(self.layers, self.optimizers)
-            self._warn_doubts()
         if not self._checked:  # the first step has created the state
             check_state(self.method, self.layers, self._holders, self.method.resets(self, self.optimizers))
             self._checked = True

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from sparing.errors import InputError
 from sparing.layers import sparse_layers
@@ -26,7 +27,7 @@ class SparsityCallback(Callback):
 
     Raises:
         InputError: layers of the module are sparsified already; the length of the Trainer's run is not known, or has
-            changed.
+            changed; a callback that averages weights comes before this one.
 
     Examples:
         >>> from sparing.integrations.lightning import SparsityCallback
@@ -46,6 +47,10 @@ class SparsityCallback(Callback):
                 "the module is sparsified already, by sparsify_() or an earlier fit(), as in Tuner.lr_find(): leave "
                 "out the callback or the call of sparsify_(), or make module, callback and Trainer anew"
             )
+        for each in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
+            if isinstance(each, (StochasticWeightAveraging, WeightAveraging)):
+                name = type(each).__name__
+                raise InputError(f"{name} has copied the dense module: put SparsityCallback before it in callbacks=")
         steps = self.steps or _length(trainer.estimated_stepping_batches)
         self.sparsifier = sparsify_(pl_module, self.method, self.select, steps)
         # Trial steps of LearningRateFinder, before on_train_start, are undone: no warning that they are not counted.
