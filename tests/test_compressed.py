@@ -110,6 +110,12 @@ def test_size_is_near_the_entropy_bound_for_every_density(density):
     assert Path("one.safetensors").stat().st_size <= 1.03 * entropy_bound(state) + 1000
 
 
+def test_the_entropy_bound_counts_what_the_file_stores():
+    """Negative zeros are values, and every supported dtype has a bound."""
+    assert entropy_bound({"weight": torch.tensor([0.0, -0.0])}) == 4.25
+    assert entropy_bound({"weight": torch.tensor([0.0, 1.0]).to(torch.float8_e4m3fn)}) == 1.25
+
+
 def test_dense_tensor_has_little_overhead():
     save({"dense": torch.randn(1000)}, "dense.safetensors")
     assert Path("dense.safetensors").stat().st_size < 4400

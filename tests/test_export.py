@@ -616,14 +616,28 @@ def test_onnx_file_that_is_too_large_is_refused(monkeypatch):
     assert not list(Path().iterdir())
 
 
+def test_openvino_writes_both_files_or_none(monkeypatch):
+    Path("model.bin").write_text("weights of another model")
+    Path("model.xml").mkdir()
+    with pytest.raises(sparing.InputError, match=r"model.xml cannot be written: not a regular file"):
+        openvino.save(nn.Linear(3, 3), "model.xml", (1, 3))
+    assert Path("model.bin").read_text() == "weights of another model"
+
+
 def test_max_relative_error_and_check():
-    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    one, nan, masked = torch.ones(2), torch.tensor([1.0, float("nan")]), torch.tensor([2.0, -float("inf")])
     assert network.max_relative_error([one], [one]) == 0
+    assert network.max_relative_error([masked], [masked]) == 0
+    assert network.max_relative_error([masked], [masked + torch.tensor([1.0, 0.0])]) == 0.5
+    assert network.max_relative_error([masked], [-masked]) == float("inf")
+    assert network.max_relative_error([masked], [one]) == float("inf")
     assert network.max_relative_error([one], [torch.ones(3)]) == float("inf")
     assert network.max_relative_error([one], [one, one]) == float("inf")
     for pair in (([one], [nan]), ([one, one], [nan, one])):
         with pytest.raises(sparing.InputError, match="the model: output mismatch with PyTorch"):
             network.check("the model", *pair)
+    with pytest.raises(sparing.InputError, match="the model: the model returns NaN for random inputs; no file"):
+        network.check("the model", [one, nan], [one, nan])
 
 
 # All-zero filters and unused channels.

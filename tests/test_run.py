@@ -213,6 +213,25 @@ def test_an_import_path_that_does_not_fit_is_reported(change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_that_no_file_can_hold_is_reported_before_training(monkeypatch):
+    import own_model
+
+    class Rotary(own_model.SmallNet):
+        def __init__(self, num_classes: int, in_channels: int, width: int = 8):
+            super().__init__(num_classes, in_channels, width)
+            self.register_buffer("table", torch.ones(3, dtype=torch.cfloat))
+
+    class Stateful(own_model.SmallNet):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    monkeypatch.setattr(own_model, "Rotary", Rotary, raising=False)
+    monkeypatch.setattr(own_model, "Stateful", Stateful, raising=False)
+    for name, message in (("Rotary", "'table' has dtype torch.complex64"), ("Stateful", "'_extra_state' .* got dict")):
+        with pytest.raises(InputError, match=f"model 'own_model:{name}' cannot be written to a file: .*{message}"):
+            resolve(own(f"model.name=own_model:{name}"))
+
+
 def test_a_module_that_fails_and_a_function_with_free_keywords(tmp_path, monkeypatch):
     (tmp_path / "failing_of_test_run.py").write_text("1 / 0\n")
     (tmp_path / "free_of_test_run.py").write_text(
@@ -258,6 +277,11 @@ def test_a_run_starts_from_the_weights(tmp_path, network):
         train_run(own(*changes), tmp_path / "run", resume=True)
 
 
+def replaced(change):
+    return lambda state: state.update({"fc.bias": change(state["fc.bias"])})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -270,6 +294,12 @@ def test_a_run_starts_from_the_weights(tmp_path, network):
         (lambda state: state["fc.bias"].fill_(torch.nan), "'fc.bias' holds values that are NaN or infinite"),
         (lambda state: state.update(evil=print), "unreadable, or no checkpoint with weights only"),
         (lambda state: state.update(epoch=3), "holds no state dict"),
+        (replaced(lambda bias: bias.to_sparse()), "'fc.bias' has dtype torch.float32 and layout torch.sparse_coo"),
+        (replaced(lambda bias: bias.to("meta")), "'fc.bias' is on the meta device and has no values"),
+        (replaced(lambda bias: bias.to(torch.cfloat)), "'fc.bias' has dtype torch.complex64"),
+        (replaced(lambda bias: torch.nested.nested_tensor([bias])), "'fc.bias' has dtype torch.float32 and is nested"),
+        (replaced(lambda bias: bias.long()), "'fc.bias' has dtype torch.int64, the model needs torch.float32"),
+        (replaced(lambda bias: bias.double().fill_(1e300)), "'fc.bias' holds values that are NaN or infinite"),
     ],
 )
 def test_starting_weights_that_do_not_fit_are_named(tmp_path, network, change, message):

@@ -44,7 +44,7 @@ class Budget(Mapping[str, float]):
     def from_model(cls, model: nn.Module) -> "Budget":
         """Return the budget of a model: the counted sparsity of its effective weights, layer by layer.
 
-        It has every layer that `report` has a row for.
+        It has the layers that `sparsify_` selects by default, and every sparsified one.
 
         Examples:
             >>> Budget.from_model(nn.Linear(4, 2))

@@ -243,8 +243,7 @@ def entropy_bound(state_dict: Mapping[str, Tensor]) -> float:
     """
     total = 0.0
     for tensor in state_dict.values():
-        n = tensor.numel()
-        nonzero = int(torch.count_nonzero(tensor))
+        n, nonzero = tensor.numel(), int(torch.count_nonzero(tensor.view(INTEGERS[tensor.element_size()])))
         total += nonzero * tensor.element_size()
         if 0 < nonzero < n:
             total -= (nonzero * log2(nonzero / n) + (n - nonzero) * log2(1 - nonzero / n)) / 8
@@ -260,7 +259,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Check that an entry of a state dict can be saved.
+    """Check that an entry of a state dict can be saved, or loaded from another file.
 
     Raises:
         InputError: its name is not a str; it is not a tensor, not dense, of a dtype that is not in `DTYPES`, or
@@ -270,9 +269,10 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise InputError(f"keys of the state dict must be str, got {name!r}")
     if not isinstance(tensor, Tensor):
         raise InputError(f"entry {name!r} of the state dict must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or _name(tensor.dtype) not in DTYPES:
+    layout = "is nested" if tensor.is_nested else f"layout {tensor.layout}"
+    if layout != "layout torch.strided" or tensor.is_quantized or _name(tensor.dtype) not in DTYPES:
         raise InputError(
-            f"tensor {name!r} has dtype {tensor.dtype} and layout {tensor.layout}; "
+            f"tensor {name!r} has dtype {tensor.dtype} and {layout}; "
             f"supported are strided tensors of {', '.join(DTYPES)}"
         )
     if is_traceable_wrapper_subclass(tensor):
@@ -281,7 +281,7 @@ def check_tensor(name: str, tensor: Any) -> None:
             "save a plain model, before quantization and with all shards"
         )
     if tensor.is_meta:
-        raise InputError(f"tensor {name!r} is on the meta device and has no values to save")
+        raise InputError(f"tensor {name!r} is on the meta device and has no values")
 
 
 def _round(name: str, tensor: Tensor, values: torch.dtype | None) -> Tensor:

@@ -130,6 +130,8 @@ def max_relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
 
         max |got − expected| / max |expected|    per output tensor; the result is the maximum over the tensors
 
+    Equal elements differ by 0, infinite ones too, and the largest finite element is the scale.
+
     Args:
         expected: reference outputs, tensors or arrays.
         got: outputs to compare.
@@ -149,8 +151,8 @@ def max_relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
         if one.shape != other.shape:
             return float("inf")
         if one.numel():
-            scale = max(float(one.abs().max()), torch.finfo(torch.float32).tiny)
-            difference = float((one - other).abs().max()) / scale
+            scale = max(float(one.abs().nan_to_num(0, 0).max()), torch.finfo(torch.float32).tiny)
+            difference = float((one - other).abs().masked_fill(one == other, 0).max()) / scale  # inf − inf is NaN
             worst = difference if difference != difference else max(worst, difference)
     return worst
 
@@ -173,8 +175,10 @@ def check(what: str, expected: Sequence[Any], got: Sequence[Any], allowed: float
         allowed: maximum relative error that is allowed.
 
     Raises:
-        InputError: the error is larger.
+        InputError: the error is larger, or an expected output has NaN.
     """
+    if any(bool(torch.as_tensor(each).isnan().any()) for each in expected):
+        raise InputError(f"{what}: the model returns NaN for random inputs; no file was written")
     error = max_relative_error(expected, got)
     if not error <= allowed:
         raise InputError(

@@ -52,8 +52,8 @@ def save(model: nn.Module, path: str | Path, example: Example) -> Written:
             raise refusal("OpenVINO cannot read the network", network, failure) from failure
         error = check_file(path, converted, "openvino_fp32", network, inputs)
         size = converted.stat().st_size + converted.with_suffix(".bin").stat().st_size
-        # Write the weights first: a reader that finds the new graph also finds the new weights.
-        for suffix in (".bin", ".xml"):
-            with atomic_write(path.with_suffix(suffix)) as temporary:
-                shutil.copyfile(converted.with_suffix(suffix), temporary)
+        # Both are complete before the first is renamed, the weights: a reader of the new graph finds the new weights.
+        with atomic_write(path) as graph, atomic_write(path.with_suffix(".bin")) as weights:
+            shutil.copyfile(converted, graph)
+            shutil.copyfile(converted.with_suffix(".bin"), weights)
     return Written(path, size, error)

@@ -11,6 +11,7 @@ from torch import nn
 import sparing
 from sparing.data import DATASETS, SplitDataset
 from sparing.errors import InputError
+from sparing.export.compressed import check_tensor
 from sparing.macs import count_applications
 from sparing.run.build import build_data, build_model, build_sparsifier, data_function
 from sparing.run.method_section import build_method, settings, settle
@@ -148,7 +149,16 @@ def _absolute_path(value: Any) -> Any:
 
 def _check_model(recipe: Recipe, data: SplitDataset) -> None:
     """Check that the model fits the data, and the method the model, on the meta device."""
-    model = build_model(recipe.model, data.model_arguments()).to("meta")
+    model = build_model(recipe.model, data.model_arguments())
+    for name, tensor in model.state_dict().items():
+        try:
+            check_tensor(name, tensor)
+        except InputError as error:
+            raise InputError(
+                f"model {recipe.model.name!r} cannot be written to a file: {error}; leave it out of the state dict, as "
+                "register_buffer(..., persistent=False) does"
+            ) from error
+    model = model.to("meta")
     build_sparsifier(recipe, model)
     count_applications(model, data.input_size)
     classes = _outputs(model, data.input_size)

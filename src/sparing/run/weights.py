@@ -25,7 +25,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             under the key "state_dict" or "model".
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or holds something else, such as sparse or quantized tensors.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -35,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as file:
                     is_compressed = "sparing.compressed" in (file.metadata() or {})
-                return dict(compressed.load(path)) if is_compressed else load_file(path)
+                return _checked(path, compressed.load(path) if is_compressed else load_file(path))
             found: Any = torch.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:  # of a compressed file
         raise
@@ -54,7 +54,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     if not isinstance(found, Mapping) or not found or not all(isinstance(each, Tensor) for each in found.values()):
         raise CheckpointError(f"checkpoint {path}: holds no state dict, a mapping from names to tensors")
-    return {str(key): tensor for key, tensor in found.items()}
+    return _checked(path, {str(key): tensor for key, tensor in found.items()})
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        for key, tensor in tensors.items():
+            compressed.check_tensor(key, tensor)
+    except InputError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    return tensors
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
@@ -67,7 +76,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
 
     Raises:
         CheckpointError: the file cannot be read or has another checksum; a tensor is missing, unexpected, or of another
-            shape; a weight is NaN or infinite. The model is then as it was.
+            shape; a weight is an integer, NaN or infinite in the dtype of the model. The model is then as it was.
     """
     if sha256 is not None and checksum(path) != sha256:
         raise CheckpointError(f"checkpoint {path}: has changed since the run was started; its checksum is another one")
@@ -82,7 +91,11 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
         if tensor.shape != own[key].shape:
             shapes = f"shape {tuple(tensor.shape)}, the model needs {tuple(own[key].shape)}"
             raise CheckpointError(f"checkpoint {path}: does not fit the model: {key!r} has {shapes}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        dtype = own[key].dtype
+        if dtype.is_floating_point and not tensor.is_floating_point():
+            dtypes = f"dtype {tensor.dtype}, the model needs {dtype}"
+            raise CheckpointError(f"checkpoint {path}: does not fit the model: {key!r} has {dtypes}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
             raise CheckpointError(f"checkpoint {path}: {key!r} holds values that are NaN or infinite")
     model.load_state_dict(state)
 
