@@ -188,7 +188,14 @@ def test_bad_budgets_are_refused(make, message):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.json", "[1, 2]"), ("a.json", "{"), ("a.csv", "name,share\nfc,0.5\n"), ("a.csv", "layer,sparsity\nfc,much\n")],
+    [
+        ("a.json", "[1, 2]"),
+        ("a.json", "{"),
+        ("a.csv", "name,share\nfc,0.5\n"),
+        ("a.csv", "layer,sparsity\nfc,much\n"),
+        ("a.csv", ""),
+        ("a.csv", "layer,sparsity,sparsity\nfc,0.5,0.9\n"),
+    ],
 )
 def test_files_that_hold_no_budget_are_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)

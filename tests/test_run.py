@@ -313,6 +313,17 @@ def test_starting_weights_that_do_not_fit_are_named(tmp_path, network, change, m
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 
+def test_a_tied_weight_needs_one_of_its_names(tmp_path):
+    """`safetensors.torch.save_model` writes one."""
+    tied = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3, bias=False) for name in ("embed", "head")})
+    save_file({"head.weight": torch.ones(3, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="it misses 'embed.weight'"):
+        load_weights(tied, tmp_path / "w.safetensors")
+    tied["head"].weight = tied["embed"].weight
+    load_weights(tied, tmp_path / "w.safetensors")
+    assert (tied["embed"].weight == 1).all()
+
+
 def test_missing_and_unfinished_weights_are_reported(tmp_path, moved, network):
     with pytest.raises(CheckpointError, match="absent.pt: unreadable or truncated"):
         resolve(own(f"weights={tmp_path}/absent.pt"))

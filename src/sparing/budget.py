@@ -274,7 +274,11 @@ def _reader(path: Path):  # type: ignore[no-untyped-def]
 
 
 def _from_csv(text: str) -> dict[str, float]:
-    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    columns = list(reader.fieldnames or ())
+    if columns.count("layer") != 1 or columns.count("sparsity") != 1:
+        raise ValueError(f"its header must have layer and sparsity, once each, got {columns}"[:300])
+    rows = list(reader)
     if any(None in row for row in rows):
         raise ValueError("a row has more cells than the header")
     return _unique([(unescape_cell(row["layer"]), float(row["sparsity"])) for row in rows])

@@ -81,8 +81,10 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     if sha256 is not None and checksum(path) != sha256:
         raise CheckpointError(f"checkpoint {path}: has changed since the run was started; its checksum is another one")
     state, own = read_weights(path), model.state_dict()
+    place = {key: (tensor.data_ptr(), tensor.shape) for key, tensor in own.items()}
+    given = {place.get(key) for key in state}  # a tied weight needs one of its names
     for kind, names in (
-        ("misses", [key for key in own if key not in state]),
+        ("misses", [key for key in own if key not in state and place[key] not in given]),
         ("has unexpected tensors", [key for key in state if key not in own]),
     ):
         if names:
@@ -97,7 +99,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
             raise CheckpointError(f"checkpoint {path}: does not fit the model: {key!r} has {dtypes}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
             raise CheckpointError(f"checkpoint {path}: {key!r} holds values that are NaN or infinite")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
 
 
 def checksum(path: Path) -> str:
