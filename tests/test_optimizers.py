@@ -404,7 +404,7 @@ class Sam(torch.optim.Optimizer):
     @torch.no_grad()
     def second_step(self):
         for p in self.param_groups[0]["params"]:
-            p.copy_(self.state[p]["old"])
+            p.data = self.state[p]["old"]
         self.base_optimizer.step()
         self.zero_grad()
 
@@ -416,9 +416,14 @@ class Sam(torch.optim.Optimizer):
         self.second_step()
 
 
+ALTERNATING = ACDC(sparsity=0.8, budget="uniform", begin=2, end=8, phase=2)
+
+
+@pytest.mark.parametrize("method", [GRADUAL, ALTERNATING, STR(sparsity=0.8), sparing.STRFeather(sparsity=0.8)])
 @pytest.mark.parametrize("closure", [True, False])
-def test_both_steps_of_sharpness_aware_minimization_are_one(closure):
-    model, sparsifier = build(GRADUAL)
+def test_both_steps_of_sharpness_aware_minimization_are_one(closure, method):
+    """Its state has the weights themselves, which AC/DC would set to zero with the momentum."""
+    model, sparsifier = build(method)
     optimizer = Sam(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     sparsifier.attach(optimizer)
     for number in range(10):
@@ -430,6 +435,7 @@ def test_both_steps_of_sharpness_aware_minimization_are_one(closure):
             loss(model, number).backward()
             optimizer.second_step()
         assert sparsifier.step == number + 1
+        assert bool(model[0].weight.any())
     assert sparing.report(model).missed == ()
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from sparing.errors import InputError, listed
 from sparing.layers import Layer
 from sparing.method import Method
-from sparing.optimizers import copying, parameters_of, reset_state
+from sparing.optimizers import copying, is_itself, parameters_of, reset_state
 from sparing.sharding import is_sharded
 
 CLOSE = 0.1
@@ -100,7 +100,7 @@ def check_state(
     for weight in (weight for layer in layers.values() for weight in layer.originals):
         for optimizer in optimizers:
             for key, value in optimizer.state.get(weight, {}).items():
-                if key not in ASIDE and _is_copy(value, weight):
+                if key not in ASIDE and not is_itself(value, weight) and _is_copy(value, weight):
                     _refuse_copy(method, f"the state {key!r} of {type(optimizer).__name__}")
 
 

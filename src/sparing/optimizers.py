@@ -165,7 +165,7 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
             try:
                 # These have the shape of the weight too, as a preconditioner of a square matrix: only names tell.
                 kept = key in ("step_size", "ax") or "precond" in str(key).replace("_", "")
-                part = None if kept else _per_weight(value, parameter)
+                part = None if kept or is_itself(value, parameter) else _per_weight(value, parameter)
                 if part is not None:
                     _zero(part, where.to(part.device))
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -177,6 +177,11 @@ def reset_state(optimizers: Iterable[Any], parameter: Tensor, where: Tensor | No
                     f"{stored}, in which regrown weights cannot be set to zero: {error}. Use an optimizer that stores "
                     "a floating-point number for each weight, such as torch.optim.AdamW"
                 ) from error
+
+
+def is_itself(value: Any, parameter: Tensor) -> bool:
+    """Return whether a state is the parameter: sharpness-aware minimization restores weights by `p.data = old_p`."""
+    return type(value) is Tensor and value.shape == parameter.shape and value.data_ptr() == parameter.data_ptr()
 
 
 def _zero(part: Tensor, where: Tensor) -> None:
