@@ -459,6 +459,15 @@ def test_the_hooks_run_around_the_steps_of_two_optimizers():
     assert seen[1][3] == pytest.approx(start - 0.1)
 
 
+def test_attach_ends_a_step_that_only_some_of_the_optimizers_took():
+    loop = Loop(any_length("gmp"), 12)
+    loop.sparsifier.attach(loop.optimizer, torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1))
+    loop.train(range(6))
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    loop.sparsifier.attach(loop.optimizer)
+    assert loop.train(range(6, 12)).sparsifier.step == 12
+
+
 @pytest.mark.parametrize("name", ["rigl", "snip", "gmp"])
 def test_two_optimizers_train_as_one_even_if_one_has_no_gradients(name):
     loops = [Loop(any_length(name, **({"every": 2} if name == "rigl" else {})), 12) for _ in range(2)]

@@ -153,6 +153,7 @@ class Sparsifier(StepHooks):
         inner = tuple(dict.fromkeys(chain(optimizer)[-1] for optimizer in optimizers))
         resets = list(self.method.resets(self, inner))
         check_optimizers(self.method, self.layers, optimizers, inner, resets)
+        self._complete_step()  # that only some of the optimizers before took
         self._checked = False
         self._holders = tuple(each for optimizer in optimizers for each in holders(optimizer))
         check_state(self.method, self.layers, self._holders, resets)
